@@ -1,0 +1,449 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Metadata of a qcow2 image with an external data file: the in-core map and
+ * its way from and to the metadata device.
+ */
+#ifndef DM_QCOW2_METADATA_H
+#define DM_QCOW2_METADATA_H
+
+#include <linux/bitops.h>
+#include <linux/blkdev.h>
+#include <linux/list.h>
+#include <linux/rcupdate.h>
+#include <linux/spinlock.h>
+
+#include "dm-qcow2-format.h"
+
+/*
+ * The map
+ * -------
+ * With an external data file a guest offset is its own host offset, so that
+ * the map holds no addresses but a two-bit state per unit (enum qcow2_state).
+ *
+ * States are cached in slices.  A slice is an L2 table or, where clusters are
+ * larger than 64 KiB, 64 KiB of one.  The directory has a slot per slice:
+ *
+ *	NULL		not loaded
+ *	tagged value	loaded, all units are in the state in the tag and on
+ *			disk: costs nothing but the slot
+ *	pointer		a struct qcow2_slice
+ *
+ * Lookups run under rcu_read_lock() and take no lock.  All changes to slots
+ * and states are made under the lock of the slice's bucket, which is taken
+ * from any context (irqsave).  Lock order: bucket->lock, then md->lock.
+ */
+#define QCOW2_MAX_SLICE_BYTES	65536U
+/* The unit of L2, L1 and refcount I/O, unless clusters are smaller. */
+#define QCOW2_BLOCK_BYTES	4096U
+#define QCOW2_MAX_BLOCKS	(QCOW2_MAX_SLICE_BYTES / QCOW2_BLOCK_BYTES)
+
+#define QCOW2_UNITS_PER_WORD	(BITS_PER_LONG / 2)
+
+struct qcow2_slice {
+	/*
+	 * Two bits per unit.  Written in whole words (WRITE_ONCE) under the
+	 * bucket lock, read with READ_ONCE under that lock or RCU.
+	 */
+	unsigned long *words;
+	unsigned long index;		/* slot; constant */
+	/*
+	 * On md->dirty or md->committing, or empty.  Protected by md->lock.
+	 */
+	struct list_head dirty_node;
+	/*
+	 * Low half: blocks of the slice that are newer in core than on disk.
+	 * High half: blocks that the commit under way is writing; they stay
+	 * set if it fails.  Written under the bucket lock, before a unit's
+	 * state becomes data; read without it after that state was seen
+	 * (qcow2_range_durable()).
+	 */
+	u32 dirty;
+	/*
+	 * There is an L2 table on disk, or a cluster is reserved for it.  Set
+	 * under the bucket lock, never cleared; a reader that sees it clear
+	 * asks the commit worker, so that no order is needed.
+	 */
+	bool has_l2;
+	/* Some busy units are corrupt entries on disk; constant. */
+	bool bad;
+};
+
+/* 64 KiB of zeros, to be written */
+#define QCOW2_ZERO_BYTES	65536U
+extern struct page *qcow2_zeros;
+
+/* A load under way; lives on the stack of the worker that does it. */
+struct qcow2_load {
+	struct list_head node;
+	unsigned long index;
+	struct list_head waiters;	/* of struct qcow2_io */
+};
+
+/*
+ * Slices hash to buckets by their index.  A bucket's lock protects the slots
+ * and states of its slices, and the two lists.
+ */
+struct qcow2_bucket {
+	spinlock_t lock;
+	struct list_head writes;	/* first writes in flight: qcow2_io */
+	struct list_head loads;		/* struct qcow2_load */
+} ____cacheline_aligned_in_smp;
+
+#define QCOW2_BUCKETS	64
+
+struct qcow2_batch;
+
+struct qcow2_metadata {
+	/* Constant after qcow2_metadata_create(): the hot path reads these. */
+	unsigned int unit_shift;	/* log2 of sectors per unit */
+	unsigned int slice_shift;	/* log2 of units per slice */
+	unsigned long nr_slices;
+	struct qcow2_slice __rcu **dir;
+
+	struct qcow2_bucket *buckets;
+
+	/*
+	 * Numbers of changes to the map that were made, and that are on stable
+	 * storage.  The device is clean if they are equal.  @changed is
+	 * written under @lock, @durable by the commit worker alone; both are
+	 * read anywhere (qcow2_metadata_clean()).
+	 */
+	unsigned long changed ____cacheline_aligned_in_smp;
+	unsigned long durable;
+
+	spinlock_t lock;
+	struct list_head dirty;		/* slices; protected by @lock */
+	struct list_head committing;	/* slices; protected by @lock */
+	unsigned long nr_dirty;		/* on either list; @lock */
+	unsigned long nr_slices_cached;	/* loaded slots; @lock */
+	unsigned long state_bytes;	/* memory they use; @lock */
+
+	/* Constant. */
+	struct block_device *bdev;	/* metadata */
+	struct block_device *data_bdev;
+	const char *name;		/* for messages */
+	struct qcow2_geometry geo;
+	bool read_only;			/* by the table: nothing is written */
+	u64 meta_size;			/* bytes */
+	unsigned int block_bytes;	/* unit of metadata I/O */
+	unsigned int slice_bytes;	/* on disk */
+	unsigned int slices_per_l2_shift;
+	unsigned int entries_per_block;
+	unsigned long l1_needed;	/* entries that the size needs */
+
+	/*
+	 * L1 table as it is on disk, up to a whole block.  Read at resume.
+	 * Entries are written by the commit worker under @l1_lock; others
+	 * read them under it.
+	 */
+	__be64 *l1;
+	spinlock_t l1_lock;
+	unsigned long l1_used;		/* entries with a table; @l1_lock */
+
+	/*
+	 * Allocation of metadata clusters.  Owned by the commit worker while
+	 * the device is live, by resume and suspend else.
+	 */
+	__be64 *reftable;		/* as on disk */
+	bool reftable_read;
+	u64 nr_clusters;		/* that the allocator may use */
+	unsigned long *used;		/* bitmap: referenced or reserved */
+	u64 cursor;			/* no free cluster below */
+	void *refblock;			/* one block of refcounts */
+	u64 refblock_offset;		/* where it is from; 0 = nowhere */
+	u32 *reserved;			/* L1 index -> cluster, 0 = none */
+
+	struct qcow2_batch *batch;
+
+	struct bio_set bs;
+	mempool_t slice_pool;		/* buffers of slice_bytes */
+	mempool_t page_pool;		/* buffers of block_bytes */
+};
+
+/*----------------------------------------------------------------
+ * Lookup
+ *----------------------------------------------------------------
+ */
+
+static inline struct qcow2_bucket *qcow2_bucket(struct qcow2_metadata *md,
+						unsigned long index)
+{
+	return md->buckets + index % QCOW2_BUCKETS;
+}
+
+/* Tagged slots: see "The map". */
+static inline struct qcow2_slice *qcow2_tag(enum qcow2_state state)
+{
+	return (struct qcow2_slice *)((unsigned long)state << 1 | 1);
+}
+
+static inline bool qcow2_is_tag(const struct qcow2_slice *slot)
+{
+	return (unsigned long)slot & 1;
+}
+
+static inline enum qcow2_state qcow2_tag_state(const struct qcow2_slice *slot)
+{
+	return (unsigned long)slot >> 1;
+}
+
+static inline enum qcow2_state qcow2_get_state(const unsigned long *words,
+					       unsigned int i)
+{
+	return READ_ONCE(words[i / QCOW2_UNITS_PER_WORD]) >>
+		2 * (i % QCOW2_UNITS_PER_WORD) & 3;
+}
+
+/*
+ * Length of the run of equal states that begins at unit @i and ends at unit
+ * @last at the latest.
+ */
+static inline unsigned int qcow2_words_run(const unsigned long *words,
+					   unsigned int i, unsigned int last,
+					   enum qcow2_state *state)
+{
+	unsigned int shift = i % QCOW2_UNITS_PER_WORD, run = 0, n, same;
+	unsigned long word, pattern;
+
+	word = READ_ONCE(words[i / QCOW2_UNITS_PER_WORD]) >> 2 * shift;
+	*state = word & 3;
+	pattern = (~0UL / 3) * *state;
+	n = QCOW2_UNITS_PER_WORD - shift;
+	for (;;) {
+		same = word == pattern ? QCOW2_UNITS_PER_WORD :
+					 __ffs(word ^ pattern) / 2;
+		n = min(n, last - i + 1);
+		if (same < n)
+			return run + same;
+		run += n;
+		i += n;
+		if (i > last)
+			return run;
+		word = READ_ONCE(words[i / QCOW2_UNITS_PER_WORD]);
+		n = QCOW2_UNITS_PER_WORD;
+	}
+}
+
+/**
+ * qcow2_lookup() - find the state of a range, as far as it is the same
+ * @md: the metadata
+ * @sector: first sector, inside the device
+ * @nr: number of sectors, at least 1
+ * @state: set to the state of the sectors of the run
+ *
+ * Returns the length of the run in sectors, 0 if the state of the first one is
+ * not in core.  Any context; takes no lock and writes nothing.
+ *
+ * The states can change as soon as they are read.  A state of data is seen
+ * only after the unit's bytes are on the data device.
+ */
+static inline unsigned int qcow2_lookup(struct qcow2_metadata *md,
+					sector_t sector, unsigned int nr,
+					enum qcow2_state *state)
+{
+	u64 first = sector >> md->unit_shift;
+	u64 last = (sector + nr - 1) >> md->unit_shift;
+	unsigned int mask = (1U << md->slice_shift) - 1;
+	u64 unit = first;
+
+	rcu_read_lock();
+	do {
+		u64 end = min(last, unit | mask);
+		struct qcow2_slice *slot;
+		enum qcow2_state s;
+		unsigned int run;
+
+		slot = rcu_dereference(md->dir[unit >> md->slice_shift]);
+		if (!slot)
+			break;
+		if (qcow2_is_tag(slot)) {
+			s = qcow2_tag_state(slot);
+			run = end - unit + 1;
+		} else {
+			run = qcow2_words_run(slot->words, unit & mask,
+					      end & mask, &s);
+		}
+		if (unit == first)
+			*state = s;
+		else if (s != *state)
+			break;
+		unit += run;
+		if (unit <= end)
+			break;
+	} while (unit <= last);
+	rcu_read_unlock();
+
+	if (unit > last)
+		return nr;
+	if (unit == first)
+		return 0;
+	return (unit << md->unit_shift) - sector;
+}
+
+/**
+ * qcow2_metadata_clean() - is every change to the map on stable storage?
+ * @md: the metadata
+ *
+ * Any context.  Covers all changes of which the caller knows, that is, those
+ * whose write was acknowledged before the caller was asked to flush: it cannot
+ * but see a @changed that counts them, and a @durable equal to that one covers
+ * them too, whichever of the two is read first.
+ */
+static inline bool qcow2_metadata_clean(struct qcow2_metadata *md)
+{
+	return READ_ONCE(md->durable) == READ_ONCE(md->changed);
+}
+
+/**
+ * qcow2_range_durable() - are the L2 entries of a range on stable storage?
+ * @md: the metadata
+ * @sector: first sector
+ * @nr: number of sectors
+ *
+ * For a range that qcow2_lookup() has just called data.  Any context.
+ */
+static inline bool qcow2_range_durable(struct qcow2_metadata *md,
+				       sector_t sector, unsigned int nr)
+{
+	u64 unit = sector >> md->unit_shift;
+	u64 last = (sector + nr - 1) >> md->unit_shift;
+	unsigned int mask = (1U << md->slice_shift) - 1;
+	bool durable = true;
+
+	if (qcow2_metadata_clean(md))
+		return true;
+	/* pairs with smp_wmb() in qcow2_mark_dirty() */
+	smp_rmb();
+	rcu_read_lock();
+	for (; durable && unit <= last; unit = (unit | mask) + 1) {
+		struct qcow2_slice *slot;
+
+		slot = rcu_dereference(md->dir[unit >> md->slice_shift]);
+		if (slot && !qcow2_is_tag(slot) && READ_ONCE(slot->dirty))
+			durable = false;
+	}
+	rcu_read_unlock();
+	return durable;
+}
+
+/*----------------------------------------------------------------
+ * Changes; the caller holds the lock of the slice's bucket
+ *----------------------------------------------------------------
+ */
+
+void qcow2_set_states(struct qcow2_slice *slice, unsigned int first,
+		      unsigned int last, enum qcow2_state state);
+
+/*
+ * Note that units @first to @last are about to become data.  Returns true if
+ * nothing was dirty before, so that the caller has to arm the timer.
+ */
+bool qcow2_mark_dirty(struct qcow2_metadata *md, struct qcow2_slice *slice,
+		      unsigned int first, unsigned int last);
+
+/*----------------------------------------------------------------
+ * Functions that may sleep for I/O
+ *
+ * All return 0 or a negative errno.  -EUCLEAN means that the metadata device
+ * holds something impossible, which has been logged: the target has to go
+ * read-only.
+ *----------------------------------------------------------------
+ */
+
+/**
+ * qcow2_metadata_create() - set up, without any I/O
+ * @bdev: metadata device
+ * @data_bdev: data device, needed to order commits
+ * @name: for messages; must live as long as the result
+ * @geo: checked with qcow2_geometry_check()
+ * @read_only: never write to @bdev
+ *
+ * Returns an ERR_PTR on failure.  Process context.
+ */
+struct qcow2_metadata *
+qcow2_metadata_create(struct block_device *bdev, struct block_device *data_bdev,
+		      const char *name, const struct qcow2_geometry *geo,
+		      bool read_only);
+void qcow2_metadata_destroy(struct qcow2_metadata *md);
+
+/**
+ * qcow2_metadata_check_header() - compare the header on disk with the table
+ * @md: the metadata
+ * @raw: the table says data_file_raw
+ * @read_only: the image will not be written, so that it may be corrupt or dirty
+ * @error: set to the cause on failure
+ *
+ * Process context; may run while another table for the same device is live.
+ */
+int qcow2_metadata_check_header(struct qcow2_metadata *md, bool raw,
+				bool read_only, char **error);
+
+/**
+ * qcow2_metadata_resume() - read L1, become ready for everything below
+ *
+ * -EUCLEAN leaves the metadata ready for reading: L1 entries that are
+ * impossible fail each load that needs them.  Process context, device
+ * suspended.
+ */
+int qcow2_metadata_resume(struct qcow2_metadata *md);
+
+/**
+ * qcow2_metadata_suspend() - forget everything that was read
+ *
+ * The caller has committed, and no I/O is in flight.  Process context.
+ */
+void qcow2_metadata_suspend(struct qcow2_metadata *md);
+
+/**
+ * qcow2_metadata_load() - read a slice
+ * @md: the metadata
+ * @index: slot
+ * @slot: set to the new content of the slot, which the caller publishes or
+ *	frees with qcow2_slot_free()
+ *
+ * Impossible entries become busy units of a slice that is marked bad; the
+ * result is still 0.  Workqueue context; concurrent loads of different slots
+ * are fine.
+ */
+int qcow2_metadata_load(struct qcow2_metadata *md, unsigned long index,
+			struct qcow2_slice **slot);
+void qcow2_slot_free(struct qcow2_metadata *md, struct qcow2_slice *slot);
+
+/* Put a loaded slot into its place; the caller holds the bucket's lock. */
+void qcow2_slot_publish(struct qcow2_metadata *md, unsigned long index,
+			struct qcow2_slice *slot);
+
+/**
+ * qcow2_slot_expand() - make a struct qcow2_slice of a tagged slot
+ *
+ * Needed before the first change.  Allocates; workqueue context.
+ */
+void qcow2_slot_expand(struct qcow2_metadata *md, unsigned long index);
+
+/*
+ * The rest is for the commit worker only: being one ordered worker, it needs
+ * no locks against itself.
+ */
+
+/**
+ * qcow2_metadata_reserve() - make sure that a slice can be committed
+ * @index: slot of the slice, which has been expanded
+ *
+ * Reserves a cluster for the L2 table if there is none.  -ENOSPC if no cluster
+ * of the metadata device is free.
+ */
+int qcow2_metadata_reserve(struct qcow2_metadata *md, unsigned long index);
+
+/**
+ * qcow2_metadata_commit() - bring all changes made so far to stable storage
+ *
+ * Flushes the data device, even if nothing has changed.  After an error
+ * nothing of what was being committed counts as durable, and the function must
+ * not be called again.
+ */
+int qcow2_metadata_commit(struct qcow2_metadata *md);
+
+/* qcow2_metadata_set_corrupt() - set the corrupt bit in the header, durably */
+int qcow2_metadata_set_corrupt(struct qcow2_metadata *md);
+
+#endif /* DM_QCOW2_METADATA_H */

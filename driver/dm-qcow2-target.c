@@ -1,0 +1,1476 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Device-mapper target "qcow2": qcow2 images with an external data file as
+ * block devices.
+ *
+ * Since the data file keeps each cluster at its guest offset, a request to an
+ * allocated cluster needs nothing but a look at the cluster's state and a new
+ * bi_bdev.  That much is done in map(), without a lock.  So are reads of zeros
+ * and first writes to clusters whose L2 table is in core.  Everything that has
+ * to wait (for an L2 table, for memory, for another first write, for a
+ * metadata cluster) goes to a workqueue, where the bio is cut into runs of
+ * equal state.  All metadata is written by one ordered worker, see
+ * dm-qcow2-metadata.c.
+ */
+#include <linux/bio.h>
+#include <linux/delay.h>
+#include <linux/device-mapper.h>
+#include <linux/kstrtox.h>
+#include <linux/module.h>
+#include <linux/percpu.h>
+#include <linux/slab.h>
+#include <linux/workqueue.h>
+
+#include "compat.h"
+#include "dm-qcow2-metadata.h"
+
+#define DM_MSG_PREFIX "qcow2"
+
+/* Changes become durable this long after they were made, flush or no flush. */
+#define QCOW2_COMMIT_PERIOD	HZ
+
+/* Bios that are kept in reserve, so that I/O goes on when memory is short. */
+#define QCOW2_BIO_RESERVE	64
+
+#define QCOW2_NR_ARGS		8
+#define QCOW2_MAX_FEATURES	2
+
+struct page *qcow2_zeros;
+
+/*
+ * A device gets worse only: a table that has gone ro or fail stays so until
+ * another one is loaded.
+ */
+enum qcow2_mode {
+	QCOW2_RW,	/* all is well */
+	QCOW2_RO,	/* asked for, or the metadata is corrupt: no writes */
+	QCOW2_FAIL,	/* metadata could not be written: no flush, no FUA, no
+			 * first write; what is in core is still right
+			 */
+};
+
+struct qcow2_stats {
+	u64 hits;
+	u64 misses;
+	u64 first_writes;
+};
+
+struct qcow2_target {
+	/* Constant while the table lives; read by map() */
+	struct qcow2_metadata *md;
+	struct block_device *data_bdev;
+	bool raw;			/* data_file_raw */
+	bool read_only;			/* by argument or mode of the table */
+	bool read_only_arg;
+	/* enum qcow2_mode; written under @lock, read anywhere (READ_ONCE) */
+	unsigned int mode;
+	struct qcow2_stats __percpu *stats;
+
+	struct dm_target *ti;
+	struct dm_dev *meta_dev;
+	struct dm_dev *data_dev;
+
+	/* Parts of bios that had to be cut, and fills of first writes */
+	struct bio_set bs;
+	struct bio_set fill_bs;
+
+	/* Runs qcow2_process() for each deferred bio, many at once. */
+	struct workqueue_struct *io_wq;
+	/* Ordered; the only writer of metadata. */
+	struct workqueue_struct *commit_wq;
+	struct work_struct worker;
+	struct delayed_work waker;
+
+	spinlock_t lock;
+	struct list_head reservations;	/* ios that need an L2 table; @lock */
+	struct list_head waiters;	/* ios that need a commit; @lock */
+	bool set_corrupt;		/* header bit is to be set; @lock */
+
+	unsigned long commits;		/* written by the commit worker */
+	/* ios that are more than a remap; for suspend, see there */
+	atomic_t slow;
+};
+
+enum qcow2_io_kind {
+	QCOW2_IO_PLAIN,		/* nothing to be done at its end */
+	QCOW2_IO_SLOW,		/* is cut into parts, or waits for a commit */
+	QCOW2_IO_FIRST_WRITE,
+};
+
+/*
+ * What the target knows of a bio: one of DM's clones, or a part of one.  Owned
+ * by whoever works on it: map(), then the workqueue, or the list that it is
+ * on, or the completion of its bio and fills.
+ *
+ * A hit touches no field but @kind.
+ */
+struct qcow2_io {
+	enum qcow2_io_kind kind;
+	blk_status_t status;		/* of any part; WRITE_ONCE */
+	bool commit;			/* must be durable before it ends */
+	atomic_t pending;		/* who may still need this struct */
+	struct qcow2_target *q;
+	struct bio *bio;
+	struct qcow2_io *parent;	/* NULL: the bio is DM's */
+
+	/* On one of: bucket->writes, ->waiters, load->waiters, q's lists. */
+	struct list_head node;
+
+	union {
+		/* QCOW2_IO_SLOW: what is still to be done */
+		struct {
+			struct work_struct work;
+			sector_t sector;
+			unsigned int left;	/* sectors */
+		};
+		/* QCOW2_IO_FIRST_WRITE: units of the slice that it writes */
+		struct {
+			struct qcow2_slice *slice;
+			unsigned int first;
+			unsigned int last;
+			enum qcow2_state prev;
+			struct list_head waiters;	/* bucket lock */
+		};
+	};
+};
+
+struct qcow2_part {
+	struct qcow2_io io;
+	struct bio bio;		/* last: the bio set's front pad ends here */
+};
+
+static enum qcow2_mode qcow2_mode(struct qcow2_target *q)
+{
+	return READ_ONCE(q->mode);
+}
+
+static const char *qcow2_mode_name(enum qcow2_mode mode)
+{
+	switch (mode) {
+	case QCOW2_RW:
+		return "rw";
+	case QCOW2_RO:
+		return "ro";
+	case QCOW2_FAIL:
+		break;
+	}
+	return "fail";
+}
+
+/* Process context. */
+static void qcow2_set_mode(struct qcow2_target *q, enum qcow2_mode mode)
+{
+	bool worse;
+
+	spin_lock_irq(&q->lock);
+	worse = mode > q->mode;
+	if (worse)
+		WRITE_ONCE(q->mode, mode);
+	spin_unlock_irq(&q->lock);
+
+	if (worse) {
+		DMERR("%s: switching to mode %s", q->md->name,
+		      qcow2_mode_name(mode));
+		dm_table_event(q->ti->table);
+	}
+}
+
+/* The metadata is corrupt, which has been logged.  Process context. */
+static void qcow2_corrupt(struct qcow2_target *q)
+{
+	bool first;
+
+	spin_lock_irq(&q->lock);
+	first = q->mode == QCOW2_RW;
+	if (first)
+		q->set_corrupt = true;
+	spin_unlock_irq(&q->lock);
+
+	qcow2_set_mode(q, QCOW2_RO);
+	if (first)
+		queue_work(q->commit_wq, &q->worker);
+}
+
+/*----------------------------------------------------------------
+ * Life of an io
+ *----------------------------------------------------------------
+ */
+
+static void qcow2_io_init(struct qcow2_target *q, struct qcow2_io *io,
+			  struct bio *bio, struct qcow2_io *parent)
+{
+	io->kind = QCOW2_IO_SLOW;
+	io->status = BLK_STS_OK;
+	io->commit = false;
+	atomic_set(&io->pending, 1);
+	io->q = q;
+	io->bio = bio;
+	io->parent = parent;
+	if (!parent)
+		atomic_inc(&q->slow);
+}
+
+/* DM's bio needs nothing more of us than a plain remap. */
+static void qcow2_io_release(struct qcow2_io *io)
+{
+	io->kind = QCOW2_IO_PLAIN;
+	atomic_dec(&io->q->slow);
+}
+
+/* End a bio of DM's.  Any context. */
+static void qcow2_io_end(struct qcow2_io *io)
+{
+	struct bio *bio = io->bio;
+
+	bio->bi_status = READ_ONCE(io->status);
+	qcow2_io_release(io);
+	/* It may have been through bio_endio() already, and through rq_qos. */
+	bio_clear_flag(bio, BIO_QOS_THROTTLED);
+	bio_clear_flag(bio, BIO_QOS_MERGED);
+	bio_endio(bio);
+}
+
+static void qcow2_process(struct work_struct *work);
+
+/* Let the workqueue go on with an io.  Any context. */
+static void qcow2_io_queue(struct qcow2_io *io)
+{
+	INIT_WORK(&io->work, qcow2_process);
+	queue_work(io->q->io_wq, &io->work);
+}
+
+static void qcow2_queue_list(struct list_head *ios)
+{
+	struct qcow2_io *io, *next;
+
+	list_for_each_entry_safe(io, next, ios, node)
+		qcow2_io_queue(io);
+}
+
+/* Have an io wait for a commit that begins after this.  Any context. */
+static void qcow2_wait_commit(struct qcow2_target *q, struct qcow2_io *io)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&q->lock, flags);
+	list_add_tail(&io->node, &q->waiters);
+	spin_unlock_irqrestore(&q->lock, flags);
+	queue_work(q->commit_wq, &q->worker);
+}
+
+/*
+ * All I/O of a first write is done: its units become data, or what they were.
+ * Any context.
+ */
+static void qcow2_end_first_write(struct qcow2_io *io)
+{
+	struct qcow2_target *q = io->q;
+	struct qcow2_slice *slice = io->slice;
+	struct qcow2_bucket *bucket = qcow2_bucket(q->md, slice->index);
+	bool arm = false;
+	unsigned long flags;
+	LIST_HEAD(waiters);
+
+	spin_lock_irqsave(&bucket->lock, flags);
+	if (!q->raw) {
+		list_del(&io->node);
+		list_splice(&io->waiters, &waiters);
+	}
+	if (!READ_ONCE(io->status)) {
+		arm = qcow2_mark_dirty(q->md, slice, io->first, io->last);
+		qcow2_set_states(slice, io->first, io->last, QCOW2_DATA);
+	} else if (!q->raw) {
+		qcow2_set_states(slice, io->first, io->last, io->prev);
+	}
+	spin_unlock_irqrestore(&bucket->lock, flags);
+
+	qcow2_queue_list(&waiters);
+	if (arm)
+		queue_delayed_work(q->commit_wq, &q->waker, QCOW2_COMMIT_PERIOD);
+}
+
+/*
+ * Nobody works on an io any more.  Returns true if it waits for a commit, and
+ * thus is no longer the caller's.
+ */
+static bool qcow2_io_finish(struct qcow2_io *io)
+{
+	if (io->kind == QCOW2_IO_FIRST_WRITE) {
+		qcow2_end_first_write(io);
+		io->kind = QCOW2_IO_SLOW;
+	}
+	if (!io->commit || READ_ONCE(io->status))
+		return false;
+	qcow2_wait_commit(io->q, io);
+	return true;
+}
+
+/* Drop a reference; the last one ends the io, and maybe its parent. */
+static void qcow2_io_put(struct qcow2_io *io)
+{
+	while (atomic_dec_and_test(&io->pending)) {
+		struct qcow2_io *parent = io->parent;
+
+		if (qcow2_io_finish(io))
+			return;
+		if (!parent) {
+			qcow2_io_end(io);
+			return;
+		}
+		if (READ_ONCE(io->status))
+			WRITE_ONCE(parent->status, io->status);
+		bio_put(io->bio);
+		io = parent;
+	}
+}
+
+/* DM's clone has come back from below. */
+static int qcow2_end_io(struct dm_target *ti, struct bio *bio,
+			blk_status_t *error)
+{
+	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
+
+	if (likely(io->kind == QCOW2_IO_PLAIN))
+		return DM_ENDIO_DONE;
+
+	if (*error)
+		WRITE_ONCE(io->status, *error);
+	if (!atomic_dec_and_test(&io->pending) || qcow2_io_finish(io))
+		return DM_ENDIO_INCOMPLETE;
+	*error = READ_ONCE(io->status);
+	qcow2_io_release(io);
+	return DM_ENDIO_DONE;
+}
+
+static void qcow2_part_endio(struct bio *bio)
+{
+	struct qcow2_io *io = bio->bi_private;
+
+	if (bio->bi_status)
+		WRITE_ONCE(io->status, bio->bi_status);
+	qcow2_io_put(io);
+}
+
+static void qcow2_fill_endio(struct bio *bio)
+{
+	struct qcow2_io *io = bio->bi_private;
+
+	if (bio->bi_status)
+		WRITE_ONCE(io->status, bio->bi_status);
+	bio_put(bio);
+	qcow2_io_put(io);
+}
+
+/*----------------------------------------------------------------
+ * First writes
+ *----------------------------------------------------------------
+ */
+
+static struct bio *qcow2_alloc_fill(struct qcow2_target *q, blk_opf_t opf,
+				    sector_t sector, sector_t nr, gfp_t gfp)
+{
+	u64 len = (u64)nr << SECTOR_SHIFT;
+	struct bio *bio;
+
+	/* A cluster is 2 MiB at most: 32 vectors. */
+	bio = bio_alloc_bioset(q->data_bdev,
+			       DIV_ROUND_UP_ULL(len, QCOW2_ZERO_BYTES),
+			       REQ_OP_WRITE | (opf & REQ_SYNC), gfp,
+			       &q->fill_bs);
+	if (!bio)
+		return NULL;
+	bio->bi_iter.bi_sector = sector;
+	bio->bi_end_io = qcow2_fill_endio;
+	while (len) {
+		unsigned int n = min_t(u64, len, QCOW2_ZERO_BYTES);
+
+		__bio_add_page(bio, qcow2_zeros, n, 0);
+		len -= n;
+	}
+	return bio;
+}
+
+/*
+ * Make units busy on behalf of a first write.  False if they are not in state
+ * @state any more, or not ready to be written.
+ */
+static bool qcow2_begin_first_write(struct qcow2_target *q,
+				    struct qcow2_io *io, u64 unit, u64 last,
+				    enum qcow2_state state)
+{
+	struct qcow2_metadata *md = q->md;
+	unsigned long index = unit >> md->slice_shift;
+	unsigned int mask = (1U << md->slice_shift) - 1;
+	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
+	struct qcow2_slice *slice;
+	enum qcow2_state seen;
+	bool ok = false;
+	unsigned long flags;
+
+	spin_lock_irqsave(&bucket->lock, flags);
+	slice = rcu_dereference_protected(md->dir[index],
+					  lockdep_is_held(&bucket->lock));
+	if (!slice || qcow2_is_tag(slice) || !slice->has_l2 || slice->bad)
+		goto out;
+	if (qcow2_words_run(slice->words, unit & mask, last & mask, &seen) !=
+	    last - unit + 1 || seen != state)
+		goto out;
+
+	io->kind = QCOW2_IO_FIRST_WRITE;
+	io->slice = slice;
+	io->first = unit & mask;
+	io->last = last & mask;
+	io->prev = state;
+	/*
+	 * With data_file_raw the rest of a unit need not be filled, so that
+	 * writes to the same unit do not get in each other's way.
+	 */
+	if (!q->raw) {
+		INIT_LIST_HEAD(&io->waiters);
+		qcow2_set_states(slice, io->first, io->last, QCOW2_BUSY);
+		list_add_tail(&io->node, &bucket->writes);
+	}
+	ok = true;
+out:
+	spin_unlock_irqrestore(&bucket->lock, flags);
+	return ok;
+}
+
+/*
+ * Begin a first write of sectors that lie in one slice and are all in @state.
+ * The caller submits the io's bio if the result is true; if it is false, the
+ * io has not been touched, and the state has to be looked up again (or, unless
+ * @may_block, the workqueue has to do it).
+ */
+static bool qcow2_first_write(struct qcow2_io *io, sector_t sector,
+			      unsigned int nr, enum qcow2_state state,
+			      bool may_block)
+{
+	struct qcow2_target *q = io->q;
+	struct bio *bio = io->bio, *head_fill = NULL, *tail_fill = NULL;
+	unsigned int shift = q->md->unit_shift;
+	sector_t end = sector + nr;
+	u64 unit = sector >> shift, last = (end - 1) >> shift;
+	sector_t head = sector - (unit << shift);
+	/* the last unit ends with the device */
+	sector_t tail = min_t(sector_t, (last + 1) << shift, q->ti->len) - end;
+
+	if (q->raw)
+		head = tail = 0;
+	if (!may_block) {
+		/* fills may have to wait for a request below */
+		if ((head || tail) && (bio->bi_opf & REQ_NOWAIT))
+			goto no;
+		if (head)
+			head_fill = qcow2_alloc_fill(q, bio->bi_opf, unit << shift,
+						     head, GFP_NOWAIT | __GFP_NOWARN);
+		if (tail)
+			tail_fill = qcow2_alloc_fill(q, bio->bi_opf, end, tail,
+						     GFP_NOWAIT | __GFP_NOWARN);
+		if ((head && !head_fill) || (tail && !tail_fill))
+			goto no;
+	}
+	if (!qcow2_begin_first_write(q, io, unit, last, state))
+		goto no;
+	this_cpu_inc(q->stats->first_writes);
+
+	/* The bio's own reference is there; it has not been submitted. */
+	if (head) {
+		if (!head_fill)
+			head_fill = qcow2_alloc_fill(q, bio->bi_opf, unit << shift,
+						     head, GFP_NOIO);
+		head_fill->bi_private = io;
+		atomic_inc(&io->pending);
+		submit_bio_noacct(head_fill);
+	}
+	if (tail) {
+		if (!tail_fill)
+			tail_fill = qcow2_alloc_fill(q, bio->bi_opf, end, tail,
+						     GFP_NOIO);
+		tail_fill->bi_private = io;
+		atomic_inc(&io->pending);
+		submit_bio_noacct(tail_fill);
+	}
+	return true;
+no:
+	if (head_fill)
+		bio_put(head_fill);
+	if (tail_fill)
+		bio_put(tail_fill);
+	return false;
+}
+
+/*
+ * The commit flushes the data device, which does for a write what its FUA flag
+ * would have done.
+ */
+static void qcow2_fua_to_commit(struct qcow2_io *io, struct bio *bio)
+{
+	if (bio->bi_opf & REQ_FUA) {
+		bio->bi_opf &= ~REQ_FUA;
+		io->commit = true;
+	}
+}
+
+/*----------------------------------------------------------------
+ * The slow path (workqueue)
+ *----------------------------------------------------------------
+ */
+
+/*
+ * Get the slice of @index into core.  Returns 0, a negative errno, or 1 if
+ * another worker is loading it: then the io has been left with that one.
+ */
+static int qcow2_load(struct qcow2_io *io, unsigned long index)
+{
+	struct qcow2_target *q = io->q;
+	struct qcow2_metadata *md = q->md;
+	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
+	struct qcow2_slice *slot = NULL;
+	struct qcow2_load load, *other;
+	struct qcow2_io *waiter, *next;
+	int r;
+
+	load.index = index;
+	INIT_LIST_HEAD(&load.waiters);
+
+	spin_lock_irq(&bucket->lock);
+	if (rcu_access_pointer(md->dir[index])) {
+		spin_unlock_irq(&bucket->lock);
+		return 0;
+	}
+	list_for_each_entry(other, &bucket->loads, node) {
+		if (other->index == index) {
+			list_add_tail(&io->node, &other->waiters);
+			spin_unlock_irq(&bucket->lock);
+			return 1;
+		}
+	}
+	list_add_tail(&load.node, &bucket->loads);
+	spin_unlock_irq(&bucket->lock);
+
+	this_cpu_inc(q->stats->misses);
+	r = qcow2_metadata_load(md, index, &slot);
+	/* Before anyone can see the slice: no first write goes into it. */
+	if (r == -EUCLEAN || (!r && !qcow2_is_tag(slot) && slot->bad))
+		qcow2_corrupt(q);
+
+	spin_lock_irq(&bucket->lock);
+	if (!r)
+		qcow2_slot_publish(md, index, slot);
+	list_del(&load.node);
+	spin_unlock_irq(&bucket->lock);
+
+	if (!r) {
+		qcow2_queue_list(&load.waiters);
+		return 0;
+	}
+	list_for_each_entry_safe(waiter, next, &load.waiters, node) {
+		WRITE_ONCE(waiter->status, errno_to_blk_status(r));
+		qcow2_io_put(waiter);
+	}
+	return r;
+}
+
+/*
+ * Load all slices that an io needs, so that it is not cut at their borders.
+ * Results as qcow2_load().
+ */
+static int qcow2_load_all(struct qcow2_io *io)
+{
+	struct qcow2_metadata *md = io->q->md;
+	unsigned int shift = md->unit_shift + md->slice_shift;
+	unsigned long index = io->sector >> shift;
+	unsigned long last = (io->sector + io->left - 1) >> shift;
+	int r = 0;
+
+	for (; !r && index <= last; index++)
+		if (!rcu_access_pointer(md->dir[index]))
+			r = qcow2_load(io, index);
+	return r;
+}
+
+/* Is a busy unit one whose entry is corrupt?  Any context. */
+static bool qcow2_unit_bad(struct qcow2_metadata *md, sector_t sector)
+{
+	struct qcow2_slice *slot;
+	bool bad;
+
+	rcu_read_lock();
+	slot = rcu_dereference(md->dir[sector >> (md->unit_shift + md->slice_shift)]);
+	/* No first writes go into a bad slice: its busy units are corrupt. */
+	bad = slot && !qcow2_is_tag(slot) && slot->bad;
+	rcu_read_unlock();
+	return bad;
+}
+
+/* What is left of an io is all of its bio. */
+static bool qcow2_io_whole(struct qcow2_io *io)
+{
+	return io->left == bio_sectors(io->bio);
+}
+
+/* A clone of the next @nr sectors of an io, as an io of its own. */
+static struct qcow2_io *qcow2_alloc_part(struct qcow2_io *io, unsigned int nr)
+{
+	struct qcow2_target *q = io->q;
+	struct qcow2_part *part;
+	struct bio *bio;
+
+	bio = bio_alloc_clone(q->data_bdev, io->bio, GFP_NOIO, &q->bs);
+	bio_trim(bio, bio_sectors(io->bio) - io->left, nr);
+	part = container_of(bio, struct qcow2_part, bio);
+	qcow2_io_init(q, &part->io, bio, io);
+	bio->bi_private = &part->io;
+	bio->bi_end_io = qcow2_part_endio;
+	atomic_inc(&io->pending);
+	return &part->io;
+}
+
+static void qcow2_advance(struct qcow2_io *io, unsigned int nr)
+{
+	io->sector += nr;
+	io->left -= nr;
+}
+
+/* Send DM's bio to the data device. */
+static void qcow2_submit(struct qcow2_io *io)
+{
+	bio_set_dev(io->bio, io->q->data_bdev);
+	dm_submit_bio_remap(io->bio, NULL);
+}
+
+/*
+ * The functions below do the next @nr sectors of an io.  They return true if
+ * the io can go on, false if it is no longer the caller's: it has been
+ * submitted, or is waiting somewhere.
+ */
+static bool qcow2_read_zeros(struct qcow2_io *io, unsigned int nr)
+{
+	if (qcow2_io_whole(io) && nr == io->left) {
+		zero_fill_bio(io->bio);
+	} else {
+		struct qcow2_io *part = qcow2_alloc_part(io, nr);
+
+		zero_fill_bio(part->bio);
+		qcow2_io_put(part);
+	}
+	qcow2_advance(io, nr);
+	return true;
+}
+
+static bool qcow2_read_data(struct qcow2_io *io, unsigned int nr)
+{
+	struct qcow2_io *part;
+
+	if (qcow2_io_whole(io) && nr == io->left) {
+		qcow2_io_release(io);
+		qcow2_submit(io);
+		return false;
+	}
+	part = qcow2_alloc_part(io, nr);
+	qcow2_advance(io, nr);
+	dm_submit_bio_remap(io->bio, part->bio);
+	return true;
+}
+
+static bool qcow2_overwrite(struct qcow2_io *io, unsigned int nr)
+{
+	struct qcow2_target *q = io->q;
+	bool durable = !(io->bio->bi_opf & REQ_FUA) ||
+		       qcow2_range_durable(q->md, io->sector, nr);
+	struct qcow2_io *part;
+
+	if (qcow2_io_whole(io) && nr == io->left) {
+		if (durable)
+			qcow2_io_release(io);
+		else
+			qcow2_fua_to_commit(io, io->bio);
+		qcow2_submit(io);
+		return false;
+	}
+	part = qcow2_alloc_part(io, nr);
+	if (!durable)
+		qcow2_fua_to_commit(io, part->bio);
+	qcow2_advance(io, nr);
+	dm_submit_bio_remap(io->bio, part->bio);
+	return true;
+}
+
+/* Wait for the first write to the io's next unit. */
+static bool qcow2_wait_busy(struct qcow2_io *io)
+{
+	struct qcow2_metadata *md = io->q->md;
+	u64 unit = io->sector >> md->unit_shift;
+	unsigned long index = unit >> md->slice_shift;
+	unsigned int i = unit & ((1U << md->slice_shift) - 1);
+	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
+	struct qcow2_io *writer;
+
+	spin_lock_irq(&bucket->lock);
+	list_for_each_entry(writer, &bucket->writes, node) {
+		if (writer->slice->index == index && writer->first <= i &&
+		    i <= writer->last) {
+			list_add_tail(&io->node, &writer->waiters);
+			spin_unlock_irq(&bucket->lock);
+			return false;
+		}
+	}
+	spin_unlock_irq(&bucket->lock);
+	return true;
+}
+
+static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
+			    enum qcow2_state state)
+{
+	struct qcow2_target *q = io->q;
+	struct qcow2_metadata *md = q->md;
+	unsigned int shift = md->unit_shift + md->slice_shift;
+	unsigned long index = io->sector >> shift;
+	sector_t slice_end = ((sector_t)index + 1) << shift;
+	struct qcow2_slice *slot;
+	struct qcow2_io *part;
+	bool tag, has_l2;
+
+	rcu_read_lock();
+	slot = rcu_dereference(md->dir[index]);
+	tag = slot && qcow2_is_tag(slot);
+	has_l2 = slot && !tag && READ_ONCE(slot->has_l2);
+	rcu_read_unlock();
+
+	if (tag) {
+		qcow2_slot_expand(md, index);
+		return true;
+	}
+	if (!has_l2) {
+		spin_lock_irq(&q->lock);
+		list_add_tail(&io->node, &q->reservations);
+		spin_unlock_irq(&q->lock);
+		queue_work(q->commit_wq, &q->worker);
+		return false;
+	}
+
+	nr = min_t(sector_t, nr, slice_end - io->sector);
+	if (qcow2_io_whole(io) && nr == io->left) {
+		/* A first write's fields overwrite io->sector and the like. */
+		if (!qcow2_first_write(io, io->sector, nr, state, true))
+			return true;
+		qcow2_fua_to_commit(io, io->bio);
+		qcow2_submit(io);
+		return false;
+	}
+	part = qcow2_alloc_part(io, nr);
+	if (!qcow2_first_write(part, io->sector, nr, state, true)) {
+		qcow2_io_put(part);
+		return true;
+	}
+	qcow2_fua_to_commit(io, part->bio);
+	qcow2_advance(io, nr);
+	dm_submit_bio_remap(io->bio, part->bio);
+	return true;
+}
+
+static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
+			      enum qcow2_state state)
+{
+	struct qcow2_target *q = io->q;
+
+	if (state == QCOW2_BUSY && qcow2_unit_bad(q->md, io->sector)) {
+		io->status = BLK_STS_IOERR;
+		return true;
+	}
+	if (bio_op(io->bio) == REQ_OP_READ) {
+		if (state == QCOW2_DATA)
+			return qcow2_read_data(io, nr);
+		/* Busy units read as before their first write. */
+		return qcow2_read_zeros(io, nr);
+	}
+	if (qcow2_mode(q) == QCOW2_RO ||
+	    (qcow2_mode(q) == QCOW2_FAIL &&
+	     (state != QCOW2_DATA || (io->bio->bi_opf & REQ_FUA)))) {
+		io->status = BLK_STS_IOERR;
+		return true;
+	}
+	if (state == QCOW2_DATA)
+		return qcow2_overwrite(io, nr);
+	if (state == QCOW2_BUSY)
+		return qcow2_wait_busy(io);
+	return qcow2_write_new(io, nr, state);
+}
+
+static void qcow2_process(struct work_struct *work)
+{
+	struct qcow2_io *io = container_of(work, struct qcow2_io, work);
+	struct qcow2_metadata *md = io->q->md;
+	enum qcow2_state state;
+	unsigned int nr;
+	int r;
+
+	while (io->left && !READ_ONCE(io->status)) {
+		r = qcow2_load_all(io);
+		if (r > 0)
+			return;
+		if (r < 0) {
+			io->status = errno_to_blk_status(r);
+			break;
+		}
+		nr = qcow2_lookup(md, io->sector, io->left, &state);
+		if (nr && !qcow2_process_run(io, nr, state))
+			return;
+	}
+	qcow2_io_put(io);
+}
+
+/*----------------------------------------------------------------
+ * The commit worker
+ *----------------------------------------------------------------
+ */
+
+static int qcow2_commit(struct qcow2_target *q)
+{
+	int r;
+
+	if (qcow2_mode(q) == QCOW2_FAIL)
+		return -EIO;
+	r = qcow2_metadata_commit(q->md);
+	WRITE_ONCE(q->commits, q->commits + 1);
+	if (r)
+		qcow2_set_mode(q, QCOW2_FAIL);
+	return r;
+}
+
+static void qcow2_do_reservations(struct qcow2_target *q, struct list_head *ios)
+{
+	struct qcow2_metadata *md = q->md;
+	struct qcow2_io *io, *next;
+	int r;
+
+	list_for_each_entry_safe(io, next, ios, node) {
+		r = -EIO;
+		if (qcow2_mode(q) == QCOW2_RW)
+			r = qcow2_metadata_reserve(md, io->sector >>
+						   (md->unit_shift + md->slice_shift));
+		if (r == -EUCLEAN)
+			qcow2_corrupt(q);
+		if (!r) {
+			qcow2_io_queue(io);
+		} else {
+			WRITE_ONCE(io->status, r == -EUCLEAN ? BLK_STS_IOERR :
+				   errno_to_blk_status(r));
+			qcow2_io_put(io);
+		}
+	}
+}
+
+static void qcow2_do_waiters(struct qcow2_target *q, struct list_head *ios)
+{
+	struct qcow2_io *io, *next;
+	blk_status_t status;
+
+	if (list_empty(ios))
+		return;
+	status = errno_to_blk_status(qcow2_commit(q));
+	list_for_each_entry_safe(io, next, ios, node) {
+		io->status = status;
+		qcow2_io_end(io);
+	}
+}
+
+static void qcow2_worker(struct work_struct *work)
+{
+	struct qcow2_target *q = container_of(work, struct qcow2_target, worker);
+	LIST_HEAD(reservations);
+	LIST_HEAD(waiters);
+	bool set_corrupt;
+	int r;
+
+	/*
+	 * Waiters first, the dirty set later (in the commit): so all that they
+	 * wait for is in that set.
+	 */
+	spin_lock_irq(&q->lock);
+	list_splice_init(&q->reservations, &reservations);
+	list_splice_init(&q->waiters, &waiters);
+	set_corrupt = q->set_corrupt;
+	q->set_corrupt = false;
+	spin_unlock_irq(&q->lock);
+
+	qcow2_do_reservations(q, &reservations);
+	qcow2_do_waiters(q, &waiters);
+	if (set_corrupt && !q->read_only) {
+		r = qcow2_metadata_set_corrupt(q->md);
+		if (r)
+			DMERR("%s: cannot mark the image corrupt: %d",
+			      q->md->name, r);
+	}
+}
+
+static void qcow2_waker(struct work_struct *work)
+{
+	struct qcow2_target *q = container_of(to_delayed_work(work),
+					      struct qcow2_target, waker);
+
+	if (!qcow2_metadata_clean(q->md))
+		qcow2_commit(q);
+}
+
+/*----------------------------------------------------------------
+ * map
+ *----------------------------------------------------------------
+ */
+
+static int qcow2_remap(struct qcow2_target *q, struct bio *bio)
+{
+	bio_set_dev(bio, q->data_bdev);
+	return DM_MAPIO_REMAPPED;
+}
+
+/* Leave a bio to the workqueue. */
+static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
+		       struct bio *bio)
+{
+	if (bio->bi_opf & REQ_NOWAIT) {
+		bio_wouldblock_error(bio);
+		return DM_MAPIO_SUBMITTED;
+	}
+	bio_clear_polled(bio);
+	qcow2_io_init(q, io, bio, NULL);
+	io->sector = bio->bi_iter.bi_sector;
+	io->left = bio_sectors(bio);
+	qcow2_io_queue(io);
+	return DM_MAPIO_SUBMITTED;
+}
+
+static int qcow2_map_flush(struct qcow2_target *q, struct qcow2_io *io,
+			   struct bio *bio)
+{
+	if (qcow2_mode(q) == QCOW2_FAIL)
+		return DM_MAPIO_KILL;
+	if (qcow2_metadata_clean(q->md))
+		return qcow2_remap(q, bio);
+	qcow2_io_init(q, io, bio, NULL);
+	qcow2_wait_commit(q, io);
+	return DM_MAPIO_SUBMITTED;
+}
+
+static int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
+			  struct bio *bio)
+{
+	sector_t sector = bio->bi_iter.bi_sector;
+	enum qcow2_state state;
+	unsigned int nr;
+
+	/* "External data file": with the raw bit set it reads as the guest. */
+	if (q->raw) {
+		this_cpu_inc(q->stats->hits);
+		return qcow2_remap(q, bio);
+	}
+	nr = qcow2_lookup(q->md, sector, bio_sectors(bio), &state);
+	if (!nr)
+		return qcow2_defer(q, io, bio);
+	if (unlikely(nr < bio_sectors(bio)))
+		dm_accept_partial_bio(bio, nr);
+	this_cpu_inc(q->stats->hits);
+	if (likely(state == QCOW2_DATA))
+		return qcow2_remap(q, bio);
+	if (state == QCOW2_BUSY && qcow2_unit_bad(q->md, sector))
+		return DM_MAPIO_KILL;
+	zero_fill_bio(bio);
+	bio_endio(bio);
+	return DM_MAPIO_SUBMITTED;
+}
+
+static int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
+			   struct bio *bio)
+{
+	struct qcow2_metadata *md = q->md;
+	sector_t sector = bio->bi_iter.bi_sector, slice_end;
+	enum qcow2_mode mode = qcow2_mode(q);
+	unsigned int shift = md->unit_shift + md->slice_shift, nr;
+	enum qcow2_state state;
+
+	if (unlikely(mode != QCOW2_RW) &&
+	    (mode == QCOW2_RO || (bio->bi_opf & REQ_FUA)))
+		return DM_MAPIO_KILL;
+	nr = qcow2_lookup(md, sector, bio_sectors(bio), &state);
+	if (!nr)
+		return qcow2_defer(q, io, bio);
+
+	if (likely(state == QCOW2_DATA)) {
+		if (unlikely(nr < bio_sectors(bio)))
+			dm_accept_partial_bio(bio, nr);
+		this_cpu_inc(q->stats->hits);
+		if ((bio->bi_opf & REQ_FUA) &&
+		    !qcow2_range_durable(md, sector, nr)) {
+			qcow2_io_init(q, io, bio, NULL);
+			qcow2_fua_to_commit(io, bio);
+		}
+		return qcow2_remap(q, bio);
+	}
+
+	if (unlikely(mode != QCOW2_RW))
+		return DM_MAPIO_KILL;
+	if (state == QCOW2_BUSY)
+		return qcow2_defer(q, io, bio);
+	slice_end = ((sector >> shift) + 1) << shift;
+	nr = min_t(sector_t, nr, slice_end - sector);
+	if (nr < bio_sectors(bio))
+		dm_accept_partial_bio(bio, nr);
+	qcow2_io_init(q, io, bio, NULL);
+	if (!qcow2_first_write(io, sector, nr, state, false)) {
+		qcow2_io_release(io);
+		return qcow2_defer(q, io, bio);
+	}
+	qcow2_fua_to_commit(io, bio);
+	return qcow2_remap(q, bio);
+}
+
+static int qcow2_map(struct dm_target *ti, struct bio *bio)
+{
+	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
+	struct qcow2_target *q = ti->private;
+
+	io->kind = QCOW2_IO_PLAIN;
+	if (unlikely(bio->bi_opf & REQ_PREFLUSH))
+		return qcow2_map_flush(q, io, bio);
+	switch (bio_op(bio)) {
+	case REQ_OP_READ:
+		return qcow2_map_read(q, io, bio);
+	case REQ_OP_WRITE:
+		return qcow2_map_write(q, io, bio);
+	default:
+		return DM_MAPIO_KILL;
+	}
+}
+
+/*----------------------------------------------------------------
+ * Suspend and resume
+ *----------------------------------------------------------------
+ */
+
+static void qcow2_postsuspend(struct dm_target *ti)
+{
+	struct qcow2_target *q = ti->private;
+
+	/*
+	 * On suspend DM has waited for all bios.  On removal it has not, but
+	 * nobody has the device open; wait for what a last opener may have
+	 * left behind.
+	 */
+	while (atomic_read(&q->slow))
+		msleep(1);
+	cancel_delayed_work_sync(&q->waker);
+	flush_workqueue(q->io_wq);
+	flush_workqueue(q->commit_wq);
+
+	/* No worker is active: the commit is ours. */
+	if (!qcow2_metadata_clean(q->md))
+		qcow2_commit(q);
+	/* What could not be written is in core only. */
+	if (qcow2_mode(q) != QCOW2_FAIL)
+		qcow2_metadata_suspend(q->md);
+}
+
+static int qcow2_preresume(struct dm_target *ti)
+{
+	struct qcow2_target *q = ti->private;
+	char *error;
+	int r;
+
+	if (qcow2_mode(q) == QCOW2_FAIL) {
+		DMERR("%s: stays in mode fail until a new table is loaded",
+		      q->md->name);
+		return 0;
+	}
+	r = qcow2_metadata_check_header(q->md, q->raw, qcow2_mode(q) != QCOW2_RW,
+					&error);
+	if (r) {
+		DMERR("%s: cannot resume: %s", q->md->name, error);
+		return r;
+	}
+	r = qcow2_metadata_resume(q->md);
+	if (r == -EUCLEAN) {
+		qcow2_corrupt(q);
+		r = 0;
+	}
+	return r;
+}
+
+/*----------------------------------------------------------------
+ * Constructor and the like
+ *----------------------------------------------------------------
+ */
+
+static int qcow2_parse_features(struct qcow2_target *q, struct dm_arg_set *as)
+{
+	static const struct dm_arg args[] = {
+		{0, QCOW2_MAX_FEATURES, "Invalid number of feature arguments"},
+	};
+	struct dm_target *ti = q->ti;
+	unsigned int n;
+	int r;
+
+	if (!as->argc)
+		return 0;
+	r = dm_read_arg_group(args, as, &n, &ti->error);
+	if (r)
+		return r;
+	while (n--) {
+		const char *name = dm_shift_arg(as);
+		bool *flag;
+
+		if (!strcasecmp(name, "read_only")) {
+			flag = &q->read_only_arg;
+		} else if (!strcasecmp(name, "data_file_raw")) {
+			flag = &q->raw;
+		} else {
+			ti->error = "Unknown feature argument";
+			return -EINVAL;
+		}
+		if (*flag) {
+			ti->error = "Feature argument given twice";
+			return -EINVAL;
+		}
+		*flag = true;
+	}
+	if (as->argc) {
+		ti->error = "Too many arguments";
+		return -EINVAL;
+	}
+	return 0;
+}
+
+static int qcow2_parse_args(struct qcow2_target *q, unsigned int argc,
+			    char **argv, struct qcow2_geometry *geo)
+{
+	struct dm_target *ti = q->ti;
+	struct dm_arg_set as = {
+		.argc = argc - QCOW2_NR_ARGS,
+		.argv = argv + QCOW2_NR_ARGS,
+	};
+
+	if (argc < QCOW2_NR_ARGS) {
+		ti->error = "Not enough arguments";
+		return -EINVAL;
+	}
+	if (ti->begin) {
+		ti->error = "Target must start at sector 0";
+		return -EINVAL;
+	}
+	if (ti->len > QCOW2_MAX_OFFSET >> SECTOR_SHIFT) {
+		ti->error = "Target is longer than 2^56 bytes";
+		return -EINVAL;
+	}
+	geo->size = (u64)ti->len << SECTOR_SHIFT;
+	geo->ext_l2 = false;
+	if (kstrtou32(argv[2], 10, &geo->cluster_bits)) {
+		ti->error = "Invalid cluster_bits";
+		return -EINVAL;
+	}
+	if (kstrtou64(argv[3], 10, &geo->l1_offset)) {
+		ti->error = "Invalid L1 table offset";
+		return -EINVAL;
+	}
+	if (kstrtou32(argv[4], 10, &geo->l1_entries)) {
+		ti->error = "Invalid number of L1 entries";
+		return -EINVAL;
+	}
+	if (kstrtou64(argv[5], 10, &geo->reftable_offset)) {
+		ti->error = "Invalid refcount table offset";
+		return -EINVAL;
+	}
+	if (kstrtou32(argv[6], 10, &geo->reftable_clusters)) {
+		ti->error = "Invalid number of refcount table clusters";
+		return -EINVAL;
+	}
+	if (kstrtou32(argv[7], 10, &geo->refcount_order)) {
+		ti->error = "Invalid refcount order";
+		return -EINVAL;
+	}
+	return qcow2_parse_features(q, &as);
+}
+
+/* Open the devices, and check that they fit the geometry. */
+static int qcow2_get_devices(struct qcow2_target *q, char **argv,
+			     const struct qcow2_geometry *geo)
+{
+	blk_mode_t mode = BLK_OPEN_READ | (q->read_only ? 0 : BLK_OPEN_WRITE);
+	struct dm_target *ti = q->ti;
+	struct block_device *meta, *data;
+	enum qcow2_fault fault;
+	u64 l1_len;
+	int r;
+
+	r = dm_get_device(ti, argv[0], mode, &q->meta_dev);
+	if (r) {
+		ti->error = "Cannot open the metadata device";
+		return r;
+	}
+	r = dm_get_device(ti, argv[1], mode, &q->data_dev);
+	if (r) {
+		ti->error = "Cannot open the data device";
+		return r;
+	}
+	meta = q->meta_dev->bdev;
+	data = q->data_dev->bdev;
+	q->data_bdev = data;
+	if (meta == data) {
+		ti->error = "Metadata and data are on the same device";
+		return -EINVAL;
+	}
+	if (!q->read_only && bdev_read_only(meta)) {
+		ti->error = "Metadata device is read-only: read_only is needed";
+		return -EROFS;
+	}
+	if (!q->read_only && bdev_read_only(data)) {
+		ti->error = "Data device is read-only: read_only is needed";
+		return -EROFS;
+	}
+	if (bdev_nr_bytes(data) < geo->size) {
+		ti->error = "Data device is smaller than the target";
+		return -EINVAL;
+	}
+
+	fault = qcow2_geometry_check(geo, bdev_nr_bytes(meta));
+	if (fault) {
+		ti->error = (char *)qcow2_fault_str(fault);
+		return -EINVAL;
+	}
+	if (bdev_logical_block_size(meta) >
+	    min(1U << geo->cluster_bits, QCOW2_BLOCK_BYTES)) {
+		ti->error = "Metadata device's logical block is larger than a cluster or 4 KiB";
+		return -EINVAL;
+	}
+	l1_len = round_up((u64)geo->l1_entries * 8,
+			  min(1U << geo->cluster_bits, QCOW2_BLOCK_BYTES));
+	if (!q->read_only && l1_len > bdev_nr_bytes(meta) - geo->l1_offset) {
+		ti->error = "Metadata device ends inside the L1 table's last block: extend it";
+		return -EINVAL;
+	}
+	return 0;
+}
+
+static void qcow2_dtr(struct dm_target *ti)
+{
+	struct qcow2_target *q = ti->private;
+
+	if (q->commit_wq)
+		destroy_workqueue(q->commit_wq);
+	if (q->io_wq)
+		destroy_workqueue(q->io_wq);
+	if (q->md)
+		qcow2_metadata_destroy(q->md);
+	bioset_exit(&q->fill_bs);
+	bioset_exit(&q->bs);
+	free_percpu(q->stats);
+	if (q->data_dev)
+		dm_put_device(ti, q->data_dev);
+	if (q->meta_dev)
+		dm_put_device(ti, q->meta_dev);
+	kfree(q);
+}
+
+static int qcow2_create_pools(struct qcow2_target *q)
+{
+	int r;
+
+	q->stats = alloc_percpu(struct qcow2_stats);
+	/* unbound: misses wait for the disk */
+	q->io_wq = alloc_workqueue("dm-qcow2", WQ_UNBOUND | WQ_MEM_RECLAIM, 0);
+	q->commit_wq = alloc_ordered_workqueue("dm-qcow2-commit", WQ_MEM_RECLAIM);
+	if (!q->stats || !q->io_wq || !q->commit_wq)
+		return -ENOMEM;
+	r = bioset_init(&q->bs, QCOW2_BIO_RESERVE,
+			offsetof(struct qcow2_part, bio), 0);
+	if (r)
+		return r;
+	return bioset_init(&q->fill_bs, QCOW2_BIO_RESERVE, 0, BIOSET_NEED_BVECS);
+}
+
+/*
+ * <metadata_dev> <data_dev> <cluster_bits> <l1_offset> <l1_entries>
+ * <refcount_table_offset> <refcount_table_clusters> <refcount_order>
+ * [<#feature args> <feature arg>...]
+ *
+ * Offsets in bytes.  On a reload this runs while the old table is live, so it
+ * keeps nothing of what it reads: see qcow2_preresume().
+ */
+static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
+{
+	struct qcow2_geometry geo;
+	struct qcow2_target *q;
+	int r;
+
+	q = kzalloc(sizeof(*q), GFP_KERNEL);
+	if (!q) {
+		ti->error = "Cannot allocate the target";
+		return -ENOMEM;
+	}
+	ti->private = q;
+	q->ti = ti;
+	spin_lock_init(&q->lock);
+	INIT_LIST_HEAD(&q->reservations);
+	INIT_LIST_HEAD(&q->waiters);
+	INIT_WORK(&q->worker, qcow2_worker);
+	INIT_DELAYED_WORK(&q->waker, qcow2_waker);
+
+	r = qcow2_parse_args(q, argc, argv, &geo);
+	if (r)
+		goto bad;
+	q->read_only = q->read_only_arg ||
+		       !(dm_table_get_mode(ti->table) & BLK_OPEN_WRITE);
+	q->mode = q->read_only ? QCOW2_RO : QCOW2_RW;
+	r = qcow2_get_devices(q, argv, &geo);
+	if (r)
+		goto bad;
+	r = qcow2_create_pools(q);
+	if (r) {
+		ti->error = "Cannot allocate work queues and pools";
+		goto bad;
+	}
+	q->md = qcow2_metadata_create(q->meta_dev->bdev, q->data_bdev,
+				      dm_table_device_name(ti->table), &geo,
+				      q->read_only);
+	if (IS_ERR(q->md)) {
+		r = PTR_ERR(q->md);
+		q->md = NULL;
+		ti->error = "Cannot allocate the map";
+		goto bad;
+	}
+	r = qcow2_metadata_check_header(q->md, q->raw, q->read_only, &ti->error);
+	if (r)
+		goto bad;
+
+	ti->num_flush_bios = 1;
+	/* the metadata device may have a cache where the data device has none */
+	ti->flush_supported = true;
+	ti->accounts_remapped_io = true;
+	ti->per_io_data_size = sizeof(struct qcow2_io);
+	return 0;
+bad:
+	qcow2_dtr(ti);
+	return r;
+}
+
+static unsigned int qcow2_emit_features(struct qcow2_target *q, char *result,
+					unsigned int maxlen, unsigned int sz)
+{
+	DMEMIT("%u", q->read_only_arg + q->raw);
+	if (q->read_only_arg)
+		DMEMIT(" read_only");
+	if (q->raw)
+		DMEMIT(" data_file_raw");
+	return sz;
+}
+
+/*
+ * Info: <cluster size, sectors> <L2 tables>/<L1 entries> <slices in core>
+ * <bytes of states> <dirty slices> <hits> <misses> <first writes> <commits>
+ * <drops> <#feature args> <feature arg>* <mode>
+ */
+static void qcow2_status(struct dm_target *ti, status_type_t type,
+			 unsigned int status_flags, char *result,
+			 unsigned int maxlen)
+{
+	struct qcow2_target *q = ti->private;
+	struct qcow2_metadata *md = q->md;
+	const struct qcow2_geometry *geo = &md->geo;
+	struct qcow2_stats sum = {};
+	unsigned int sz = 0;
+	int cpu;
+
+	switch (type) {
+	case STATUSTYPE_INFO:
+		for_each_possible_cpu(cpu) {
+			struct qcow2_stats *stats = per_cpu_ptr(q->stats, cpu);
+
+			sum.hits += stats->hits;
+			sum.misses += stats->misses;
+			sum.first_writes += stats->first_writes;
+		}
+		DMEMIT("%u %lu/%u %lu %lu %lu %llu %llu %llu %lu 0 ",
+		       1U << md->unit_shift, READ_ONCE(md->l1_used),
+		       geo->l1_entries, READ_ONCE(md->nr_slices_cached),
+		       READ_ONCE(md->state_bytes), READ_ONCE(md->nr_dirty),
+		       sum.hits, sum.misses, sum.first_writes,
+		       READ_ONCE(q->commits));
+		sz = qcow2_emit_features(q, result, maxlen, sz);
+		DMEMIT(" %s", qcow2_mode_name(qcow2_mode(q)));
+		break;
+	case STATUSTYPE_TABLE:
+		DMEMIT("%s %s %u %llu %u %llu %u %u", q->meta_dev->name,
+		       q->data_dev->name, geo->cluster_bits, geo->l1_offset,
+		       geo->l1_entries, geo->reftable_offset,
+		       geo->reftable_clusters, geo->refcount_order);
+		if (q->read_only_arg || q->raw) {
+			DMEMIT(" ");
+			sz = qcow2_emit_features(q, result, maxlen, sz);
+		}
+		break;
+	case STATUSTYPE_IMA:
+		DMEMIT_TARGET_NAME_VERSION(ti->type);
+		DMEMIT(",metadata_device=%s,data_device=%s,cluster_bits=%u,read_only=%c,data_file_raw=%c;",
+		       q->meta_dev->name, q->data_dev->name, geo->cluster_bits,
+		       q->read_only ? 'y' : 'n', q->raw ? 'y' : 'n');
+		break;
+	}
+}
+
+/* The metadata device has neither the size nor the limits of this one. */
+static int qcow2_iterate_devices(struct dm_target *ti,
+				 iterate_devices_callout_fn fn, void *data)
+{
+	struct qcow2_target *q = ti->private;
+
+	return fn(ti, q->data_dev, 0, ti->len, data);
+}
+
+static void qcow2_io_hints(struct dm_target *ti, struct queue_limits *limits)
+{
+	struct qcow2_target *q = ti->private;
+
+	limits->io_opt = 1U << q->md->geo.cluster_bits;
+}
+
+static struct target_type qcow2_target = {
+	.name = "qcow2",
+	.version = {1, 0, 0},
+	.features = DM_TARGET_NOWAIT,
+	.module = THIS_MODULE,
+	.ctr = qcow2_ctr,
+	.dtr = qcow2_dtr,
+	.map = qcow2_map,
+	.end_io = qcow2_end_io,
+	.postsuspend = qcow2_postsuspend,
+	.preresume = qcow2_preresume,
+	.status = qcow2_status,
+	.iterate_devices = qcow2_iterate_devices,
+	.io_hints = qcow2_io_hints,
+};
+
+static int __init qcow2_init(void)
+{
+	int r;
+
+	qcow2_zeros = alloc_pages(GFP_KERNEL | __GFP_ZERO | __GFP_COMP,
+				  get_order(QCOW2_ZERO_BYTES));
+	if (!qcow2_zeros)
+		return -ENOMEM;
+	r = dm_register_target(&qcow2_target);
+	if (r)
+		__free_pages(qcow2_zeros, get_order(QCOW2_ZERO_BYTES));
+	return r;
+}
+
+static void __exit qcow2_exit(void)
+{
+	dm_unregister_target(&qcow2_target);
+	__free_pages(qcow2_zeros, get_order(QCOW2_ZERO_BYTES));
+}
+
+module_init(qcow2_init);
+module_exit(qcow2_exit);
+
+MODULE_DESCRIPTION(DM_NAME " target for qcow2 images with an external data file");
+MODULE_AUTHOR("The dm-qcow2 authors");
+MODULE_LICENSE("GPL");
