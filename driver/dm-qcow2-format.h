@@ -15,6 +15,7 @@
 #include <linux/types.h>
 
 #ifdef __KERNEL__
+#include <linux/bits.h>
 #include <linux/kernel.h>
 #include <linux/stddef.h>
 #include <asm/byteorder.h>
@@ -22,6 +23,10 @@
 #include <endian.h>
 #include <stdbool.h>
 #include <stddef.h>
+#define BIT_ULL(n)	(1ULL << (n))
+#ifndef __packed
+#define __packed	__attribute__((packed))
+#endif
 #define be16_to_cpu(x)	be16toh((__u16)(x))
 #define be32_to_cpu(x)	be32toh((__u32)(x))
 #define be64_to_cpu(x)	be64toh((__u64)(x))
@@ -42,21 +47,21 @@
 #define QCOW2_MAX_REFTABLE_BYTES	(8U << 20)
 #define QCOW2_MAX_L1_ENTRIES		(QCOW2_MAX_L1_BYTES / 8)
 /* Host offsets, and with a data file guest offsets too, have 56 bits. */
-#define QCOW2_MAX_OFFSET		((1ULL << 56) - 1)
+#define QCOW2_MAX_OFFSET		(BIT_ULL(56) - 1)
 
-#define QCOW2_INCOMPAT_DIRTY		(1ULL << 0)
-#define QCOW2_INCOMPAT_CORRUPT		(1ULL << 1)
-#define QCOW2_INCOMPAT_DATA_FILE	(1ULL << 2)
-#define QCOW2_INCOMPAT_COMPRESSION	(1ULL << 3)
-#define QCOW2_INCOMPAT_EXT_L2		(1ULL << 4)
+#define QCOW2_INCOMPAT_DIRTY		BIT_ULL(0)
+#define QCOW2_INCOMPAT_CORRUPT		BIT_ULL(1)
+#define QCOW2_INCOMPAT_DATA_FILE	BIT_ULL(2)
+#define QCOW2_INCOMPAT_COMPRESSION	BIT_ULL(3)
+#define QCOW2_INCOMPAT_EXT_L2		BIT_ULL(4)
 #define QCOW2_INCOMPAT_KNOWN		(QCOW2_INCOMPAT_DIRTY | \
 					 QCOW2_INCOMPAT_CORRUPT | \
 					 QCOW2_INCOMPAT_DATA_FILE | \
 					 QCOW2_INCOMPAT_COMPRESSION | \
 					 QCOW2_INCOMPAT_EXT_L2)
-#define QCOW2_COMPAT_LAZY_REFCOUNTS	(1ULL << 0)
-#define QCOW2_AUTOCLEAR_BITMAPS		(1ULL << 0)
-#define QCOW2_AUTOCLEAR_RAW_DATA	(1ULL << 1)
+#define QCOW2_COMPAT_LAZY_REFCOUNTS	BIT_ULL(0)
+#define QCOW2_AUTOCLEAR_BITMAPS		BIT_ULL(0)
+#define QCOW2_AUTOCLEAR_RAW_DATA	BIT_ULL(1)
 #define QCOW2_AUTOCLEAR_KNOWN		(QCOW2_AUTOCLEAR_BITMAPS | \
 					 QCOW2_AUTOCLEAR_RAW_DATA)
 
@@ -83,7 +88,7 @@ struct qcow2_header {
 	/* present if header_length > 104 */
 	__u8 compression_type;
 	__u8 padding[7];
-} __attribute__((packed));
+} __packed;
 
 /* "Header extensions" */
 #define QCOW2_EXT_END			0x00000000U
@@ -96,12 +101,12 @@ struct qcow2_header {
 struct qcow2_extension {
 	__be32 type;
 	__be32 len;			/* bytes, without the padding to 8 */
-} __attribute__((packed));
+} __packed;
 
 /* "L1 table entry", "Standard Cluster Descriptor" */
-#define QCOW2_OFLAG_COPIED		(1ULL << 63)
-#define QCOW2_OFLAG_COMPRESSED		(1ULL << 62)
-#define QCOW2_OFLAG_ZERO		(1ULL << 0)
+#define QCOW2_OFLAG_COPIED		BIT_ULL(63)
+#define QCOW2_OFLAG_COMPRESSED		BIT_ULL(62)
+#define QCOW2_OFLAG_ZERO		BIT_ULL(0)
 #define QCOW2_OFFSET_MASK		0x00fffffffffffe00ULL
 #define QCOW2_L1_RESERVED		0x7f000000000001ffULL
 #define QCOW2_L2_RESERVED		0x3f000000000001feULL

@@ -25,7 +25,7 @@
  * The allocator looks no further than this: beyond it lies nothing that an
  * image can need (4 Mi L2 tables with their refcounts).
  */
-#define QCOW2_MAX_CLUSTERS	(1ULL << 27)
+#define QCOW2_MAX_CLUSTERS	BIT_ULL(27)
 
 /* One block of an L2 table, on its way to the disk. */
 struct qcow2_batch_entry {
@@ -112,9 +112,10 @@ static void qcow2_ios_rw(struct qcow2_metadata *md, struct qcow2_ios *ios,
 {
 	while (len) {
 		struct bio *bio;
-		unsigned int vecs = bio_max_segs(DIV_ROUND_UP(offset_in_page(buf) + len,
-							      PAGE_SIZE));
+		unsigned int vecs = DIV_ROUND_UP(offset_in_page(buf) + len,
+						 PAGE_SIZE);
 
+		vecs = bio_max_segs(vecs);
 		bio = qcow2_ios_bio(md, ios, opf, offset, vecs);
 		while (len && vecs--) {
 			struct page *page = is_vmalloc_addr(buf) ?
@@ -137,8 +138,9 @@ static void qcow2_ios_zero(struct qcow2_metadata *md, struct qcow2_ios *ios,
 {
 	while (len) {
 		struct bio *bio;
-		unsigned int vecs = bio_max_segs(DIV_ROUND_UP_ULL(len, QCOW2_ZERO_BYTES));
+		unsigned int vecs = DIV_ROUND_UP_ULL(len, QCOW2_ZERO_BYTES);
 
+		vecs = bio_max_segs(vecs);
 		bio = qcow2_ios_bio(md, ios, REQ_OP_WRITE, offset, vecs);
 		while (len && vecs--) {
 			unsigned int n = min_t(u64, len, QCOW2_ZERO_BYTES);

@@ -84,7 +84,7 @@ struct qcow2_load {
  * and states of its slices, and the two lists.
  */
 struct qcow2_bucket {
-	spinlock_t lock;
+	spinlock_t lock;		/* see above */
 	struct list_head writes;	/* first writes in flight: qcow2_io */
 	struct list_head loads;		/* struct qcow2_load */
 } ____cacheline_aligned_in_smp;
@@ -111,7 +111,7 @@ struct qcow2_metadata {
 	unsigned long changed ____cacheline_aligned_in_smp;
 	unsigned long durable;
 
-	spinlock_t lock;
+	spinlock_t lock;		/* of what names it; nests in bucket locks */
 	struct list_head dirty;		/* slices; protected by @lock */
 	struct list_head committing;	/* slices; protected by @lock */
 	unsigned long nr_dirty;		/* on either list; @lock */
@@ -137,7 +137,7 @@ struct qcow2_metadata {
 	 * read them under it.
 	 */
 	__be64 *l1;
-	spinlock_t l1_lock;
+	spinlock_t l1_lock;		/* of entries of @l1; nests in bucket locks */
 	unsigned long l1_used;		/* entries with a table; @l1_lock */
 
 	/*

@@ -81,7 +81,7 @@ struct qcow2_target {
 	struct work_struct worker;
 	struct delayed_work waker;
 
-	spinlock_t lock;
+	spinlock_t lock;		/* of what names it; no lock nests in it */
 	struct list_head reservations;	/* ios that need an L2 table; @lock */
 	struct list_head waiters;	/* ios that need a commit; @lock */
 	bool set_corrupt;		/* header bit is to be set; @lock */
@@ -455,8 +455,10 @@ static bool qcow2_first_write(struct qcow2_io *io, sector_t sector,
 	/* the last unit ends with the device */
 	sector_t tail = min_t(sector_t, (last + 1) << shift, q->ti->len) - end;
 
-	if (q->raw)
-		head = tail = 0;
+	if (q->raw) {
+		head = 0;
+		tail = 0;
+	}
 	if (!may_block) {
 		/* fills may have to wait for a request below */
 		if ((head || tail) && (bio->bi_opf & REQ_NOWAIT))
@@ -1058,7 +1060,7 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	 * left behind.
 	 */
 	while (atomic_read(&q->slow))
-		msleep(1);
+		fsleep(1000);
 	cancel_delayed_work_sync(&q->waker);
 	flush_workqueue(q->io_wq);
 	flush_workqueue(q->commit_wq);
@@ -1409,8 +1411,9 @@ static void qcow2_status(struct dm_target *ti, status_type_t type,
 		break;
 	case STATUSTYPE_IMA:
 		DMEMIT_TARGET_NAME_VERSION(ti->type);
-		DMEMIT(",metadata_device=%s,data_device=%s,cluster_bits=%u,read_only=%c,data_file_raw=%c;",
-		       q->meta_dev->name, q->data_dev->name, geo->cluster_bits,
+		DMEMIT(",metadata_device=%s,data_device=%s,cluster_bits=%u",
+		       q->meta_dev->name, q->data_dev->name, geo->cluster_bits);
+		DMEMIT(",read_only=%c,data_file_raw=%c;",
 		       q->read_only ? 'y' : 'n', q->raw ? 'y' : 'n');
 		break;
 	}
