@@ -24,9 +24,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 #define BIT_ULL(n)	(1ULL << (n))
-#ifndef __packed
-#define __packed	__attribute__((packed))
-#endif
 #define be16_to_cpu(x)	be16toh((__u16)(x))
 #define be32_to_cpu(x)	be32toh((__u32)(x))
 #define be64_to_cpu(x)	be64toh((__u64)(x))
@@ -35,7 +32,7 @@
 #define cpu_to_be64(x)	((__be64)htobe64(x))
 #endif
 
-/* "Header" */
+/* "Header"; all fields of all structures are naturally aligned */
 #define QCOW2_MAGIC			0x514649fbU	/* "QFI\xfb" */
 #define QCOW2_HEADER_V3_MIN		104	/* bytes */
 #define QCOW2_MIN_CLUSTER_BITS		9
@@ -88,7 +85,7 @@ struct qcow2_header {
 	/* present if header_length > 104 */
 	__u8 compression_type;
 	__u8 padding[7];
-} __packed;
+};
 
 /* "Header extensions" */
 #define QCOW2_EXT_END			0x00000000U
@@ -101,7 +98,7 @@ struct qcow2_header {
 struct qcow2_extension {
 	__be32 type;
 	__be32 len;			/* bytes, without the padding to 8 */
-} __packed;
+};
 
 /* "L1 table entry", "Standard Cluster Descriptor" */
 #define QCOW2_OFLAG_COPIED		BIT_ULL(63)

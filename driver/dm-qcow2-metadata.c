@@ -308,6 +308,14 @@ static int qcow2_bad_l1(struct qcow2_metadata *md, unsigned long i, u64 entry,
 	return -EUCLEAN;
 }
 
+static void qcow2_bad_l2(struct qcow2_metadata *md, u64 guest, u64 entry,
+			 enum qcow2_fault fault)
+{
+	DMERR_LIMIT("%s: L2 entry of guest offset %#llx is corrupt (%#llx): %s",
+		    md->name, (unsigned long long)guest,
+		    (unsigned long long)entry, qcow2_fault_str(fault));
+}
+
 /* Does a cluster lie in one of the structures that the header names? */
 static bool qcow2_in_tables(struct qcow2_metadata *md, u64 offset)
 {
@@ -366,10 +374,7 @@ static struct qcow2_slice *qcow2_decode(struct qcow2_metadata *md,
 		}
 		fault = qcow2_l2_decode(entry, guest, bits, &state);
 		if (fault) {
-			DMERR_LIMIT("%s: L2 entry of guest offset %#llx is corrupt (%#llx): %s",
-				    md->name, (unsigned long long)guest,
-				    (unsigned long long)entry,
-				    qcow2_fault_str(fault));
+			qcow2_bad_l2(md, guest, entry, fault);
 			state = QCOW2_BUSY;
 		}
 		if (!i)
@@ -459,10 +464,10 @@ static const char *qcow2_compare_header(struct qcow2_metadata *md, bool raw,
 	if (geo.refcount_order != md->geo.refcount_order)
 		return "refcount order differs from the image's header";
 	if (!!(autoclear & QCOW2_AUTOCLEAR_RAW_DATA) != raw)
-		return raw ? "data_file_raw given, but the image's header has not the raw bit" :
+		return raw ? "data_file_raw is given, but the image has not the raw bit" :
 			     "image has the raw bit: data_file_raw is needed";
 	if (!read_only && (autoclear & ~QCOW2_AUTOCLEAR_KNOWN))
-		return "unknown autoclear bits are set: open the image with qcow2setup, or read-only";
+		return "unknown autoclear bits are set: use qcow2setup, or read_only";
 	return NULL;
 }
 
@@ -969,11 +974,9 @@ static int qcow2_patch_entry(struct qcow2_metadata *md,
 			continue;
 		fault = qcow2_l2_decode(be64_to_cpu(entries[i]), guest, bits,
 					&state);
+		/* it was sane when it was loaded */
 		if (fault) {
-			DMERR("%s: L2 entry of guest offset %#llx has changed on disk (%#llx): %s",
-			      md->name, (unsigned long long)guest,
-			      (unsigned long long)be64_to_cpu(entries[i]),
-			      qcow2_fault_str(fault));
+			qcow2_bad_l2(md, guest, be64_to_cpu(entries[i]), fault);
 			return -EIO;
 		}
 		if (state != QCOW2_DATA)
