@@ -214,8 +214,8 @@ bool qcow2_mark_dirty(struct qcow2_metadata *md, struct qcow2_slice *slice,
 	spin_unlock(&md->lock);
 
 	/*
-	 * Whoever sees the new state sees the dirty bit; pairs with smp_rmb()
-	 * in qcow2_range_durable().
+	 * Whoever sees the new state sees md->changed and the dirty bit; pairs
+	 * with smp_rmb() in qcow2_range_durable().
 	 */
 	smp_wmb();
 	return was_clean;

@@ -310,10 +310,14 @@ static inline bool qcow2_range_durable(struct qcow2_metadata *md,
 	unsigned int mask = (1U << md->slice_shift) - 1;
 	bool durable = true;
 
+	/*
+	 * The write that made it data need not have been acknowledged yet, so
+	 * order what follows after the look at the state; pairs with smp_wmb()
+	 * in qcow2_mark_dirty().
+	 */
+	smp_rmb();
 	if (qcow2_metadata_clean(md))
 		return true;
-	/* pairs with smp_wmb() in qcow2_mark_dirty() */
-	smp_rmb();
 	rcu_read_lock();
 	for (; durable && unit <= last; unit = (unit | mask) + 1) {
 		struct qcow2_slice *slot;
