@@ -227,8 +227,10 @@ static struct qcow2_slice *qcow2_slice_alloc(struct qcow2_metadata *md,
 	struct qcow2_slice *slice;
 
 	/*
-	 * A few KiB at most, so that the allocator does not fail for good.
 	 * GFP_NOIO because writeback may be waiting for the bio that needs it.
+	 * The bio cannot go on without.  A pool would be no help, since slices
+	 * are kept; they are a few KiB at most, and one is needed per 512 MiB
+	 * of a disk (at 64 KiB clusters).
 	 */
 	slice = kmalloc(sizeof(*slice), GFP_NOIO | __GFP_NOFAIL);
 	slice->words = qcow2_alloc_words(md, GFP_NOIO | __GFP_NOFAIL);
@@ -286,7 +288,8 @@ void qcow2_slot_expand(struct qcow2_metadata *md, unsigned long index)
 		entry = be64_to_cpu(md->l1[index >> md->slices_per_l2_shift]);
 		spin_unlock(&md->l1_lock);
 		slice->has_l2 = (entry & QCOW2_OFFSET_MASK) &&
-				(entry & QCOW2_OFLAG_COPIED);
+				(entry & QCOW2_OFLAG_COPIED) &&
+				READ_ONCE(md->reftable_read);
 		qcow2_slot_publish(md, index, slice);
 		slice = NULL;
 	}
@@ -423,7 +426,7 @@ int qcow2_metadata_load(struct qcow2_metadata *md, unsigned long index,
 	} else {
 		*slot = qcow2_decode(md, index, buf);
 		if (!qcow2_is_tag(*slot))
-			(*slot)->has_l2 = copied;
+			(*slot)->has_l2 = copied && READ_ONCE(md->reftable_read);
 	}
 	mempool_free(buf, &md->slice_pool);
 	return r;
@@ -529,13 +532,16 @@ static unsigned long qcow2_reftable_entries(struct qcow2_metadata *md)
 	return (unsigned long)md->geo.reftable_clusters << (md->geo.cluster_bits - 3);
 }
 
-/* Note the clusters of a structure; false if one was taken already. */
+/*
+ * Note the clusters of a structure; false if one was taken already, or lies
+ * where no one can tell.
+ */
 static bool qcow2_use(struct qcow2_metadata *md, u64 offset, u64 len)
 {
 	u64 c = offset >> md->geo.cluster_bits;
 	u64 end = (offset + len + (1ULL << md->geo.cluster_bits) - 1) >>
 		md->geo.cluster_bits;
-	bool free = true;
+	bool free = end <= md->nr_clusters;
 
 	for (; c < end && c < md->nr_clusters; c++)
 		if (__test_and_set_bit(c, md->used))
@@ -570,7 +576,7 @@ static int qcow2_read_reftable(struct qcow2_metadata *md)
 			return -EUCLEAN;
 		}
 	}
-	md->reftable_read = true;
+	WRITE_ONCE(md->reftable_read, true);
 	return 0;
 }
 
@@ -614,11 +620,6 @@ static int qcow2_alloc_cluster(struct qcow2_metadata *md, u64 *cluster)
 	unsigned long entries = qcow2_reftable_entries(md);
 	int r;
 
-	if (!md->reftable_read) {
-		r = qcow2_read_reftable(md);
-		if (r)
-			return r;
-	}
 	for (; md->cursor < md->nr_clusters; md->cursor++) {
 		u64 c = md->cursor;
 		unsigned int i;
@@ -660,11 +661,23 @@ int qcow2_metadata_reserve(struct qcow2_metadata *md, unsigned long index)
 	bool copied;
 	int r;
 
+	/* Before the first change, so that overlaps are known by then. */
+	if (!md->reftable_read) {
+		r = qcow2_read_reftable(md);
+		if (r)
+			return r;
+	}
 	r = qcow2_l2_offset(md, index, &offset, &copied);
 	if (r)
 		return r;
-	if (offset && !copied)
-		return qcow2_bad_l1(md, i, offset, QCOW2_FAULT_ENTRY_SHARED);
+	/*
+	 * The format would have us copy the table.  Nothing makes such images
+	 * with an external data file, which cannot have snapshots.
+	 */
+	if (offset && !copied) {
+		qcow2_bad_l1(md, i, offset, QCOW2_FAULT_ENTRY_SHARED);
+		return -EIO;
+	}
 	if (!offset && !md->reserved[i]) {
 		r = qcow2_alloc_cluster(md, &cluster);
 		if (r)
@@ -835,8 +848,11 @@ static void qcow2_note_fresh(struct qcow2_batch *batch, unsigned long l1_index)
 	batch->fresh[batch->nr_fresh++] = l1_index;
 }
 
-/* Move a slice's dirty blocks into the batch; the bucket lock is held. */
-static void qcow2_take_slice(struct qcow2_metadata *md,
+/*
+ * Move a slice's dirty blocks into the batch; the bucket lock is held.  Returns
+ * false if the batch had not room for all of them.
+ */
+static bool qcow2_take_slice(struct qcow2_metadata *md,
 			     struct qcow2_slice *slice)
 {
 	struct qcow2_batch *batch = md->batch;
@@ -860,11 +876,12 @@ static void qcow2_take_slice(struct qcow2_metadata *md,
 	}
 	WRITE_ONCE(slice->dirty, dirty);
 	if (dirty & (BIT(QCOW2_MAX_BLOCKS) - 1))
-		return;
+		return false;
 	spin_lock(&md->lock);
 	list_del_init(&slice->dirty_node);
 	md->nr_dirty--;
 	spin_unlock(&md->lock);
+	return true;
 }
 
 /*
@@ -882,6 +899,7 @@ static void qcow2_take_batch(struct qcow2_metadata *md)
 	for (;;) {
 		struct qcow2_bucket *bucket;
 		struct qcow2_slice *slice;
+		bool whole;
 
 		spin_lock_irq(&md->lock);
 		slice = list_first_entry_or_null(&md->committing,
@@ -905,7 +923,38 @@ static void qcow2_take_batch(struct qcow2_metadata *md)
 
 		bucket = qcow2_bucket(md, slice->index);
 		spin_lock_irq(&bucket->lock);
-		qcow2_take_slice(md, slice);
+		whole = qcow2_take_slice(md, slice);
+		spin_unlock_irq(&bucket->lock);
+		/*
+		 * No second look at a slice in the same batch: a block that
+		 * has become dirty again meanwhile would be in it twice, and
+		 * be written twice in no order.
+		 */
+		if (!whole)
+			return;
+	}
+}
+
+/* Nothing of the batch was written: its blocks are as dirty as they were. */
+static void qcow2_untake_batch(struct qcow2_metadata *md)
+{
+	struct qcow2_batch *batch = md->batch;
+	unsigned int i;
+
+	for (i = 0; i < batch->nr; i++) {
+		struct qcow2_batch_entry *e = batch->entries + i;
+		struct qcow2_bucket *bucket = qcow2_bucket(md, e->slice->index);
+
+		spin_lock_irq(&bucket->lock);
+		WRITE_ONCE(e->slice->dirty,
+			   (e->slice->dirty & ~BIT(e->block + QCOW2_MAX_BLOCKS)) |
+			   BIT(e->block));
+		spin_lock(&md->lock);
+		if (list_empty(&e->slice->dirty_node)) {
+			list_add_tail(&e->slice->dirty_node, &md->committing);
+			md->nr_dirty++;
+		}
+		spin_unlock(&md->lock);
 		spin_unlock_irq(&bucket->lock);
 	}
 }
@@ -985,13 +1034,13 @@ static int qcow2_patch_entry(struct qcow2_metadata *md,
 	return 0;
 }
 
-static int qcow2_commit_batch(struct qcow2_metadata *md)
+static int qcow2_commit_batch(struct qcow2_metadata *md, bool *fatal)
 {
 	struct qcow2_batch *batch = md->batch;
 	struct blk_plug plug;
 	struct qcow2_ios ios;
 	unsigned int i;
-	int r, r2;
+	int r, r2, r3;
 
 	/*
 	 * 1. The units that the batch calls data were written before it was
@@ -1003,17 +1052,23 @@ static int qcow2_commit_batch(struct qcow2_metadata *md)
 	r = qcow2_read_batch(md, &ios);
 	blk_finish_plug(&plug);
 	r2 = blkdev_issue_flush(md->data_bdev);
+	/*
+	 * What the device has lost of the data it may not report a second
+	 * time.
+	 */
+	*fatal = r2;
 	if (r2)
 		DMERR("%s: cannot flush the data device: %d", md->name, r2);
+	r3 = qcow2_ios_wait(&ios);
+	if (r3)
+		DMERR_LIMIT("%s: cannot read an L2 table: %d", md->name, r3);
 	if (!r)
-		r = r2;
-	r2 = qcow2_ios_wait(&ios);
-	if (!r)
-		r = r2;
+		r = r2 ? r2 : r3;
 	for (i = 0; !r && i < batch->nr; i++)
 		r = qcow2_patch_entry(md, batch->entries + i);
 	if (r || !batch->nr)
 		return r;
+	*fatal = true;
 
 	/* 2. New L2 tables and their refcounts, durable before L1 names them */
 	if (batch->nr_fresh) {
@@ -1050,7 +1105,7 @@ static int qcow2_commit_batch(struct qcow2_metadata *md)
 	return 0;
 }
 
-int qcow2_metadata_commit(struct qcow2_metadata *md)
+int qcow2_metadata_commit(struct qcow2_metadata *md, bool *fatal)
 {
 	unsigned long changed;
 	int r;
@@ -1066,14 +1121,22 @@ int qcow2_metadata_commit(struct qcow2_metadata *md)
 
 	do {
 		qcow2_take_batch(md);
-		r = qcow2_commit_batch(md);
+		r = qcow2_commit_batch(md, fatal);
+		if (r && !*fatal)
+			qcow2_untake_batch(md);
 		qcow2_free_batch(md);
 	} while (!r && !list_empty_careful(&md->committing));
 
-	if (r)
-		DMERR("%s: commit failed: %d", md->name, r);
-	else
+	if (!r) {
 		WRITE_ONCE(md->durable, changed);
+		return 0;
+	}
+	DMERR_LIMIT("%s: commit failed: %d", md->name, r);
+	if (!*fatal) {
+		spin_lock_irq(&md->lock);
+		list_splice_init(&md->committing, &md->dirty);
+		spin_unlock_irq(&md->lock);
+	}
 	return r;
 }
 

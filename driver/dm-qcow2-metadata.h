@@ -53,15 +53,16 @@ struct qcow2_slice {
 	/*
 	 * Low half: blocks of the slice that are newer in core than on disk.
 	 * High half: blocks that the commit under way is writing; they stay
-	 * set if it fails.  Written under the bucket lock, before a unit's
+	 * set if it fails for good.  Written under the bucket lock, before a unit's
 	 * state becomes data; read without it after that state was seen
 	 * (qcow2_range_durable()).
 	 */
 	u32 dirty;
 	/*
-	 * There is an L2 table on disk, or a cluster is reserved for it.  Set
-	 * under the bucket lock, never cleared; a reader that sees it clear
-	 * asks the commit worker, so that no order is needed.
+	 * May be committed: there is an L2 table on disk, or a cluster is
+	 * reserved for it, and the tables' clusters are known to be disjoint.
+	 * Set under the bucket lock, never cleared; a reader that sees it
+	 * clear asks the commit worker, so that no order is needed.
 	 */
 	bool has_l2;
 	/* Some busy units are corrupt entries on disk; constant. */
@@ -145,7 +146,7 @@ struct qcow2_metadata {
 	 * the device is live, by resume and suspend else.
 	 */
 	__be64 *reftable;		/* as on disk */
-	bool reftable_read;
+	bool reftable_read;		/* and checked; others may look at it */
 	u64 nr_clusters;		/* that the allocator may use */
 	unsigned long *used;		/* bitmap: referenced or reserved */
 	u64 cursor;			/* no free cluster below */
@@ -431,21 +432,26 @@ void qcow2_slot_expand(struct qcow2_metadata *md, unsigned long index);
 
 /**
  * qcow2_metadata_reserve() - make sure that a slice can be committed
+ * @md: the metadata
  * @index: slot of the slice, which has been expanded
  *
- * Reserves a cluster for the L2 table if there is none.  -ENOSPC if no cluster
- * of the metadata device is free.
+ * Reserves a cluster for the L2 table if there is none, after a look at all
+ * refcount blocks' places.  -ENOSPC if no cluster of the metadata device is
+ * free.
  */
 int qcow2_metadata_reserve(struct qcow2_metadata *md, unsigned long index);
 
 /**
  * qcow2_metadata_commit() - bring all changes made so far to stable storage
+ * @md: the metadata
+ * @fatal: set if the result is an error
  *
  * Flushes the data device, even if nothing has changed.  After an error
- * nothing of what was being committed counts as durable, and the function must
+ * nothing of what was being committed counts as durable.  If it is not @fatal,
+ * nothing was written, and a later call may succeed; else the function must
  * not be called again.
  */
-int qcow2_metadata_commit(struct qcow2_metadata *md);
+int qcow2_metadata_commit(struct qcow2_metadata *md, bool *fatal);
 
 /* qcow2_metadata_set_corrupt() - set the corrupt bit in the header, durably */
 int qcow2_metadata_set_corrupt(struct qcow2_metadata *md);

@@ -33,7 +33,7 @@
 #define QCOW2_BIO_RESERVE	64
 
 #define QCOW2_NR_ARGS		8
-#define QCOW2_MAX_FEATURES	2
+#define QCOW2_MAX_FEATURES	8	/* words */
 
 struct page *qcow2_zeros;
 
@@ -206,8 +206,11 @@ static void qcow2_io_init(struct qcow2_target *q, struct qcow2_io *io,
 	io->q = q;
 	io->bio = bio;
 	io->parent = parent;
-	if (!parent)
+	if (!parent) {
 		atomic_inc(&q->slow);
+		/* Whoever polls for it could wait for more than a device. */
+		bio_clear_polled(bio);
+	}
 }
 
 /* DM's bio needs nothing more of us than a plain remap. */
@@ -254,8 +257,12 @@ static void qcow2_wait_commit(struct qcow2_target *q, struct qcow2_io *io)
 
 	spin_lock_irqsave(&q->lock, flags);
 	list_add_tail(&io->node, &q->waiters);
-	spin_unlock_irqrestore(&q->lock, flags);
+	/*
+	 * Under the lock: as soon as the worker, running for someone else,
+	 * takes the list, the io may end, and the target with it.
+	 */
 	queue_work(q->commit_wq, &q->worker);
+	spin_unlock_irqrestore(&q->lock, flags);
 }
 
 /*
@@ -366,7 +373,8 @@ static void qcow2_fill_endio(struct bio *bio)
  *----------------------------------------------------------------
  */
 
-static struct bio *qcow2_alloc_fill(struct qcow2_target *q, blk_opf_t opf,
+/* A bio that writes zeros on behalf of the first write @orig. */
+static struct bio *qcow2_alloc_fill(struct qcow2_target *q, struct bio *orig,
 				    sector_t sector, sector_t nr, gfp_t gfp)
 {
 	u64 len = (u64)nr << SECTOR_SHIFT;
@@ -375,10 +383,12 @@ static struct bio *qcow2_alloc_fill(struct qcow2_target *q, blk_opf_t opf,
 	/* A cluster is 2 MiB at most: 32 vectors. */
 	bio = bio_alloc_bioset(q->data_bdev,
 			       DIV_ROUND_UP_ULL(len, QCOW2_ZERO_BYTES),
-			       REQ_OP_WRITE | (opf & REQ_SYNC), gfp,
+			       REQ_OP_WRITE | (orig->bi_opf & REQ_SYNC), gfp,
 			       &q->fill_bs);
 	if (!bio)
 		return NULL;
+	bio_clone_blkg_association(bio, orig);
+	bio->bi_ioprio = orig->bi_ioprio;
 	bio->bi_iter.bi_sector = sector;
 	bio->bi_end_io = qcow2_fill_endio;
 	while (len) {
@@ -464,10 +474,10 @@ static bool qcow2_first_write(struct qcow2_io *io, sector_t sector,
 		if ((head || tail) && (bio->bi_opf & REQ_NOWAIT))
 			goto no;
 		if (head)
-			head_fill = qcow2_alloc_fill(q, bio->bi_opf, unit << shift,
+			head_fill = qcow2_alloc_fill(q, bio, unit << shift,
 						     head, GFP_NOWAIT | __GFP_NOWARN);
 		if (tail)
-			tail_fill = qcow2_alloc_fill(q, bio->bi_opf, end, tail,
+			tail_fill = qcow2_alloc_fill(q, bio, end, tail,
 						     GFP_NOWAIT | __GFP_NOWARN);
 		if ((head && !head_fill) || (tail && !tail_fill))
 			goto no;
@@ -479,7 +489,7 @@ static bool qcow2_first_write(struct qcow2_io *io, sector_t sector,
 	/* The bio's own reference is there; it has not been submitted. */
 	if (head) {
 		if (!head_fill)
-			head_fill = qcow2_alloc_fill(q, bio->bi_opf, unit << shift,
+			head_fill = qcow2_alloc_fill(q, bio, unit << shift,
 						     head, GFP_NOIO);
 		head_fill->bi_private = io;
 		atomic_inc(&io->pending);
@@ -487,7 +497,7 @@ static bool qcow2_first_write(struct qcow2_io *io, sector_t sector,
 	}
 	if (tail) {
 		if (!tail_fill)
-			tail_fill = qcow2_alloc_fill(q, bio->bi_opf, end, tail,
+			tail_fill = qcow2_alloc_fill(q, bio, end, tail,
 						     GFP_NOIO);
 		tail_fill->bi_private = io;
 		atomic_inc(&io->pending);
@@ -747,8 +757,8 @@ static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
 	if (!has_l2) {
 		spin_lock_irq(&q->lock);
 		list_add_tail(&io->node, &q->reservations);
-		spin_unlock_irq(&q->lock);
 		queue_work(q->commit_wq, &q->worker);
+		spin_unlock_irq(&q->lock);
 		return false;
 	}
 
@@ -778,7 +788,7 @@ static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
 	struct qcow2_target *q = io->q;
 
 	if (state == QCOW2_BUSY && qcow2_unit_bad(q->md, io->sector)) {
-		io->status = BLK_STS_IOERR;
+		WRITE_ONCE(io->status, BLK_STS_IOERR);
 		return true;
 	}
 	if (bio_op(io->bio) == REQ_OP_READ) {
@@ -790,7 +800,7 @@ static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
 	if (qcow2_mode(q) == QCOW2_RO ||
 	    (qcow2_mode(q) == QCOW2_FAIL &&
 	     (state != QCOW2_DATA || (io->bio->bi_opf & REQ_FUA)))) {
-		io->status = BLK_STS_IOERR;
+		WRITE_ONCE(io->status, BLK_STS_IOERR);
 		return true;
 	}
 	if (state == QCOW2_DATA)
@@ -813,7 +823,7 @@ static void qcow2_process(struct work_struct *work)
 		if (r > 0)
 			return;
 		if (r < 0) {
-			io->status = errno_to_blk_status(r);
+			WRITE_ONCE(io->status, errno_to_blk_status(r));
 			break;
 		}
 		nr = qcow2_lookup(md, io->sector, io->left, &state);
@@ -830,14 +840,19 @@ static void qcow2_process(struct work_struct *work)
 
 static int qcow2_commit(struct qcow2_target *q)
 {
+	bool fatal = false;
 	int r;
 
 	if (qcow2_mode(q) == QCOW2_FAIL)
 		return -EIO;
-	r = qcow2_metadata_commit(q->md);
-	WRITE_ONCE(q->commits, q->commits + 1);
-	if (r)
+	r = qcow2_metadata_commit(q->md, &fatal);
+	if (!r)
+		WRITE_ONCE(q->commits, q->commits + 1);
+	else if (fatal)
 		qcow2_set_mode(q, QCOW2_FAIL);
+	else
+		queue_delayed_work(q->commit_wq, &q->waker,
+				   QCOW2_COMMIT_PERIOD);
 	return r;
 }
 
@@ -873,7 +888,7 @@ static void qcow2_do_waiters(struct qcow2_target *q, struct list_head *ios)
 		return;
 	status = errno_to_blk_status(qcow2_commit(q));
 	list_for_each_entry_safe(io, next, ios, node) {
-		io->status = status;
+		WRITE_ONCE(io->status, status);
 		qcow2_io_end(io);
 	}
 }
@@ -927,15 +942,33 @@ static int qcow2_remap(struct qcow2_target *q, struct bio *bio)
 	return DM_MAPIO_REMAPPED;
 }
 
+/*
+ * Take only the first @nr sectors of a bio.  False if it must not be cut: of a
+ * NOWAIT bio's parts one might have to wait when others are on their way, and
+ * then EAGAIN would come too late for io_uring to try again.
+ */
+static bool qcow2_accept(struct bio *bio, unsigned int nr)
+{
+	if (likely(nr >= bio_sectors(bio)))
+		return true;
+	if (bio->bi_opf & REQ_NOWAIT)
+		return false;
+	dm_accept_partial_bio(bio, nr);
+	return true;
+}
+
+static int qcow2_would_block(struct bio *bio)
+{
+	bio_wouldblock_error(bio);
+	return DM_MAPIO_SUBMITTED;
+}
+
 /* Leave a bio to the workqueue. */
 static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
 		       struct bio *bio)
 {
-	if (bio->bi_opf & REQ_NOWAIT) {
-		bio_wouldblock_error(bio);
-		return DM_MAPIO_SUBMITTED;
-	}
-	bio_clear_polled(bio);
+	if (bio->bi_opf & REQ_NOWAIT)
+		return qcow2_would_block(bio);
 	qcow2_io_init(q, io, bio, NULL);
 	io->sector = bio->bi_iter.bi_sector;
 	io->left = bio_sectors(bio);
@@ -970,8 +1003,8 @@ static int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
 	nr = qcow2_lookup(q->md, sector, bio_sectors(bio), &state);
 	if (!nr)
 		return qcow2_defer(q, io, bio);
-	if (unlikely(nr < bio_sectors(bio)))
-		dm_accept_partial_bio(bio, nr);
+	if (!qcow2_accept(bio, nr))
+		return qcow2_would_block(bio);
 	this_cpu_inc(q->stats->hits);
 	if (likely(state == QCOW2_DATA))
 		return qcow2_remap(q, bio);
@@ -999,8 +1032,8 @@ static int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 		return qcow2_defer(q, io, bio);
 
 	if (likely(state == QCOW2_DATA)) {
-		if (unlikely(nr < bio_sectors(bio)))
-			dm_accept_partial_bio(bio, nr);
+		if (!qcow2_accept(bio, nr))
+			return qcow2_would_block(bio);
 		this_cpu_inc(q->stats->hits);
 		if ((bio->bi_opf & REQ_FUA) &&
 		    !qcow2_range_durable(md, sector, nr)) {
@@ -1016,8 +1049,8 @@ static int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 		return qcow2_defer(q, io, bio);
 	slice_end = ((sector >> shift) + 1) << shift;
 	nr = min_t(sector_t, nr, slice_end - sector);
-	if (nr < bio_sectors(bio))
-		dm_accept_partial_bio(bio, nr);
+	if (!qcow2_accept(bio, nr))
+		return qcow2_would_block(bio);
 	qcow2_io_init(q, io, bio, NULL);
 	if (!qcow2_first_write(io, sector, nr, state, false)) {
 		qcow2_io_release(io);
@@ -1066,8 +1099,11 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	flush_workqueue(q->commit_wq);
 
 	/* No worker is active: the commit is ours. */
-	if (!qcow2_metadata_clean(q->md))
-		qcow2_commit(q);
+	if (!qcow2_metadata_clean(q->md) && qcow2_commit(q)) {
+		/* There will be no other try. */
+		cancel_delayed_work_sync(&q->waker);
+		qcow2_set_mode(q, QCOW2_FAIL);
+	}
 	/* What could not be written is in core only. */
 	if (qcow2_mode(q) != QCOW2_FAIL)
 		qcow2_metadata_suspend(q->md);
@@ -1119,20 +1155,22 @@ static int qcow2_parse_features(struct qcow2_target *q, struct dm_arg_set *as)
 		return r;
 	while (n--) {
 		const char *name = dm_shift_arg(as);
-		bool *flag;
+		bool *flag = NULL;
 
-		if (!strcasecmp(name, "read_only")) {
+		if (!strcasecmp(name, "read_only"))
 			flag = &q->read_only_arg;
-		} else if (!strcasecmp(name, "data_file_raw")) {
+		else if (!strcasecmp(name, "data_file_raw"))
 			flag = &q->raw;
-		} else {
+		else if (!strcasecmp(name, "extended_l2") ||
+			 !strcasecmp(name, "backing_dev") ||
+			 !strcasecmp(name, "no_discard_passdown"))
+			ti->error = "Feature argument is not supported yet";
+		else
 			ti->error = "Unknown feature argument";
-			return -EINVAL;
-		}
-		if (*flag) {
+		if (flag && *flag)
 			ti->error = "Feature argument given twice";
+		if (!flag || *flag)
 			return -EINVAL;
-		}
 		*flag = true;
 	}
 	if (as->argc) {
@@ -1146,15 +1184,14 @@ static int qcow2_parse_args(struct qcow2_target *q, unsigned int argc,
 			    char **argv, struct qcow2_geometry *geo)
 {
 	struct dm_target *ti = q->ti;
-	struct dm_arg_set as = {
-		.argc = argc - QCOW2_NR_ARGS,
-		.argv = argv + QCOW2_NR_ARGS,
-	};
+	struct dm_arg_set as;
 
 	if (argc < QCOW2_NR_ARGS) {
 		ti->error = "Not enough arguments";
 		return -EINVAL;
 	}
+	as.argc = argc - QCOW2_NR_ARGS;
+	as.argv = argv + QCOW2_NR_ARGS;
 	if (ti->begin) {
 		ti->error = "Target must start at sector 0";
 		return -EINVAL;
@@ -1241,6 +1278,11 @@ static int qcow2_get_devices(struct qcow2_target *q, char **argv,
 	if (bdev_logical_block_size(meta) >
 	    min(1U << geo->cluster_bits, QCOW2_BLOCK_BYTES)) {
 		ti->error = "Metadata device's logical block is larger than a cluster or 4 KiB";
+		return -EINVAL;
+	}
+	/* Requests are cut, and units filled, at clusters' borders. */
+	if (bdev_logical_block_size(data) > 1U << geo->cluster_bits) {
+		ti->error = "Data device's logical block is larger than a cluster";
 		return -EINVAL;
 	}
 	l1_len = round_up((u64)geo->l1_entries * 8,
@@ -1431,8 +1473,12 @@ static int qcow2_iterate_devices(struct dm_target *ti,
 static void qcow2_io_hints(struct dm_target *ti, struct queue_limits *limits)
 {
 	struct qcow2_target *q = ti->private;
+	unsigned int cluster = 1U << q->md->geo.cluster_bits;
 
-	limits->io_opt = 1U << q->md->geo.cluster_bits;
+	/* Writes of whole clusters need no fill; keep a stripe's size. */
+	if (cluster >= limits->physical_block_size &&
+	    (limits->io_opt < cluster || limits->io_opt % cluster))
+		limits->io_opt = cluster;
 }
 
 static struct target_type qcow2_target = {
