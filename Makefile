@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# dm-qcow2: builds driver/dm-qcow2.ko and tools/qcow2setup. See "make help".
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := all
+
+# The kernel to build for: the running one if its headers are here, else the
+# newest one whose headers are.
+ifndef KDIR
+KDIR := $(firstword $(patsubst %/Makefile,%,\
+	$(wildcard /lib/modules/$(shell uname -r)/build/Makefile) \
+	$(shell ls -d /lib/modules/*/build/Makefile 2>/dev/null | sort -rV)))
+endif
+KREL = $(shell sed -n 's/.*UTS_RELEASE "\(.*\)"/\1/p' "$(KDIR)/include/generated/utsrelease.h" 2>/dev/null)
+
+# The VM's kernel, a series (6.1); the newest installed release of it counts.
+KERNEL ?= 6.1
+export KERNEL
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+INSTALL_MOD_DIR ?= updates
+
+# Builds of one tree at the same time would write the same files.
+LOCK = mkdir -p .build && flock .build/lock
+
+all: module tool
+
+help:
+	@echo 'Builds (KDIR= names the headers of another kernel):'
+	@echo '  make             driver/dm-qcow2.ko and tools/qcow2setup'
+	@echo '  make module      the module only'
+	@echo '  make tool        the tool only'
+	@echo '  make install     install both (DESTDIR=, PREFIX=$(PREFIX))'
+	@echo '  make uninstall   take them away'
+	@echo '  make clean       remove what was built'
+	@echo 'On Debian, as root, with what they need installed by themselves:'
+	@echo '  make demo        boot a VM from a qcow2 image through the device, step by step'
+	@echo '  make check       all tests, in a VM; TESTS="read write" runs some of them'
+	@echo '  make vm-shell    a root shell in the test VM'
+	@echo 'Parts of make check:'
+	@echo '  make deps        install what make check needs'
+	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
+	@echo '  make unit        unit tests of the tool, also under valgrind'
+	@echo '  make vm-build    module for the kernel of the VM (KERNEL=$(KERNEL)), and tool'
+	@echo 'Now: KDIR=$(or $(KDIR),(no kernel headers found))'
+
+# Each missing piece is told in one line, before a compiler tells it in fifty.
+preflight-cc:
+	@command -v $(firstword $(CC)) > /dev/null || { \
+		echo "dm-qcow2: no C compiler ($(CC)); run: apt-get install gcc" >&2; exit 1; }
+
+preflight-module: preflight-cc
+	@if [ -z "$(KDIR)" ]; then \
+		echo "dm-qcow2: no kernel headers are installed; run: apt-get install linux-headers-amd64, or name them with KDIR=" >&2; exit 1; \
+	elif [ ! -e "$(KDIR)/Makefile" ] || [ -z "$(KREL)" ]; then \
+		echo "dm-qcow2: $(KDIR) holds no kernel headers that are ready for use; install the linux-headers package, or name another folder with KDIR=" >&2; exit 1; \
+	fi
+
+preflight-tool: preflight-cc
+	@command -v pkg-config > /dev/null || { \
+		echo "dm-qcow2: no pkg-config; run: apt-get install pkg-config" >&2; exit 1; }
+	@for lib in devmapper:libdevmapper-dev smartcols:libsmartcols-dev; do \
+		pkg-config --exists $${lib%:*} || { \
+			echo "dm-qcow2: the library $${lib%:*} is missing; run: apt-get install $${lib#*:}" >&2; exit 1; }; \
+	done
+
+# kbuild's own dependencies do not always see that the headers are another
+# kernel's, so a change of kernel starts from scratch.
+module: preflight-module
+	@$(LOCK) $(MAKE) --no-print-directory __module KDIR=$(KDIR)
+
+__module:
+	@if [ "$$(cat .build/krel 2>/dev/null)" != "$(KREL)" ]; then \
+		rm -f driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c; \
+		echo "$(KREL)" > .build/krel; \
+	fi
+	@$(MAKE) --no-print-directory -C $(KDIR) M=$(CURDIR) modules
+
+tool: preflight-tool
+	@$(LOCK) $(MAKE) --no-print-directory -C tools
+
+install: all
+	install -D -m 644 driver/dm-qcow2.ko \
+		$(DESTDIR)/lib/modules/$(KREL)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
+	$(if $(DESTDIR),,depmod $(KREL))
+	$(MAKE) -C tools install DESTDIR=$(DESTDIR) PREFIX=$(PREFIX)
+
+uninstall:
+	rm -f $(DESTDIR)/lib/modules/$(KREL)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
+	$(if $(DESTDIR),,depmod $(KREL))
+	rm -f $(DESTDIR)$(PREFIX)/sbin/qcow2setup $(DESTDIR)$(PREFIX)/share/man/man8/qcow2setup.8
+
+# Does not need kernel headers, so that it works wherever it is wanted.
+clean:
+	@# A VM that is running keeps its folder.
+	@for d in .build/vm/run.* .build/demo.*; do \
+		[ ! -d "$$d" ] || ( flock -n 9 && rm -rf "$$d" ) 9< "$$d" || true; done
+	rm -rf .build/lint.*
+	@rmdir .build/vm 2>/dev/null || true
+	@[ ! -d .build ] || find .build -maxdepth 1 -type f -delete
+	@rmdir .build 2>/dev/null || true
+	rm -f driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c \
+		driver/modules.order driver/Module.symvers modules.order Module.symvers .*.cmd
+	$(MAKE) -C tools clean
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+deps:
+	@selftests/vm/deps check
+
+# The VM's kernel decides what is built for it. A sub-make looks for it, for
+# its headers may just have been installed.
+vm-build:
+	@rel=$$(selftests/vm/run --kernel-release) && \
+	$(MAKE) --no-print-directory all KDIR=/lib/modules/$$rel/build
+
+vm-shell:
+	@selftests/vm/deps check
+	@$(MAKE) --no-print-directory vm-build
+	@selftests/vm/run --shell
+
+lint:
+	@selftests/vm/deps lint
+	@selftests/lint
+
+unit: preflight-tool
+	@$(MAKE) --no-print-directory -C tools unit valgrind
+
+check:
+	@selftests/check $(TESTS)
+
+demo:
+	@selftests/vm/deps demo
+	@$(MAKE) --no-print-directory vm-build
+	@selftests/vm/demo
+
+.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit check demo \
+	preflight-cc preflight-module preflight-tool
