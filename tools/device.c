@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include <ctype.h>
+#include <dirent.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "device.h"
+#include "dm.h"
+#include "node.h"
+#include "util.h"
+
+const char *device_name(const char *name)
+{
+	static const char prefix[] = "/dev/mapper/";
+
+	if (!strncmp(name, prefix, sizeof(prefix) - 1))
+		return name + sizeof(prefix) - 1;
+	return name;
+}
+
+/* Last component of what a link in sysfs points to. */
+static bool sysfs_link(char *out, size_t size, const char *path)
+{
+	char target[PATH_MAX];
+	ssize_t n = readlink(path, target, sizeof(target) - 1);
+	const char *slash;
+
+	if (n < 0)
+		return false;
+	target[n] = 0;
+	slash = strrchr(target, '/');
+	return snprintf(out, size, "%s", slash ? slash + 1 : target) <
+	       (int)size;
+}
+
+/* The loop device of the image below a helper that completes its last sector. */
+static void look_below_tail(struct device *d)
+{
+	char path[300], uuid[160], file[PATH_MAX];
+	struct dirent *e;
+	DIR *dir;
+
+	if (!sysfs_read(uuid, sizeof(uuid), "/sys/block/%s/dm/uuid",
+			d->kernel_name) ||
+	    strncmp(uuid, DM_UUID_TAIL_PREFIX, strlen(DM_UUID_TAIL_PREFIX)))
+		return;
+	snprintf(path, sizeof(path), "/sys/block/%s/slaves", d->kernel_name);
+	dir = opendir(path);
+	if (!dir)
+		return;
+	while ((e = readdir(dir))) {
+		if (strncmp(e->d_name, "loop", 4))
+			continue;
+		/* the other one is a piece of memory */
+		if (sysfs_read(file, sizeof(file),
+			       "/sys/block/%s/loop/backing_file", e->d_name) &&
+		    strncmp(file, "/memfd:", 7))
+			snprintf(d->file, sizeof(d->file), "%s", file);
+	}
+	closedir(dir);
+}
+
+bool device_look_up(const char *number, struct device *d)
+{
+	char path[64], name[128];
+
+	memset(d, 0, sizeof(*d));
+	if (strlen(number) > 24)
+		return false;
+	snprintf(path, sizeof(path), "/sys/dev/block/%s", number);
+	if (!sysfs_link(d->kernel_name, sizeof(d->kernel_name), path))
+		return false;
+	if (sysfs_read(name, sizeof(name), "%s/dm/name", path)) {
+		snprintf(d->node, sizeof(d->node), "/dev/mapper/%s", name);
+		look_below_tail(d);
+	} else {
+		snprintf(d->node, sizeof(d->node), "/dev/%s", d->kernel_name);
+	}
+	d->loop = sysfs_read(d->file[0] ? name : d->file,
+			     d->file[0] ? sizeof(name) : sizeof(d->file),
+			     "%s/loop/backing_file", path);
+	return true;
+}
+
+bool device_attached(const struct device *d)
+{
+	char file[8];
+
+	return sysfs_read(file, sizeof(file), "/sys/block/%s/loop/backing_file",
+			  d->kernel_name);
+}
+
+/* A list of users, as it grows. */
+struct users {
+	char *out;
+	size_t size, len;
+	unsigned int n;
+};
+
+static void add_user(struct users *u, const char *fmt, ...)
+	__attribute__((format(printf, 2, 3)));
+
+static void add_user(struct users *u, const char *fmt, ...)
+{
+	va_list ap;
+	int n;
+
+	/* A few are enough to know where to begin. */
+	if (++u->n > 4 || u->len + 3 >= u->size)
+		return;
+	if (u->len)
+		u->len += snprintf(u->out + u->len, u->size - u->len, ", ");
+	va_start(ap, fmt);
+	n = vsnprintf(u->out + u->len, u->size - u->len, fmt, ap);
+	va_end(ap);
+	u->len = min_u64(u->len + n, u->size - 1);
+}
+
+/* In place: \040 and the like, as the kernel writes blanks in such files. */
+static void unescape_octal(char *s)
+{
+	char *to = s;
+
+	for (; *s; s++) {
+		if (s[0] == '\\' && s[1] >= '0' && s[1] <= '3' &&
+		    s[2] >= '0' && s[2] <= '7' && s[3] >= '0' && s[3] <= '7') {
+			*to++ = (s[1] - '0') << 6 | (s[2] - '0') << 3 |
+				(s[3] - '0');
+			s += 3;
+		} else {
+			*to++ = *s;
+		}
+	}
+	*to = 0;
+}
+
+static void find_mounts(struct users *u, dev_t rdev)
+{
+	FILE *f = fopen("/proc/self/mountinfo", "re");
+	char *line = NULL, *save, *number, *where, want[32];
+	size_t size = 0;
+
+	if (!f)
+		return;
+	snprintf(want, sizeof(want), "%u:%u", major(rdev), minor(rdev));
+	while (getline(&line, &size, f) > 0) {
+		/* ID parent MAJOR:MINOR root where ... */
+		if (!strtok_r(line, " ", &save) || !strtok_r(NULL, " ", &save))
+			continue;
+		number = strtok_r(NULL, " ", &save);
+		strtok_r(NULL, " ", &save);
+		where = strtok_r(NULL, " ", &save);
+		if (!number || !where || strcmp(number, want))
+			continue;
+		unescape_octal(where);
+		add_user(u, "mounted on %s", esc(where));
+	}
+	free(line);
+	fclose(f);
+}
+
+static void find_swap(struct users *u, dev_t rdev)
+{
+	FILE *f = fopen("/proc/swaps", "re");
+	char *line = NULL, *save, *path;
+	size_t size = 0;
+	struct stat st;
+
+	if (!f)
+		return;
+	while (getline(&line, &size, f) > 0) {
+		path = strtok_r(line, " \t", &save);
+		if (!path || *path != '/')
+			continue;
+		unescape_octal(path);
+		if (!stat(path, &st) && S_ISBLK(st.st_mode) &&
+		    st.st_rdev == rdev)
+			add_user(u, "used as swap");
+	}
+	free(line);
+	fclose(f);
+}
+
+static void find_holders(struct users *u, dev_t rdev)
+{
+	char path[64], name[160];
+	struct dirent *d;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/holders",
+		 major(rdev), minor(rdev));
+	dir = opendir(path);
+	if (!dir)
+		return;
+	while ((d = readdir(dir))) {
+		if (d->d_name[0] == '.')
+			continue;
+		if (sysfs_read(name, sizeof(name), "/sys/block/%s/dm/name",
+			       d->d_name))
+			add_user(u, "used by device %s (%s)", d->d_name,
+				 esc(name));
+		else
+			add_user(u, "used by device %s", esc(d->d_name));
+	}
+	closedir(dir);
+}
+
+static bool has_open(const char *pid, dev_t rdev)
+{
+	char path[300];
+	struct dirent *d;
+	struct stat st;
+	bool found = false;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%s/fd", pid);
+	dir = opendir(path);
+	if (!dir)
+		return false;
+	while (!found && (d = readdir(dir)))
+		found = d->d_name[0] != '.' &&
+			!fstatat(dirfd(dir), d->d_name, &st, 0) &&
+			S_ISBLK(st.st_mode) && st.st_rdev == rdev;
+	closedir(dir);
+	return found;
+}
+
+static void find_processes(struct users *u, dev_t rdev)
+{
+	struct dirent *d;
+	char comm[64], self[16];
+	DIR *dir = opendir("/proc");
+
+	if (!dir)
+		return;
+	snprintf(self, sizeof(self), "%d", getpid());
+	while ((d = readdir(dir))) {
+		/* We may have inherited it, but do not stay. */
+		if (!isdigit((unsigned char)d->d_name[0]) ||
+		    !strcmp(d->d_name, self) || !has_open(d->d_name, rdev))
+			continue;
+		if (!sysfs_read(comm, sizeof(comm), "/proc/%s/comm",
+				d->d_name))
+			snprintf(comm, sizeof(comm), "?");
+		/* udev looks at devices for moments: it is not to blame */
+		if (strstr(comm, "udevd") || strstr(comm, "udev-worker"))
+			continue;
+		add_user(u, "open in process %s (%s)", esc(d->d_name),
+			 esc(comm));
+	}
+	closedir(dir);
+}
+
+bool device_users(dev_t rdev, char *out, size_t size)
+{
+	struct users u = { .out = out, .size = size };
+
+	*out = 0;
+	find_mounts(&u, rdev);
+	find_swap(&u, rdev);
+	find_holders(&u, rdev);
+	find_processes(&u, rdev);
+	if (u.n > 4)
+		snprintf(out + u.len, size - u.len, ", and %u more", u.n - 4);
+	return u.n;
+}

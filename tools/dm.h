@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Device-mapper: the few things that are asked of libdevmapper. */
+#ifndef QCOW2SETUP_DM_H
+#define QCOW2SETUP_DM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define DM_TARGET		"qcow2"
+#define DM_UUID_PREFIX		"QCOW2-"
+/* Helpers that vanish with the device they serve; see dm_make_tail(). */
+#define DM_UUID_TAIL_PREFIX	"QCOW2TAIL-"
+#define DM_TAIL_SUFFIX		"-tail"
+/* So that name, prefix, a hash and a suffix fit the kernel's limits. */
+#define DM_NAME_MAX		100
+
+struct dm_dev_info {
+	bool exists, suspended, read_only;
+	int open_count;
+	dev_t rdev;
+	char uuid[160];
+};
+
+struct dm_line {
+	uint64_t start, sectors;
+	const char *type, *params;
+};
+
+/* All of these print why they failed and return an exit code. */
+
+/* Is device-mapper there, may we use it; and is the qcow2 target there? */
+int dm_check(bool need_target);
+int dm_check_name(const char *name);
+int dm_query(const char *name, struct dm_dev_info *info);
+/*
+ * Create a device with @lines as its table and make it live.  Leaves nothing
+ * behind if it fails.
+ */
+int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
+	    unsigned int count, bool read_only, bool helper);
+/* -EBUSY is returned without a message; @deferred: when the last user goes */
+int dm_remove(const char *name, bool deferred);
+/* Table or status of a device with one target; free() what it returns. */
+int dm_params(const char *name, bool status, char **type, char **params,
+	      uint64_t *sectors);
+
+/* Call @fn for each device; a result other than 0 ends it. */
+int dm_each(int (*fn)(const char *name, void *arg), void *arg);
+void dm_exit(void);
+
+#endif

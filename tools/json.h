@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * JSON as qemu-img prints it: nested objects and arrays, four blanks of
+ * indentation.  (libsmartcols can only print tables.)  Strings may hold any
+ * bytes: what is no UTF-8 becomes U+FFFD, so the result is always valid.
+ *
+ * @key is NULL inside arrays and for the outermost value.
+ */
+#ifndef QCOW2SETUP_JSON_H
+#define QCOW2SETUP_JSON_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+struct json {
+	FILE *f;
+	unsigned int depth;
+	bool first;		/* nothing yet in the innermost container */
+};
+
+void json_start(struct json *j, FILE *f);
+void json_end(struct json *j);
+void json_object(struct json *j, const char *key);
+void json_object_end(struct json *j);
+void json_array(struct json *j, const char *key);
+void json_array_end(struct json *j);
+void json_string(struct json *j, const char *key, const char *s);
+void json_stringn(struct json *j, const char *key, const char *s, size_t len);
+void json_number(struct json *j, const char *key, uint64_t v);
+void json_bool(struct json *j, const char *key, bool v);
+
+#endif

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <linux/loop.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "dm.h"
+#include "loop.h"
+#include "node.h"
+#include "util.h"
+
+static int open_failed(const char *path, unsigned int flags, int err)
+{
+	errno = err;
+	if (err == EROFS || (!(flags & NODE_READ_ONLY) &&
+			     (err == EACCES || err == EPERM)))
+		return fail(EX_PERMISSION,
+			    "%s: cannot open it for writing: %s; get write access, or use --readonly",
+			    esc(path), strerror(err));
+	if (err == ELOOP)
+		return fail(EX_WRONG,
+			    "%s: symbolic link in a name that was taken from an image; name the file with --data-file",
+			    esc(path));
+	if (err == ENOENT)
+		return fail(EX_WRONG, "%s: no such file or device; check the name",
+			    esc(path));
+	return fail_errno("%s: cannot open it", esc(path));
+}
+
+int node_open(struct node *node, int dirfd, const char *path,
+	      unsigned int flags)
+{
+	/* O_NONBLOCK: a FIFO must not make us wait for its other end. */
+	int mode = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
+	struct stat st;
+	int value;
+
+	*node = (struct node){ .fd = -1, .path = path };
+	node->read_only = flags & NODE_READ_ONLY;
+	mode |= node->read_only ? O_RDONLY : O_RDWR;
+	if (flags & NODE_NOFOLLOW)
+		mode |= O_NOFOLLOW;
+
+	node->fd = openat(dirfd, path, mode);
+	if (node->fd < 0)
+		return open_failed(path, flags, errno);
+	if (fstat(node->fd, &st))
+		return fail_errno("%s: cannot stat it", esc(path));
+	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+		return fail(EX_WRONG,
+			    "%s: neither a regular file nor a block device; name one of these",
+			    esc(path));
+	if (fcntl(node->fd, F_SETFL, mode & O_ACCMODE))
+		return fail_errno("%s: cannot set it up", esc(path));
+
+	node->dev = st.st_dev;
+	node->ino = st.st_ino;
+	node->disk_usage = (uint64_t)st.st_blocks * 512;
+	node->block_size = 512;
+	node->size = st.st_size;
+	if (S_ISREG(st.st_mode))
+		return 0;
+
+	node->bdev = true;
+	node->rdev = st.st_rdev;
+	if (ioctl(node->fd, BLKGETSIZE64, &node->size))
+		return fail_errno("%s: cannot get its size", esc(path));
+	if (!ioctl(node->fd, BLKSSZGET, &value) && value > 0)
+		node->block_size = value;
+	if (!node->read_only && !ioctl(node->fd, BLKROGET, &value) && value)
+		return fail(EX_PERMISSION,
+			    "%s: device is read-only; make it writable, or use --readonly",
+			    esc(path));
+	node_drop_cache(node);
+	return 0;
+}
+
+void node_close(struct node *node)
+{
+	if (node->fd >= 0)
+		close(node->fd);
+	node->fd = -1;
+}
+
+void node_drop_cache(const struct node *node)
+{
+	if (node->bdev)
+		posix_fadvise(node->fd, 0, 0, POSIX_FADV_DONTNEED);
+}
+
+bool node_same(const struct node *a, const struct node *b)
+{
+	dev_t dev;
+	ino_t ino;
+
+	if (a->bdev && b->bdev)
+		return a->rdev == b->rdev;
+	if (!a->bdev && !b->bdev)
+		return a->dev == b->dev && a->ino == b->ino;
+	if (b->bdev) {
+		const struct node *t = a;
+
+		a = b;
+		b = t;
+	}
+	return loop_backing(a->fd, &dev, &ino) && dev == b->dev &&
+	       ino == b->ino;
+}
+
+/*
+ * What QEMU does with an image is a set of permissions, numbered as here.  The
+ * byte of a permission at LOCK_USED is locked by those who use it, the one at
+ * LOCK_UNSHARED by those who do not let others use it.  All locks are read
+ * locks: whoever wants to know looks whether a write lock would be granted.
+ */
+#define LOCK_USED	100
+#define LOCK_UNSHARED	200
+#define PERM_READ	(1U << 0)
+#define PERM_WRITE	(1U << 1)
+#define PERM_RESIZE	(1U << 3)
+#define PERM_BITS	4
+
+static int lock_byte(int fd, off_t byte)
+{
+	struct flock fl = {
+		.l_type = F_RDLCK, .l_whence = SEEK_SET,
+		.l_start = byte, .l_len = 1,
+	};
+
+	return fcntl(fd, F_OFD_SETLK, &fl) ? -errno : 0;
+}
+
+/* 0: nobody else has it, -EAGAIN: somebody has, or -errno */
+static int probe_byte(int fd, off_t byte)
+{
+	struct flock fl = {
+		.l_type = F_WRLCK, .l_whence = SEEK_SET,
+		.l_start = byte, .l_len = 1,
+	};
+
+	if (fcntl(fd, F_OFD_GETLK, &fl))
+		return -errno;
+	return fl.l_type == F_UNLCK ? 0 : -EAGAIN;
+}
+
+int node_try_lock(int fd, bool write)
+{
+	unsigned int used = PERM_READ, unshared = PERM_WRITE | PERM_RESIZE;
+	unsigned int i;
+	int ret;
+
+	if (write)
+		used |= PERM_WRITE | PERM_RESIZE;
+	/* Lock first and look then: of two that do so, one at least sees it. */
+	for (i = 0; i < PERM_BITS; i++) {
+		if (used & (1U << i)) {
+			ret = lock_byte(fd, LOCK_USED + i);
+			if (ret)
+				return ret;
+		}
+		if (unshared & (1U << i)) {
+			ret = lock_byte(fd, LOCK_UNSHARED + i);
+			if (ret)
+				return ret;
+		}
+	}
+	for (i = 0; i < PERM_BITS; i++) {
+		if (unshared & (1U << i)) {
+			ret = probe_byte(fd, LOCK_USED + i);
+			if (ret)
+				return ret;
+		}
+		if (used & (1U << i)) {
+			ret = probe_byte(fd, LOCK_UNSHARED + i);
+			if (ret)
+				return ret;
+		}
+	}
+	return 0;
+}
+
+int node_lock(const struct node *node, bool write)
+{
+	int ret = node_try_lock(node->fd, write);
+
+	if (ret == -EAGAIN || ret == -EACCES)
+		return fail(EX_BUSY,
+			    "%s: locked by QEMU or by another open qcow2 device%s; stop or close that first",
+			    esc(node->path),
+			    write ? "" : " that writes to it");
+	errno = -ret;
+	return ret ? fail_errno("%s: cannot lock it", esc(node->path)) : 0;
+}
+
+bool sysfs_read(char *buf, size_t size, const char *fmt, ...)
+{
+	char path[512];
+	va_list ap;
+	ssize_t n;
+	int fd;
+
+	va_start(ap, fmt);
+	vsnprintf(path, sizeof(path), fmt, ap);
+	va_end(ap);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	n = read(fd, buf, size - 1);
+	close(fd);
+	if (n < 0)
+		return false;
+	if (n && buf[n - 1] == '\n')
+		n--;
+	buf[n] = 0;
+	return true;
+}
+
+/*
+ * Devices on top of a block device.  Those that are qcow2 devices themselves
+ * and cannot write share it with a reader.  Returns the number of holders.
+ */
+static int check_holders(const struct node *node, bool write, int *holders)
+{
+	char path[64], uuid[160], name[160], ro[8];
+	struct dirent *d;
+	int ret = 0;
+	DIR *dir;
+
+	*holders = 0;
+	snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/holders",
+		 major(node->rdev), minor(node->rdev));
+	dir = opendir(path);
+	if (!dir)
+		return 0;
+	while (!ret && (d = readdir(dir))) {
+		if (d->d_name[0] == '.')
+			continue;
+		++*holders;
+		if (!write &&
+		    sysfs_read(uuid, sizeof(uuid), "/sys/block/%s/dm/uuid",
+			       d->d_name) &&
+		    !strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) &&
+		    sysfs_read(ro, sizeof(ro), "/sys/block/%s/ro", d->d_name) &&
+		    !strcmp(ro, "1"))
+			continue;
+		if (!sysfs_read(name, sizeof(name), "/sys/block/%s/dm/name",
+				d->d_name))
+			snprintf(name, sizeof(name), "%.100s", d->d_name);
+		ret = fail(EX_BUSY, "%s: in use by device %s; close that first",
+			   esc(node->path), esc(name));
+	}
+	closedir(dir);
+	return ret;
+}
+
+static int check_bdev_unused(const struct node *node, bool write)
+{
+	char self[40];
+	int holders, fd, ret;
+
+	ret = check_holders(node, write, &holders);
+	/* The kernel lets only one kind of user claim a device. */
+	if (ret || holders)
+		return ret;
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", node->fd);
+	fd = open(self, O_RDONLY | O_EXCL | O_CLOEXEC | O_NONBLOCK);
+	if (fd >= 0) {
+		close(fd);
+		return 0;
+	}
+	if (errno == EBUSY)
+		return fail(EX_BUSY,
+			    "%s: device, or a partition of it, is mounted or in use; unmount or release it first",
+			    esc(node->path));
+	return fail_errno("%s: cannot open it exclusively", esc(node->path));
+}
+
+int node_check_unused(const struct node *node, bool write)
+{
+	char name[24];
+
+	if (node->bdev)
+		return check_bdev_unused(node, write);
+	if (loop_find(node->dev, node->ino, !write, name, sizeof(name)))
+		return fail(EX_BUSY,
+			    "%s: attached to /dev/%s; detach it first (losetup --detach /dev/%s)",
+			    esc(node->path), name, name);
+	return 0;
+}

@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * A file or block device that was opened once.  Everything later works on the
+ * descriptor: no path is looked at twice, so that nobody can swap what is
+ * behind it.
+ */
+#ifndef QCOW2SETUP_NODE_H
+#define QCOW2SETUP_NODE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+struct node {
+	int fd;
+	const char *path;	/* as the user wrote it; for messages */
+	bool bdev;
+	bool read_only;
+	uint64_t size;		/* bytes */
+	uint64_t disk_usage;	/* bytes allocated to a file */
+	unsigned int block_size; /* logical, of a block device */
+	dev_t dev;		/* the file system's device */
+	ino_t ino;
+	dev_t rdev;		/* a block device's own number */
+};
+
+#define NODE_CLOSED	{ .fd = -1 }
+
+/* The name is taken from an image: no symbolic link may be in its end. */
+#define NODE_NOFOLLOW	1U
+#define NODE_READ_ONLY	2U
+
+/*
+ * Open @path relative to @dirfd (AT_FDCWD).  Anything but a regular file or a
+ * block device is refused.  Prints why it failed, returns an exit code.
+ */
+int node_open(struct node *node, int dirfd, const char *path,
+	      unsigned int flags);
+void node_close(struct node *node);
+
+/* Are both the same file or device, also through a loop device? */
+bool node_same(const struct node *a, const struct node *b);
+
+/*
+ * QEMU's image locks: byte ranges that say what the holder does and what it
+ * does not let others do.  They belong to the open file description, so that a
+ * loop device that is made from the descriptor goes on holding them.  Refuses
+ * if somebody else holds a lock that conflicts.
+ */
+int node_lock(const struct node *node, bool write);
+/* The same without a word; returns 0, -EAGAIN if locked, or -errno. */
+int node_try_lock(int fd, bool write);
+
+/*
+ * Refuse what is in use in a way that locks do not show: a mounted or claimed
+ * block device, a file behind somebody's loop device.
+ */
+int node_check_unused(const struct node *node, bool write);
+
+/* Drop cached pages of a block device: the kernel may have written behind it. */
+void node_drop_cache(const struct node *node);
+
+/* First line of a file in sysfs, without newline; false if there is none. */
+bool sysfs_read(char *buf, size_t size, const char *fmt, ...)
+	__attribute__((format(printf, 3, 4)));
+
+#endif

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* qcow2setup status: what is open, and how it does. */
+#include <inttypes.h>
+#include <libsmartcols.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "commands.h"
+#include "device.h"
+#include "dm.h"
+#include "json.h"
+#include "target.h"
+#include "util.h"
+
+/* All that is known about one device. */
+struct open_device {
+	char name[128];
+	struct dm_dev_info info;
+	uint64_t size;			/* bytes */
+	bool has_table, has_status;
+	struct target_table table;
+	struct target_status status;
+	struct device metadata, data;
+};
+
+static int get_device(const char *name, struct open_device *d)
+{
+	char *type, *params;
+	uint64_t sectors;
+	int ret;
+
+	ret = dm_params(name, false, &type, &params, &sectors);
+	if (ret)
+		return ret;
+	if (!strcmp(type, DM_TARGET)) {
+		d->size = sectors * 512;
+		d->has_table = target_parse_table(params, &d->table);
+	}
+	free(type);
+	free(params);
+	if (!d->has_table)
+		return 0;
+	device_look_up(d->table.metadata_dev, &d->metadata);
+	device_look_up(d->table.data_dev, &d->data);
+
+	ret = dm_params(name, true, &type, &params, &sectors);
+	if (ret)
+		return ret;
+	d->has_status = !strcmp(type, DM_TARGET) &&
+			target_parse_status(params, &d->status);
+	free(type);
+	free(params);
+	return 0;
+}
+
+/* The file behind a device, or the device itself. */
+static const char *origin(const struct device *d)
+{
+	return d->file[0] ? d->file : d->node;
+}
+
+static const char *mode(const struct open_device *d)
+{
+	return d->has_status ? d->status.mode : "unknown";
+}
+
+static bool has_feature(const struct open_device *d, const char *feature)
+{
+	unsigned int i;
+
+	for (i = 0; i < d->table.features; i++)
+		if (!strcmp(d->table.feature[i], feature))
+			return true;
+	return false;
+}
+
+/*
+ * Names of numbers in both kinds of output.  Blanks in one are dashes in the
+ * other, as in those of qemu-img.
+ */
+struct number {
+	const char *name;
+	uint64_t value;
+};
+
+static size_t numbers(const struct target_status *s, struct number *n)
+{
+	const struct number list[] = {
+		{ "l2-tables", s->l2_tables },
+		{ "l1-entries", s->l1_entries },
+		{ "slices-cached", s->slices_cached },
+		{ "state-bytes", s->state_bytes },
+		{ "dirty-slices", s->dirty_slices },
+		{ "hits", s->hits },
+		{ "misses", s->misses },
+		{ "first-writes", s->first_writes },
+		{ "commits", s->commits },
+		{ "drops", s->drops },
+	};
+
+	memcpy(n, list, sizeof(list));
+	return ARRAY_SIZE(list);
+}
+
+#define MAX_NUMBERS	16
+
+static void print_json(struct json *j, const struct open_device *d)
+{
+	struct number n[MAX_NUMBERS];
+	char path[160];
+	size_t count, i;
+	unsigned int f;
+
+	json_object(j, NULL);
+	json_string(j, "name", d->name);
+	snprintf(path, sizeof(path), "/dev/mapper/%s", d->name);
+	json_string(j, "device", path);
+	json_string(j, "uuid", d->info.uuid);
+	json_number(j, "virtual-size", d->size);
+	json_string(j, "mode", mode(d));
+	json_bool(j, "read-only", d->info.read_only);
+	json_bool(j, "suspended", d->info.suspended);
+	json_number(j, "open-count", d->info.open_count);
+	if (d->has_table) {
+		json_number(j, "cluster-size", 1ULL << d->table.cluster_bits);
+		json_number(j, "refcount-bits", 1ULL << d->table.refcount_order);
+		json_string(j, "filename", origin(&d->metadata));
+		json_string(j, "data-file", origin(&d->data));
+		json_bool(j, "data-file-raw", has_feature(d, "data_file_raw"));
+		json_string(j, "metadata-device", d->metadata.node);
+		json_string(j, "data-device", d->data.node);
+		json_array(j, "features");
+		for (f = 0; f < d->table.features; f++)
+			json_string(j, NULL, d->table.feature[f]);
+		json_array_end(j);
+	}
+	if (d->has_status) {
+		json_object(j, "statistics");
+		count = numbers(&d->status, n);
+		for (i = 0; i < count; i++)
+			json_number(j, n[i].name, n[i].value);
+		json_object_end(j);
+	}
+	json_object_end(j);
+}
+
+static void print_path(const char *what, const struct device *d)
+{
+	printf("  %-15s", what);
+	put_escaped(stdout, origin(d), strlen(origin(d)));
+	if (d->file[0])
+		printf(" (%s)", esc(d->node));
+	putchar('\n');
+}
+
+static void print_text(const struct open_device *d)
+{
+	struct number n[MAX_NUMBERS];
+	size_t count, i;
+
+	printf("/dev/mapper/%s is active%s%s.\n", esc(d->name),
+	       d->info.open_count ? " and is in use" : "",
+	       d->info.suspended ? ", but suspended" : "");
+	printf("  mode:          %s\n", mode(d));
+	printf("  size:          %s (%" PRIu64 " bytes)\n",
+	       human_size(d->size), d->size);
+	if (d->has_table) {
+		printf("  cluster size:  %s\n",
+		       human_size(1ULL << d->table.cluster_bits));
+		print_path("image:", &d->metadata);
+		print_path("data:", &d->data);
+		printf("  data file raw: %s\n",
+		       has_feature(d, "data_file_raw") ? "yes" : "no");
+	}
+	if (!d->has_status)
+		return;
+	count = numbers(&d->status, n);
+	for (i = 0; i < count; i++) {
+		char label[32], *p;
+
+		snprintf(label, sizeof(label), "%s:", n[i].name);
+		for (p = label; *p; p++)
+			if (*p == '-')
+				*p = ' ';
+		printf("  %-15s%" PRIu64 "\n", label, n[i].value);
+	}
+}
+
+/* All devices, as they are found. */
+struct list {
+	struct open_device *d;
+	size_t n;
+};
+
+static int add_device(const char *name, void *arg)
+{
+	struct list *list = arg;
+	struct open_device *d;
+	struct dm_dev_info info;
+
+	/* One that went meanwhile is no error. */
+	if (dm_query(name, &info) || !info.exists ||
+	    strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+		return 0;
+	d = reallocarray(list->d, list->n + 1, sizeof(*d));
+	if (!d)
+		return fail_nomem();
+	list->d = d;
+	d += list->n;
+	memset(d, 0, sizeof(*d));
+	snprintf(d->name, sizeof(d->name), "%s", name);
+	d->info = info;
+	list->n++;
+	return 0;
+}
+
+static int by_name(const void *a, const void *b)
+{
+	const struct open_device *x = a, *y = b;
+
+	return strcmp(x->name, y->name);
+}
+
+/*
+ * Parsed lines hold pointers into themselves: fill the entries only when the
+ * array does not move any more.
+ */
+static int get_list(struct list *list)
+{
+	size_t i;
+	int ret;
+
+	ret = dm_each(add_device, list);
+	if (ret || !list->n)
+		return ret;
+	qsort(list->d, list->n, sizeof(*list->d), by_name);
+	for (i = 0; i < list->n; i++)
+		get_device(list->d[i].name, &list->d[i]);
+	return 0;
+}
+
+static int set_cell(struct libscols_line *line, size_t column, const char *s)
+{
+	return scols_line_set_data(line, column, s);
+}
+
+static int fill_line(struct libscols_table *table, const struct open_device *d)
+{
+	struct libscols_line *line = scols_table_new_line(table, NULL);
+	char cluster[32];
+
+	if (!line)
+		return -1;
+	snprintf(cluster, sizeof(cluster), "%s", d->has_table ?
+		 human_size(1ULL << d->table.cluster_bits) : "");
+	return set_cell(line, 0, esc(d->name)) ||
+	       set_cell(line, 1, human_size(d->size)) ||
+	       set_cell(line, 2, mode(d)) ||
+	       set_cell(line, 3, cluster) ||
+	       set_cell(line, 4, esc(origin(&d->metadata))) ||
+	       set_cell(line, 5, esc(origin(&d->data)));
+}
+
+static int print_table(const struct list *list)
+{
+	static const struct {
+		const char *name;
+		int flags;
+	} columns[] = {
+		{ "NAME", 0 }, { "SIZE", SCOLS_FL_RIGHT }, { "MODE", 0 },
+		{ "CLUSTER", SCOLS_FL_RIGHT }, { "IMAGE", 0 }, { "DATA", 0 },
+	};
+	struct libscols_table *table;
+	size_t i;
+	int ret = 0;
+
+	if (!list->n)
+		return 0;
+	scols_init_debug(0);
+	table = scols_new_table();
+	if (!table)
+		return fail_nomem();
+	for (i = 0; !ret && i < ARRAY_SIZE(columns); i++)
+		ret = !scols_table_new_column(table, columns[i].name, 0,
+					      columns[i].flags);
+	for (i = 0; !ret && i < list->n; i++)
+		ret = fill_line(table, &list->d[i]);
+	if (!ret)
+		ret = scols_print_table(table);
+	scols_unref_table(table);
+	return ret ? fail_nomem() : 0;
+}
+
+static int status_all(const struct options *opt)
+{
+	struct list list = { 0 };
+	struct json j;
+	size_t i;
+	int ret;
+
+	ret = get_list(&list);
+	if (!ret && opt->json) {
+		json_start(&j, stdout);
+		json_array(&j, NULL);
+		for (i = 0; i < list.n; i++)
+			print_json(&j, &list.d[i]);
+		json_array_end(&j);
+		json_end(&j);
+	} else if (!ret) {
+		ret = print_table(&list);
+	}
+	free(list.d);
+	return ret;
+}
+
+static int status_one(const struct options *opt, const char *name)
+{
+	struct open_device d = { 0 };
+	struct json j;
+	int ret;
+
+	snprintf(d.name, sizeof(d.name), "%s", name);
+	ret = dm_query(name, &d.info);
+	if (ret)
+		return ret;
+	if (!d.info.exists)
+		return fail(EX_WRONG, "/dev/mapper/%s is inactive; open it first",
+			    esc(name));
+	ret = get_device(name, &d);
+	if (ret)
+		return ret;
+	if (!d.has_table)
+		return fail(EX_WRONG,
+			    "%s: not a qcow2 device; qcow2setup status lists those that are open",
+			    esc(name));
+	if (opt->json) {
+		json_start(&j, stdout);
+		print_json(&j, &d);
+		json_end(&j);
+	} else {
+		print_text(&d);
+	}
+	return 0;
+}
+
+int cmd_status(const struct options *opt, char **args)
+{
+	int ret;
+
+	ret = args[0] ? dm_check_name(device_name(args[0])) : 0;
+	if (!ret)
+		ret = dm_check(false);
+	if (ret)
+		return ret;
+	return args[0] ? status_one(opt, device_name(args[0])) :
+			 status_all(opt);
+}

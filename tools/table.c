@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* qcow2setup table: the line that dmsetup takes.  Changes nothing. */
+#include <stdio.h>
+#include <string.h>
+#include <sys/sysmacros.h>
+
+#include "dm.h"
+#include "mapping.h"
+#include "target.h"
+#include "util.h"
+
+static int need_device(const struct node *node, const char *what)
+{
+	if (node->bdev)
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (losetup --find --show --direct-io=on FILE)",
+		    esc(node->path), what);
+}
+
+/* The path, if a table line can have it as it is; else the number. */
+static const char *table_name(const struct node *node, char *buf, size_t size)
+{
+	const char *p = node->path;
+
+	if (*p == '/' && strlen(p) < 200) {
+		while (*p > ' ' && *p < 0x7f && *p != '\\')
+			p++;
+		if (!*p)
+			return node->path;
+	}
+	snprintf(buf, size, "%u:%u", major(node->rdev), minor(node->rdev));
+	return buf;
+}
+
+int cmd_table(const struct options *opt, char **args)
+{
+	char params[1024], meta[32], data[32];
+	struct mapping m = MAPPING_CLOSED;
+	/* To look at an image that is to be written needs no write access. */
+	struct options look = *opt;
+	struct reasons reasons;
+	int ret;
+
+	look.read_only = true;
+	ret = mapping_open(&m, &look, args[0]);
+	if (!ret && !opt->read_only) {
+		image_reasons(&m.img, false, &reasons);
+		if (reasons.n)
+			ret = fail(EX_WRONG, "%s: %s; %s", esc(args[0]),
+				   reasons.r[0].cause, reasons.r[0].remedy);
+	}
+	if (!ret)
+		ret = need_device(&m.img.node, "image");
+	if (!ret)
+		ret = need_device(&m.data, "data");
+	if (!ret && !opt->read_only &&
+	    m.img.h.autoclear & ~QCOW2_AUTOCLEAR_KNOWN)
+		ret = fail(EX_WRONG,
+			   "%s: image has autoclear bits that must be cleared before it is written; use qcow2setup open, or --readonly",
+			   esc(args[0]));
+	if (!ret && !target_format_table(params, sizeof(params),
+					 table_name(&m.img.node, meta, sizeof(meta)),
+					 table_name(&m.data, data, sizeof(data)),
+					 &m.img.geo, opt->read_only,
+					 mapping_raw(&m)))
+		ret = fail(EX_WRONG, "%s: table line is too long", esc(args[0]));
+	if (!ret)
+		printf("0 %llu %s %s\n",
+		       (unsigned long long)(m.img.geo.size / 512), DM_TARGET,
+		       params);
+	mapping_close(&m);
+	return ret;
+}

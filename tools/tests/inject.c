@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Preload (LD_PRELOAD) that lets one system call of the tool go wrong, to see
+ * that it takes back what it did before.
+ *
+ * INJECT_AT=N: the Nth call, from 1 on, of those below fails.
+ * INJECT_SIGNAL=SIG: a signal arrives there instead.
+ * INJECT_COUNT=FILE: the number of calls is written to FILE at the end.
+ */
+#include <dlfcn.h>
+#include <errno.h>
+#include <linux/dm-ioctl.h>
+#include <linux/loop.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+
+
+static long calls;
+
+/* Count a call; true if it shall fail. */
+static int goes_wrong(void)
+{
+	const char *at = getenv("INJECT_AT"), *sig = getenv("INJECT_SIGNAL");
+
+	if (++calls != (at ? atol(at) : 0))
+		return 0;
+	if (sig) {
+		raise(atoi(sig));
+		return 0;
+	}
+	errno = EIO;
+	return 1;
+}
+
+__attribute__((destructor)) static void report(void)
+{
+	const char *name = getenv("INJECT_COUNT");
+	FILE *f = name ? fopen(name, "w") : NULL;
+
+	if (!f)
+		return;
+	fprintf(f, "%ld\n", calls);
+	fclose(f);
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+ssize_t pwrite64(int fd, const void *buf, size_t len, off_t off);
+ssize_t pwrite64(int fd, const void *buf, size_t len, off_t off)
+{
+	return goes_wrong() ? -1 : REAL(pwrite64)(fd, buf, len, off);
+}
+
+int ftruncate64(int fd, off_t len);
+int ftruncate64(int fd, off_t len)
+{
+	return goes_wrong() ? -1 : REAL(ftruncate64)(fd, len);
+}
+
+int fsync(int fd);
+int fsync(int fd)
+{
+	return goes_wrong() ? -1 : REAL(fsync)(fd);
+}
+
+int memfd_create(const char *name, unsigned int flags);
+int memfd_create(const char *name, unsigned int flags)
+{
+	return goes_wrong() ? -1 : REAL(memfd_create)(name, flags);
+}
+
+int ioctl(int fd, unsigned long request, ...);
+int ioctl(int fd, unsigned long request, ...)
+{
+	va_list ap;
+	void *arg;
+
+	va_start(ap, request);
+	arg = va_arg(ap, void *);
+	va_end(ap);
+	if ((request == LOOP_CONFIGURE || request == LOOP_CTL_GET_FREE ||
+	     _IOC_TYPE(request) == DM_IOCTL) && goes_wrong())
+		return -1;
+	return REAL(ioctl)(fd, request, arg);
+}

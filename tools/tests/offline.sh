@@ -1,0 +1,541 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# Tests of what the tool does without a kernel: info, create, table, and the
+# steps of open and close that change an image.  QEMU's tools are the judges.
+#
+#	offline.sh [WRAPPER...] TOOL
+#
+# WRAPPER is, for example, valgrind with its options.
+
+tool=("$@")
+steps=("${@:1:$#-1}" "$(dirname "$0")/image-steps")
+tool[-1]=$(realpath "${tool[-1]}")
+steps[-1]=$(realpath "${steps[-1]}")
+
+# A wrapper makes all slow, and finds what it can find in fewer combinations.
+if [ $# -gt 1 ]; then
+	sizes=(512 2M) widths=(1 64)
+else
+	sizes=(512 4K 64K 2M) widths=(1 16 64)
+fi
+
+# Thousands of syncs take minutes on a disk.
+room=$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)
+[ "${room:-0}" -lt $((1 << 20)) ] || export TMPDIR=/dev/shm
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+
+for need in qemu-img qemu-io python3 jq; do
+	if ! command -v $need >/dev/null; then
+		echo "offline.sh: $need is missing; install qemu-utils, python3 and jq" >&2
+		exit 1
+	fi
+done
+
+count=0 failed=0
+
+# ok NAME: the result of the last command decides
+ok() {
+	local status=$?
+	count=$((count + 1))
+	if [ $status -eq 0 ]; then
+		echo "ok $count - $1"
+	else
+		failed=$((failed + 1))
+		echo "not ok $count - $1"
+		sed 's/^/# /' out err 2>/dev/null
+	fi
+}
+
+run() {
+	"${tool[@]}" "$@" >out 2>err
+}
+
+# refuse CODE PATTERN ARGUMENTS...: exit code, and one line that says it with
+# cause and remedy
+refuse() {
+	local code=$1 pattern=$2 got
+	shift 2
+	"${tool[@]}" "$@" >out 2>err
+	got=$?
+	[ $got -eq "$code" ] || { echo "# exit code $got" >>err; return 1; }
+	[ "$(wc -l <err)" -eq 1 ] && [ ! -s out ] &&
+		grep -q '^qcow2setup: .*;\|^qcow2setup: .*: .*(.*)' err &&
+		grep -qe "$pattern" err
+}
+
+# hex [-j OFFSET] [-N LENGTH] [FILE]
+hex() {
+	od -An -v -tx1 "$@" | tr -d ' \n'
+}
+
+# poke FILE OFFSET HEX
+poke() {
+	python3 - "$@" <<'PYTHON'
+import sys
+with open(sys.argv[1], "r+b") as f:
+    f.seek(int(sys.argv[2], 0))
+    f.write(bytes.fromhex(sys.argv[3]))
+PYTHON
+}
+
+# image ARGUMENTS...: a fresh t.qcow2 by qemu-img, its data in t.raw
+image() {
+	local size=$1
+	shift
+	rm -f t.qcow2 t.raw
+	qemu-img create -q -f qcow2 -o "data_file=t.raw$*" t.qcow2 "$size"
+}
+
+check() {
+	qemu-img check -q "$1" >out 2>err
+}
+
+same() {
+	qemu-img compare -q -U "$@" >out 2>err
+}
+
+#
+# create
+#
+truncate -s 64M data.raw
+printf 'old content' | dd of=data.raw bs=1 seek=70000 conv=notrunc status=none
+cp data.raw before.raw
+truncate -s 64M zeros.raw
+for cluster in "${sizes[@]}"; do
+	for bits in "${widths[@]}"; do
+		rm -f c.qcow2
+		run create c.qcow2 --data-file data.raw --cluster-size "$cluster" \
+			--refcount-bits "$bits" &&
+			check c.qcow2 && same -f qcow2 -F raw c.qcow2 zeros.raw
+		ok "create: $cluster clusters, $bits bits: clean, reads zeros"
+		rm -f c.qcow2
+		run create c.qcow2 --data-file data.raw --cluster-size "$cluster" \
+			--refcount-bits "$bits" --data-file-raw &&
+			check c.qcow2 && same -f qcow2 -F raw c.qcow2 before.raw
+		ok "create: $cluster clusters, $bits bits, raw: clean, reads the data"
+		[ "$(qemu-img info --output=json c.qcow2 |
+			jq -r '."format-specific".data."data-file"')" = data.raw ]
+		ok "create: $cluster clusters, $bits bits: data file is recorded"
+	done
+done
+cmp data.raw before.raw
+ok "create: data is untouched"
+
+# a new image stays good in QEMU's hands
+for cluster in 512 64K; do
+	rm -f c.qcow2 w.raw
+	truncate -s 20971008 w.raw
+	run create c.qcow2 --data-file w.raw --cluster-size "$cluster" &&
+		qemu-io -c 'write -P 7 1000K 3000K' -c 'write -z 2M 512K' \
+			-c 'read -P 7 3M 512K' -c 'read -P 0 2M 512K' \
+			c.qcow2 >out 2>err && check c.qcow2
+	ok "create: QEMU writes to it, $cluster clusters, odd size"
+done
+run info c.qcow2 && grep -q '20971008 bytes' out
+ok "create: size is that of the data, in sectors"
+
+rm -f c.qcow2
+run create c.qcow2 --data-file data.raw --size 1000s --preallocation metadata &&
+	check c.qcow2 && [ "$(stat -c %s c.qcow2)" -eq $((5 * 65536)) ] &&
+	truncate -s 512000 z.raw && same -f qcow2 -F raw c.qcow2 z.raw
+ok "create: preallocated metadata shows no old content"
+
+mkdir sub
+rm -f c.qcow2
+cp before.raw sub/d.raw
+(cd sub && "${tool[@]}" create ../c.qcow2 --data-file ./d.raw --data-file-raw) &&
+	[ "$(qemu-img info --output=json c.qcow2 |
+		jq -r '."format-specific".data."data-file"')" = ./d.raw ]
+ok "create: data file name is recorded as it is given"
+
+rm -f c.qcow2 big.raw
+truncate -s 8T big.raw
+run create c.qcow2 --data-file big.raw && check c.qcow2 &&
+	[ "$(stat -c %s c.qcow2)" -lt 1000000 ]
+ok "create: 8 TiB"
+
+rm -f c.qcow2
+refuse 1 'data-file' create c.qcow2 && [ ! -e c.qcow2 ]
+ok "create: without data file"
+refuse 4 'no such file' create c.qcow2 --data-file none && [ ! -e c.qcow2 ]
+ok "create: missing data file"
+refuse 4 '67108864' create c.qcow2 --data-file data.raw --size 65M &&
+	[ ! -e c.qcow2 ]
+ok "create: larger than the data"
+: >empty.raw
+refuse 4 'sector' create c.qcow2 --data-file empty.raw
+ok "create: empty data"
+refuse 4 'cluster-size' create c.qcow2 --data-file big.raw --cluster-size 512 &&
+	[ ! -e c.qcow2 ]
+ok "create: L1 table would be too large"
+cp before.raw exists.qcow2
+refuse 5 'exists' create exists.qcow2 --data-file data.raw &&
+	cmp exists.qcow2 before.raw
+ok "create: existing file is not overwritten"
+ln -s nowhere link.qcow2
+refuse 5 'exists' create link.qcow2 --data-file data.raw && [ ! -e nowhere ]
+ok "create: dangling link is not followed"
+refuse 4 'folder' create none/c.qcow2 --data-file data.raw
+ok "create: missing folder"
+for size in 0 256 1000 4M x 65537; do
+	refuse 1 'cluster-size' create c.qcow2 --data-file data.raw \
+		--cluster-size $size
+	ok "create: cluster size $size"
+done
+for bits in 0 3 128 x; do
+	refuse 1 'refcount-bits' create c.qcow2 --data-file data.raw \
+		--refcount-bits "$bits"
+	ok "create: $bits refcount bits"
+done
+refuse 1 'preallocation' create c.qcow2 --data-file data.raw \
+	--preallocation full
+ok "create: unknown preallocation"
+long=$(printf 'n%.0s' {1..250})
+mkdir -p "$long/$long"
+cp before.raw "$long/$long/d"
+refuse 4 'too long' create c.qcow2 --cluster-size 512 \
+	--data-file "$long/$long/d" && [ ! -e c.qcow2 ]
+ok "create: data file name does not fit the header"
+refuse 5 'no block device' create exists.qcow2 --data-file data.raw \
+	--overwrite-device && cmp exists.qcow2 before.raw
+ok "create: --overwrite-device does not overwrite files"
+(ulimit -f 128; trap '' XFSZ
+ "${tool[@]}" create c.qcow2 --data-file data.raw --cluster-size 4K \
+	--data-file-raw >out 2>err)
+[ $? -eq 4 ] && [ ! -e c.qcow2 ] && grep -q 'cannot write' err
+ok "create: an unfinished file is removed"
+
+#
+# info
+#
+image 1G
+qemu-img info --output=json t.qcow2 | jq -S 'del(."full-backing-filename")' >want
+run info --json t.qcow2 && jq -S 'del(."dm-qcow2")' out >got && cmp want got
+ok "info: same JSON as qemu-img"
+jq -e '."dm-qcow2".mappable == "read-write" and ."dm-qcow2".reasons == []' out >/dev/null
+ok "info: can be opened"
+qemu-img bitmap --add t.qcow2 'bit"map' && qemu-img bitmap --add --disable t.qcow2 b2
+qemu-img info --output=json t.qcow2 | jq -S . >want
+run info --json t.qcow2 && jq -S 'del(."dm-qcow2")' out >got && cmp want got
+ok "info: same JSON as qemu-img, with bitmaps"
+rm t.raw
+run info t.qcow2 && grep -q 'data file: t.raw' out && grep -q 'bitmap: b2' out
+ok "info: data file need not exist"
+
+image 1G ,data_file_raw=on,cluster_size=4k,refcount_bits=64,lazy_refcounts=on
+qemu-img info --output=json t.qcow2 | jq -S . >want
+run info --json t.qcow2 && jq -S 'del(."dm-qcow2")' out >got && cmp want got
+ok "info: same JSON as qemu-img, other options"
+
+qemu-img create -q -f raw base.raw 1G
+qemu-img create -q -f qcow2 -b base.raw -F raw o.qcow2
+qemu-img info --output=json o.qcow2 | jq -S 'del(."full-backing-filename")' >want
+run info --json o.qcow2 && jq -S 'del(."dm-qcow2")' out >got && cmp want got &&
+	jq -e '[."dm-qcow2".reasons[].cause] | any(test("data file")) and any(test("backing"))' \
+		out >/dev/null
+ok "info: image with a backing file"
+qemu-img create -q -f qcow2 -o compat=0.10 o.qcow2 1G
+qemu-img info --output=json o.qcow2 | jq -S . >want
+run info --json o.qcow2 && jq -S 'del(."dm-qcow2")' out >got && cmp want got &&
+	jq -e '."dm-qcow2".mappable == "no"' out >/dev/null
+ok "info: version 2"
+qemu-img create -q -f qcow2 --object secret,id=s,data=x \
+	-o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 o.qcow2 1M
+run info o.qcow2 && grep -q 'encryption: luks' out && grep -q 'is encrypted' out
+ok "info: encrypted"
+qemu-img create -q -f qcow2 o.qcow2 1M && qemu-img snapshot -c one o.qcow2
+run info o.qcow2 && grep -q '1 internal snapshots' out
+ok "info: snapshots"
+image 1G ,extended_l2=on
+run info --json t.qcow2 &&
+	jq -e '."dm-qcow2".mappable == "no" and ."format-specific".data."extended-l2"' \
+		out >/dev/null
+ok "info: extended L2"
+
+# flags of the header
+for bit in 1:corrupt 0:dirty; do
+	image 1G
+	poke t.qcow2 79 "$(printf '%02x' $((4 | 1 << ${bit%:*})))"
+	run info --json t.qcow2 &&
+		jq -e '."dm-qcow2".mappable == "read-only"' out >/dev/null &&
+		run info t.qcow2 && grep -q "^${bit#*:}: yes" out
+	ok "info: ${bit#*:}"
+done
+image 1G
+poke t.qcow2 72 01
+run info --json t.qcow2 && jq -e '."dm-qcow2".mappable == "no" and
+	(."dm-qcow2".reasons[0].cause | test("bit 56"))' out >/dev/null
+ok "info: unknown feature"
+poke t.qcow2 128 "6803f857000000300038$(printf 'e\x1bvil' | hex)"
+poke t.qcow2 143 "$(printf '00%.0s' {1..49})"
+run info t.qcow2 && grep -qF 'bit 56 (e\x1bvil)' out
+ok "info: unknown feature with a hostile name"
+
+# hostile names
+name=$'n\n\x1b[31m"\\\xff\xc3\xa4'
+rm -f t.qcow2 hex
+image 1G
+poke t.qcow2 112 "44415441$(printf '%08x' ${#name})"
+python3 - "$name" <<'PYTHON' >hex
+import os, sys
+print(os.fsencode(sys.argv[1]).hex())
+PYTHON
+poke t.qcow2 116 "$(printf '%08x' $(($(wc -c <hex) / 2)))"
+poke t.qcow2 120 "$(cat hex)"
+poke t.qcow2 $((120 + ($(wc -c <hex) / 2 + 7) / 8 * 8)) 0000000000000000
+run info t.qcow2 && ! grep -q $'\x1b' out &&
+	grep -qF 'data file: n\x0a\x1b[31m"\\\xff\xc3\xa4' out
+ok "info: hostile name, escaped"
+run info --json t.qcow2 && python3 -c '
+import json
+d = json.load(open("out", encoding="utf-8"))
+assert d["format-specific"]["data"]["data-file"] == "n\n\x1b[31m\"\\\ufffd\xe4"'
+ok "info: hostile name in valid JSON"
+
+for kind in 'short:truncate -s 100 t.qcow2:too short' \
+	'cut cluster:truncate -s 65535 t.qcow2:too short' \
+	'magic:poke t.qcow2 0 00:not a qcow2' \
+	'version:poke t.qcow2 7 09:version 9' \
+	'cluster bits:poke t.qcow2 23 08:cluster_bits' \
+	'header length:poke t.qcow2 103 71:header_length' \
+	'backing name:poke t.qcow2 8 ffffffffffffffff:backing' \
+	'extension length:poke t.qcow2 116 7fffffff:longer than' \
+	'NUL in a name:poke t.qcow2 112 444154410000000574002e7261:NUL'; do
+	IFS=: read -r what how text <<<"$kind"
+	image 1G
+	$how
+	refuse 4 "$text" info t.qcow2
+	ok "info: malformed: $what"
+done
+for kind in 'L1 offset:poke t.qcow2 40 0000000000030200:L1 table offset' \
+	'L1 beyond:poke t.qcow2 40 0000000010000000:beyond' \
+	'L1 cut:truncate -s 196616 t.qcow2:beyond' \
+	'L1 small:poke t.qcow2 36 00000001:too small' \
+	'L1 on reftable:poke t.qcow2 40 0000000000010000:overlaps' \
+	'reftable offset:poke t.qcow2 48 0000000000010001:refcount table' \
+	'reftable empty:poke t.qcow2 56 00000000:empty' \
+	'reftable large:poke t.qcow2 56 00000081:larger' \
+	'refcount order:poke t.qcow2 96 00000007:refcount_order' \
+	'size:poke t.qcow2 24 0200000000000000:2^56'; do
+	IFS=: read -r what how text <<<"$kind"
+	image 1G
+	$how
+	run info t.qcow2 && grep -q '^can be opened: no' out && grep -q "$text" out
+	ok "info: impossible: $what"
+done
+refuse 4 'not a qcow2' info data.raw
+ok "info: raw file"
+refuse 4 'no such file' info none
+ok "info: missing file"
+refuse 4 'regular file' info .
+ok "info: a folder"
+mkfifo fifo
+refuse 4 'regular file' info fifo
+ok "info: a FIFO does not block"
+
+#
+# table, and what open finds wrong before it needs a device
+#
+image 1G
+refuse 4 'losetup' table t.qcow2 --data-file t.raw
+ok "table: files are refused, with a hint"
+refuse 1 't.raw' table t.qcow2
+ok "table: recorded name is not followed"
+refuse 4 'same file' table t.qcow2 --data-file t.qcow2
+ok "table: image is its own data"
+truncate -s 1023M t.raw
+refuse 4 '1072693248 bytes.*1073741824.*truncate' table t.qcow2 --data-file t.raw
+ok "table: data too small, both sizes are named"
+refuse 4 'no such file' table t.qcow2 --data-file none
+ok "table: missing data"
+
+# held FILE COMMAND...: run a command while QEMU has FILE open
+held() {
+	local file=$1 status
+	shift
+	coproc qemu-io "$file" >/dev/null 2>&1
+	for _ in {1..100}; do
+		grep -q "^[0-9]*: OFDLCK.*:$(stat -c %i "$file") " /proc/locks && break
+		sleep 0.05
+	done
+	"$@"
+	status=$?
+	kill "$COPROC_PID"
+	wait "$COPROC_PID" 2>/dev/null
+	return $status
+}
+image 1G
+held t.qcow2 refuse 5 'locked' table t.qcow2 --data-file t.raw
+ok "table: image is in use by QEMU"
+held t.qcow2 run info t.qcow2
+ok "info: image is in use by QEMU"
+cp t.qcow2 u.qcow2
+held t.raw refuse 5 'locked' table u.qcow2 --data-file t.raw
+ok "table: data is in use by QEMU"
+
+#
+# What open and close do to an image
+#
+prepare_steps() {
+	"${steps[@]}" "$@" >out 2>err
+}
+
+for cluster in "${sizes[@]}"; do
+	for bits in "${widths[@]}"; do
+		image 1G ",cluster_size=$cluster,refcount_bits=$bits"
+		[ "$cluster" = 2M ] || qemu-io -c 'write -P 9 3M 5M' t.qcow2 >/dev/null
+		cp t.qcow2 before.qcow2
+		prepare_steps undo t.qcow2 && cmp t.qcow2 before.qcow2
+		ok "prepare: undone, $cluster clusters, $bits bits"
+		prepare_steps prepare t.qcow2 && check t.qcow2 &&
+			same t.qcow2 before.qcow2
+		ok "prepare: clean and equal, $cluster clusters, $bits bits"
+		# QEMU fills it up: nothing of that may need a longer file
+		size=$(stat -c %s t.qcow2)
+		cp t.qcow2 full.qcow2
+		qemu-io -c 'write -z 0 1G' full.qcow2 >out 2>err && check full.qcow2 &&
+			[ "$(stat -c %s full.qcow2)" -le "$size" ]
+		ok "prepare: QEMU needs no more room, $cluster clusters, $bits bits"
+		cp t.qcow2 twice.qcow2
+		prepare_steps prepare twice.qcow2 && cmp t.qcow2 twice.qcow2
+		ok "prepare: nothing to do the second time, $cluster clusters, $bits bits"
+		prepare_steps trim t.qcow2 && check t.qcow2 &&
+			same t.qcow2 before.qcow2 &&
+			[ "$(stat -c %s t.qcow2)" -lt $(($(stat -c %s before.qcow2) + 2200000)) ]
+		ok "trim: clean, equal and short, $cluster clusters, $bits bits"
+	done
+done
+
+# A refcount table that must grow, and a power cut at each write of that.
+image 1G ,cluster_size=512,refcount_bits=64
+qemu-io -c 'write -P 9 3M 1M' t.qcow2 >/dev/null
+cp t.qcow2 before.qcow2
+bad=0 cuts=0
+for ((n = 0; n < 1000; n++)); do
+	for seed in {1..16}; do
+		cp before.qcow2 crash.qcow2
+		"${steps[-1]}" crash crash.qcow2 $n "$seed" >out 2>err
+		status=$?
+		[ $status -eq 9 ] && break 2
+		[ $status -eq 0 ] || bad=$((bad + 1))
+		cuts=$((cuts + 1))
+		qemu-img check -q crash.qcow2 >out 2>err
+		status=$?
+		# 3: leaked clusters, which is all that a power cut may do
+		[ $status -eq 0 ] || [ $status -eq 3 ] || bad=$((bad + 1))
+		same crash.qcow2 before.qcow2 || bad=$((bad + 1))
+	done
+done
+[ $bad -eq 0 ] && [ $cuts -gt 60 ]
+ok "prepare: $cuts power cuts, none corrupts the image"
+
+# Unknown autoclear bits go, the others stay.
+image 1G ,data_file_raw=on
+poke t.qcow2 88 8000000000000006
+prepare_steps prepare t.qcow2 && [ "$(hex -j 88 -N 8 t.qcow2)" = 0000000000000002 ]
+ok "prepare: unknown autoclear bits are cleared, the raw bit is kept"
+image 1G
+poke t.qcow2 95 01
+prepare_steps prepare t.qcow2 && [ "$(hex -j 88 -N 8 t.qcow2)" = 0000000000000000 ] &&
+	grep -q warning err
+ok "prepare: bitmaps bit without bitmaps is cleared"
+
+# Bitmaps that record by themselves are marked, others are not.
+image 1G
+qemu-img bitmap --add t.qcow2 auto1
+qemu-img bitmap --add --disable t.qcow2 manual
+qemu-img bitmap --add t.qcow2 auto2
+cp t.qcow2 before.qcow2
+prepare_steps prepare t.qcow2 &&
+	grep -q 'bitmap auto1 ' err && grep -q 'bitmap auto2 ' err &&
+	! grep -q manual err && check t.qcow2 &&
+	[ "$(qemu-img info --output=json t.qcow2 | jq -c \
+		'[."format-specific".data.bitmaps[] | [.name, .flags]] | sort')" = \
+	'[["auto1",["in-use","auto"]],["auto2",["in-use","auto"]],["manual",[]]]' ]
+ok "prepare: automatic bitmaps are marked as in use"
+prepare_steps prepare t.qcow2 && ! grep -q warning err
+ok "prepare: marked bitmaps are not mentioned again"
+prepare_steps trim t.qcow2 && check t.qcow2
+ok "trim: with bitmaps"
+cp before.qcow2 t.qcow2
+prepare_steps undo t.qcow2 && cmp t.qcow2 before.qcow2
+ok "prepare: bitmaps, undone"
+bitmaps=$(python3 -c '
+import struct
+b = open("before.qcow2", "rb").read()
+i = b.find(bytes.fromhex("2385287500000018"))
+print(struct.unpack(">Q", b[i + 24:i + 32])[0])')
+poke t.qcow2 $((bitmaps + 16)) 05
+cp t.qcow2 before.qcow2
+! prepare_steps prepare t.qcow2 && grep -q 'unknown type' err
+ok "prepare: malformed bitmap directory is refused"
+
+# Entries that would make the kernel write to the wrong place.
+for kind in 'L1 unaligned:196608:8000000000040200:multiple' \
+	'L1 reserved:196608:8100000000040000:reserved' \
+	'L1 beyond:196608:8000000010000000:beyond' \
+	'L1 on reftable:196608:8000000000010000:another' \
+	'L1 on refcounts:196608:8000000000020000:another' \
+	'refcounts unaligned:65536:0000000000020200:multiple' \
+	'refcounts reserved:65536:0000000000020001:reserved' \
+	'refcounts beyond:65536:0000000100000000:beyond' \
+	'refcounts on L1:65536:0000000000030000:another'; do
+	IFS=: read -r what offset hex text <<<"$kind"
+	image 1G
+	poke t.qcow2 "$offset" "$hex"
+	truncate -s 262144 t.qcow2
+	cp t.qcow2 before.qcow2
+	! prepare_steps prepare t.qcow2 && grep -q "$text" err &&
+		cmp t.qcow2 before.qcow2
+	ok "prepare: $what is refused, nothing changes"
+done
+image 1G
+qemu-io -c 'write 0 4k' -c 'write 600M 4k' t.qcow2 >/dev/null
+python3 -c '
+f = open("t.qcow2", "r+b")
+f.seek(196608)
+e = f.read(8)
+f.write(e)'
+! prepare_steps prepare t.qcow2 && grep -q 'another' err
+ok "prepare: L2 table that is used twice is refused"
+
+# trim never cuts what something refers to, even if refcounts deny it
+image 1G
+qemu-io -c 'write -P 1 0 4k' t.qcow2 >/dev/null
+size=$(stat -c %s t.qcow2)
+poke t.qcow2 131072 "$(printf '00%.0s' {1..64})"
+prepare_steps trim t.qcow2
+[ "$(stat -c %s t.qcow2)" -eq "$size" ]
+ok "trim: keeps what has no refcount but is used"
+image 1G
+truncate -s 10M t.qcow2
+poke t.qcow2 79 06
+prepare_steps trim t.qcow2
+[ "$(stat -c %s t.qcow2)" -eq $((10 << 20)) ]
+ok "trim: leaves a corrupt image alone"
+
+#
+# Command line
+#
+refuse 1 'no action' ; ok "no action"
+refuse 1 'not known' frobnicate ; ok "unknown action"
+refuse 1 'not known' info --frobnicate t.qcow2 ; ok "unknown option"
+refuse 1 'needs a value' create x --data-file ; ok "option without value"
+refuse 1 'number of arguments' info ; ok "too few arguments"
+refuse 1 'number of arguments' info a b ; ok "too many arguments"
+refuse 1 'takes no option --json' create --json x ; ok "option of another action"
+refuse 1 'cannot be the name' open t.qcow2 a/b --data-file t.raw
+ok "open: impossible name"
+refuse 1 'too long' open t.qcow2 "$long" --data-file t.raw
+ok "open: long name"
+run --help && grep -q '^Usage' out && [ ! -s err ] ; ok "--help"
+run --version && grep -q '^qcow2setup [0-9]' out ; ok "--version"
+"${tool[@]}" info --json t.qcow2 >/dev/full 2>err
+[ $? -eq 4 ] ; ok "a full disk does not look like success"
+
+echo "1..$count"
+echo "# offline: $((count - failed)) passed, $failed failed"
+[ $failed -eq 0 ]

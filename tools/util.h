@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Small helpers that everything else needs: exit codes, one-line messages that
+ * are safe to print, complete reads and writes, sizes.
+ */
+#ifndef QCOW2SETUP_UTIL_H
+#define QCOW2SETUP_UTIL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/types.h>
+
+#define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
+#define KIB		1024ULL
+#define MIB		(1024ULL * KIB)
+
+/* Exit codes, those of cryptsetup. */
+enum {
+	EX_DONE		= 0,
+	EX_PARAMETER	= 1,
+	EX_PERMISSION	= 2,
+	EX_MEMORY	= 3,
+	EX_WRONG	= 4,	/* wrong device or image */
+	EX_BUSY		= 5,	/* exists already, or in use */
+};
+
+extern bool verbose;
+
+/*
+ * Print "qcow2setup: ..." as one line on stderr and return @code, so that a
+ * failing function can say "return fail(...)".
+ */
+int fail(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* The same for a failed system call: the exit code follows from errno. */
+int fail_errno(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+int fail_nomem(void);
+void warning(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+void note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+int errno_to_exit(int err);
+
+/*
+ * Names come from images and command lines and may hold anything: these make
+ * them harmless to a terminal.  Everything but printable ASCII becomes \xHH.
+ * esc() and escn() return one of a few static buffers, long names are cut:
+ * for messages only.
+ */
+const char *esc(const char *s);
+const char *escn(const char *s, size_t len);
+void put_escaped(FILE *f, const char *s, size_t len);
+size_t escape(char *out, size_t out_size, const char *s, size_t len);
+
+/* Short reads and EINTR handled; a file that ends early gives -EIO. */
+int read_at(int fd, void *buf, size_t len, uint64_t off);
+int write_at(int fd, const void *buf, size_t len, uint64_t off);
+
+/* "10G", "512", "8s": K, M, G, T, P are powers of 1024, s is 512 bytes. */
+bool parse_size(const char *s, uint64_t *size);
+/* Plain decimal number. */
+bool parse_u64(const char *s, uint64_t *v);
+/* "1.5 GiB"; returns one of a few static buffers. */
+const char *human_size(uint64_t size);
+
+static inline uint64_t div_up(uint64_t a, uint64_t b)
+{
+	return a / b + !!(a % b);
+}
+
+static inline uint64_t align_up(uint64_t a, uint64_t b)
+{
+	return div_up(a, b) * b;
+}
+
+static inline uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static inline uint64_t max_u64(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+#endif
