@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the Python tests of this folder share.
+
+KTAP output, and a Bench: the scratch files, loop devices, images and
+device-mapper devices of one test, which it takes down again in reverse order
+whatever happens. Data that a test expects comes from a Model, which is written
+along with the device under test and never read back from it.
+"""
+import collections
+import contextlib
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+from qcow2image import Qcow2
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+KSFT_PASS, KSFT_FAIL, KSFT_SKIP = 0, 1, 4
+# Long enough for a busy machine without hardware virtualisation, short enough
+# that a hang is reported here and not only by the runner's timeout.
+COMMAND_TIMEOUT = 180
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+os.environ["LC_ALL"] = "C"
+# Without udevd nobody would answer libdevmapper's cookies.
+if not os.path.exists("/run/udev/control"):
+    os.environ["DM_DISABLE_UDEV"] = "1"
+
+
+class Failure(Exception):
+    """What a test expects did not happen."""
+
+
+def expect(condition, message):
+    if not condition:
+        raise Failure(message)
+
+
+@contextlib.contextmanager
+def fails_with(*numbers):
+    """The body must fail with one of these errnos."""
+    names = "/".join(errno.errorcode[n] for n in numbers)
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in numbers:
+            raise Failure(f"{names} expected, got {errno.errorcode.get(e.errno, e.errno)}") from e
+    else:
+        raise Failure(f"{names} expected, but it succeeded")
+
+
+def wait_for(what, seconds, condition):
+    """Poll; for things that happen on a timer or in another process."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise Failure(f"not within {seconds} s: {what}")
+        time.sleep(0.05)
+
+
+def same(got, want, where=0, what="content"):
+    """Compare two byte strings; name the first difference."""
+    if got == want:
+        return
+    if len(got) != len(want):
+        raise Failure(f"{what} at {where:#x}: {len(got)} bytes, {len(want)} expected")
+    first = next(i for i in range(0, len(got), 512) if got[i:i + 512] != want[i:i + 512])
+    bad = sum(got[i:i + 512] != want[i:i + 512] for i in range(0, len(got), 512))
+    g, w = got[first:first + 512], want[first:first + 512]
+    zero = bytes(len(g))
+    raise Failure(f"{what} differs in {bad} sectors, the first at {where + first:#x} "
+                  f"(request {where:#x}+{len(got):#x}): "
+                  f"{'zeros' if g == zero else g[:8].hex()} read, "
+                  f"{'zeros' if w == zero else w[:8].hex()} expected")
+
+
+def run(*argv, ok=True, timeout=COMMAND_TIMEOUT):
+    """Run a command. ok=True: it must succeed; its output is returned."""
+    try:
+        done = subprocess.run([str(a) for a in argv], stdin=subprocess.DEVNULL, timeout=timeout,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise Failure(f"{' '.join(map(str, argv))}: no end within {timeout} s") from e
+    out = done.stdout.decode(errors="replace")
+    if ok and done.returncode:
+        raise Failure(f"{' '.join(map(str, argv))}: status {done.returncode}: {out.strip()}")
+    return out if ok else (done.returncode, out)
+
+
+# KTAP
+
+_tests = []
+
+
+def test(name, *args):
+    """Decorator: the function, called with a Bench and args, is one result."""
+    def add(function):
+        _tests.append((name, function, args))
+        return function
+    return add
+
+
+def note(*text):
+    for line in " ".join(map(str, text)).splitlines():
+        print("#", line, flush=True)
+
+
+def load_module():
+    """Make target qcow2 available; return why not."""
+    if os.geteuid():
+        return "root is needed"
+    for tool in ("dmsetup", "qemu-img", "qemu-io", "modinfo"):
+        if not shutil.which(tool):
+            return f"{tool} is not installed"
+    if not os.path.isdir("/sys/module/dm_qcow2"):
+        built = os.environ.get("DM_QCOW2_KO", os.path.join(HERE, "../../driver/dm-qcow2.ko"))
+        if os.path.exists(built):
+            needs = run("modinfo", "-F", "depends", built).strip().replace(",", " ").split()
+            run("modprobe", "-a", "loop", "dm-mod", *needs)
+            status, out = run("insmod", built, ok=False)
+        else:
+            status, out = run("modprobe", "-a", "loop", "dm-mod", "dm-qcow2", ok=False)
+        if status:
+            return f"module dm_qcow2 cannot be loaded: {out.strip()}"
+    if not re.search(r"^qcow2\s", run("dmsetup", "targets"), re.M):
+        return "target qcow2 is not available"
+    return None
+
+
+def main():
+    """Run every test of the file; does not return. Arguments: names to filter by."""
+    sys.stdout.reconfigure(line_buffering=True)
+    print("TAP version 13")
+    # The runner's timeout ends a test with SIGTERM: devices go all the same.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(KSFT_FAIL))
+    try:
+        missing = load_module()
+    except Failure as e:
+        missing = str(e)
+    if missing:
+        print(f"1..0 # SKIP {missing}")
+        sys.exit(KSFT_SKIP)
+
+    tests = [t for t in _tests if all(a in t[0] for a in sys.argv[1:])]
+    print(f"1..{len(tests)}")
+    failed = 0
+    for number, (name, function, args) in enumerate(tests, 1):
+        good = False
+        start = time.monotonic()
+        bench = Bench()
+        try:
+            function(bench, *args)
+            good = True
+        except Failure as e:
+            note(f"{name}: {e}")
+            frames = traceback.extract_tb(e.__traceback__)
+            note("at", " < ".join(f"{f.name}:{f.lineno}" for f in reversed(frames)
+                                  if not f.filename.endswith("contextlib.py")))
+        except Exception:  # pylint: disable=broad-except # a fault is a failed test
+            note(traceback.format_exc())
+        finally:
+            try:
+                bench.close()
+            except Failure as e:
+                note(f"{name}: clean-up: {e}")
+                good = False
+        failed += not good
+        took = time.monotonic() - start
+        if took > 5:
+            note(f"{took:.1f} s")
+        print("ok" if good else "not ok", number, name)
+    print(f"# Totals: pass:{len(tests) - failed} fail:{failed} xfail:0 xpass:0 skip:0 error:0")
+    sys.exit(KSFT_FAIL if failed or not tests else KSFT_PASS)
+
+
+# Block devices
+
+class Io:
+    """An open block device or file. O_DIRECT unless told otherwise."""
+
+    def __init__(self, path, flags=0, direct=True, readonly=False):
+        flags |= os.O_DIRECT if direct else 0
+        self.fd = os.open(path, flags | (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+
+    def read(self, offset, length):
+        buffer = mmap.mmap(-1, max(length, 1))
+        with memoryview(buffer) as view:
+            done = 0
+            while done < length:
+                n = os.preadv(self.fd, [view[done:length]], offset + done)
+                if not n:
+                    raise Failure(f"end of the device at {offset + done:#x}")
+                done += n
+            data = bytes(view[:length])
+        buffer.close()
+        return data
+
+    def write(self, offset, data):
+        buffer = mmap.mmap(-1, len(data))
+        buffer[:] = data
+        with memoryview(buffer) as view:
+            done = 0
+            while done < len(data):
+                done += os.pwritev(self.fd, [view[done:]], offset + done)
+        buffer.close()
+
+    def fsync(self):
+        os.fsync(self.fd)
+
+    def close(self):
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def sysfs(path):
+    """The folder of a block device. By number: without udevd its node's name is
+    not the kernel's."""
+    number = os.stat(path).st_rdev
+    return f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
+
+
+class Stat:
+    """I/O counters of a block device, from the time when it was made."""
+    NAMES = ("reads", "read_merges", "read_sectors", "read_ms", "writes", "write_merges",
+             "write_sectors", "write_ms")
+
+    def __init__(self, path):
+        self.file = sysfs(path) + "/stat"
+        self.start = self._now()
+
+    def _now(self):
+        with open(self.file, encoding="ascii") as f:
+            return [int(w) for w in f.read().split()]
+
+    def __getattr__(self, name):
+        i = self.NAMES.index(name)
+        return self._now()[i] - self.start[i]
+
+
+class Loop:
+    """A loop device on a file. Buffered, and so coherent with the file."""
+    CTL_GET_FREE, SET_FD, CLR_FD, SET_CAPACITY, CONFIGURE = 0x4C82, 0x4C00, 0x4C01, 0x4C07, 0x4C0A
+    READ_ONLY = 1
+
+    def __init__(self, path, readonly=False, block_size=0):
+        for _ in range(50):
+            with open("/dev/loop-control", "rb") as control:
+                number = fcntl.ioctl(control, self.CTL_GET_FREE)
+            self.path = f"/dev/loop{number}"
+            wait_for(self.path, 10, lambda: os.path.exists(self.path))
+            with open(path, "rb" if readonly else "r+b") as f, \
+                    open(self.path, "rb" if readonly else "r+b", buffering=0) as dev:
+                # struct loop_config: fd, block size, loop_info64 (flags at byte 52)
+                config = bytearray(304)
+                struct.pack_into("II", config, 0, f.fileno(), block_size)
+                struct.pack_into("I", config, 8 + 52, self.READ_ONLY if readonly else 0)
+                try:
+                    fcntl.ioctl(dev, self.CONFIGURE, bytes(config))
+                    return
+                except OSError as e:
+                    if e.errno != errno.EBUSY:
+                        raise
+        raise Failure("no free loop device")
+
+    def resize(self):
+        """The file has changed its size."""
+        with open(self.path, "rb") as dev:
+            fcntl.ioctl(dev, self.SET_CAPACITY)
+
+    def close(self):
+        with open(self.path, "rb") as dev:
+            fcntl.ioctl(dev, self.CLR_FD)
+
+
+Status = collections.namedtuple("Status", (
+    "cluster_sectors tables entries slices state_bytes dirty hits misses first_writes commits "
+    "drops features mode"))
+
+
+# Device-mapper's own interface: a dmsetup process for each of many hundreds of
+# commands would take minutes in an emulator.
+(DM_DEV_CREATE, DM_DEV_REMOVE, DM_DEV_SUSPEND, DM_TABLE_LOAD, DM_TABLE_CLEAR,
+ DM_TABLE_STATUS) = 3, 4, 6, 9, 10, 12
+DM_READONLY_FLAG, DM_SUSPEND_FLAG, DM_NOFLUSH_FLAG = 1 << 0, 1 << 1, 1 << 11
+# struct dm_ioctl: version, sizes, counts, flags, event number, device, name, uuid
+DM_IOCTL = struct.Struct("3I II IiI I4x Q128s129s7x")
+DmReply = collections.namedtuple("DmReply", "flags event device targets")
+
+
+def dm_ioctl(command, name, table="", flags=0):
+    """Send a command, maybe with the lines of a table."""
+    specs = b""
+    lines = table.splitlines()
+    for line in lines:
+        start, length, target, *words = line.split(" ")
+        params = " ".join(words).encode() + b"\0"
+        params += bytes(-len(params) % 8)
+        specs += struct.pack("QQiI16s", int(start), int(length), 0, 40 + len(params),
+                             target.encode()) + params
+    size = 16384
+    buffer = bytearray(DM_IOCTL.pack(4, 0, 0, size, DM_IOCTL.size, len(lines), 0, flags, 0, 0,
+                                     name.encode(), b"") + specs)
+    buffer += bytes(size - len(buffer))
+    with open("/dev/mapper/control", "r+b", buffering=0) as control:
+        fcntl.ioctl(control, 3 << 30 | DM_IOCTL.size << 16 | 0xFD << 8 | command, buffer)
+    *_, start, count, _, flags, event, device, _, _ = DM_IOCTL.unpack_from(buffer)
+    targets, at = [], start
+    for _ in range(count if command == DM_TABLE_STATUS else 0):
+        *_, after, target = struct.unpack_from("QQiI16s", buffer, at)
+        params = bytes(buffer[at + 40:]).split(b"\0", 1)[0].decode()
+        targets.append((target.rstrip(b"\0").decode(), params))
+        at = start + after
+    return DmReply(flags, event, device, targets)
+
+
+class Dm:
+    """A device-mapper device; without a table if it is given none."""
+
+    def __init__(self, name, table=None, readonly=False):
+        self.name = f"qcow2test{os.getpid()}-{name}"
+        number = dm_ioctl(DM_DEV_CREATE, self.name).device
+        # As the kernel encodes it: 20 bits of minor number around 12 of major.
+        self.path = f"/dev/dm-{number & 0xff | number >> 12 & 0xfff00}"
+        if not table:
+            return
+        log = KernelLog()
+        try:
+            dm_ioctl(DM_TABLE_LOAD, self.name, table, DM_READONLY_FLAG if readonly else 0)
+            dm_ioctl(DM_DEV_SUSPEND, self.name)
+            wait_for(self.path, 10, lambda: os.path.exists(self.path))
+        except OSError as e:
+            self.close()
+            raise Failure(f"{e.strerror}: {table}: {'; '.join(log.lines('device-mapper'))}") from e
+        finally:
+            log.close()
+
+    def setup(self, *command, ok=True):
+        """dmsetup COMMAND [OPTION...] NAME"""
+        return run("dmsetup", *command, self.name, ok=ok)
+
+    def load(self, table):
+        """Put another table in place, live. Requests under way are waited for."""
+        dm_ioctl(DM_TABLE_LOAD, self.name, table)
+        dm_ioctl(DM_DEV_SUSPEND, self.name)
+
+    def suspend(self, flags=0):
+        dm_ioctl(DM_DEV_SUSPEND, self.name, flags=flags | DM_SUSPEND_FLAG)
+
+    def resume(self):
+        dm_ioctl(DM_DEV_SUSPEND, self.name)
+
+    def cycle(self):
+        """Suspend and resume: the target starts again with nothing in core."""
+        self.suspend()
+        self.resume()
+
+    def table(self):
+        return self.setup("table").strip()
+
+    def events(self):
+        return dm_ioctl(DM_TABLE_STATUS, self.name).event
+
+    def status(self):
+        (target, line), = dm_ioctl(DM_TABLE_STATUS, self.name).targets
+        expect(target == "qcow2", f"not a status line of the target: {target} {line}")
+        words = line.split()
+        tables, entries = words[1].split("/")
+        n = int(words[10])
+        expect(len(words) == 12 + n, f"{len(words)} words in the status line: {words}")
+        return Status(int(words[0]), int(tables), int(entries), *map(int, words[2:10]),
+                      words[11:11 + n], words[11 + n])
+
+    def mode(self):
+        return self.status().mode
+
+    def remove(self):
+        dm_ioctl(DM_DEV_REMOVE, self.name)
+
+    def close(self):
+        # Where udevd runs, it looks into every new device.
+        for attempt in range(100):
+            try:
+                return self.remove()
+            except OSError as e:
+                if e.errno == errno.ENXIO:
+                    return None
+                if e.errno != errno.EBUSY or attempt == 99:
+                    raise Failure(f"{self.name} cannot be removed: {e.strerror}") from e
+            time.sleep(0.1)
+        return None
+
+
+class Model:
+    """What the device must contain: a sparse file, written along with it."""
+
+    def __init__(self, path, size):
+        self.path = path
+        self.size = size
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+        os.truncate(self.fd, size)
+
+    def write(self, offset, data):
+        done = os.pwrite(self.fd, data, offset)
+        expect(done == len(data), "short write to the model")
+
+    def read(self, offset, length):
+        return os.pread(self.fd, length, offset)
+
+    def close(self):
+        os.close(self.fd)
+
+
+class Image(Qcow2):
+    """An image with its data file, both plain files in the bench's folder."""
+
+    def __init__(self, bench, name, size, cluster=64 * KIB, refcount_bits=16, raw=False, options=""):
+        super().__init__(os.path.join(bench.dir, name + ".qcow2"))
+        self.bench = bench
+        self.data = os.path.join(bench.dir, name + ".data")
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o",
+            f"data_file={self.data},data_file_raw={'on' if raw else 'off'},"
+            f"cluster_size={cluster},refcount_bits={refcount_bits}{options}", self.path, size)
+        os.truncate(self.data, size)
+        self.meta_loop = self.data_loop = None
+        self.extended = False
+
+    def extend(self):
+        """Once: it would add the same room again."""
+        if not self.extended:
+            super().extend()
+        self.extended = True
+
+    def poison(self, *ranges, seed=1):
+        """Fill the data file (or ranges of it) with bytes that no test writes.
+        What the device shows of them must be what the image calls data."""
+        rng = random.Random(seed)
+        with open(self.data, "r+b") as f:
+            for offset, length in ranges or [(0, os.stat(self.data).st_size)]:
+                f.seek(offset)
+                f.write(rng.randbytes(length))
+
+    def attach(self, extend=True, readonly=False):
+        """Loop devices for both files."""
+        if extend and not readonly:
+            self.extend()
+        self.meta_loop = self.bench.add(Loop(self.path, readonly))
+        self.data_loop = self.bench.add(Loop(self.data, readonly))
+
+    def detach(self):
+        for loop in (self.meta_loop, self.data_loop):
+            self.bench.drop(loop)
+        self.meta_loop = self.data_loop = None
+
+    def open(self, *features, meta=None, data=None, readonly=False, name="q"):
+        """Map the image. meta, data: devices to use in place of the loops."""
+        if not self.meta_loop:
+            self.attach(readonly=readonly)
+        if readonly:
+            features = ("read_only", *features)
+        line = self.line(meta or self.meta_loop.path, data or self.data_loop.path, *features)
+        return self.bench.add(Dm(name, line, readonly))
+
+    def hash(self):
+        """Of the whole metadata file."""
+        with open(self.path, "rb") as f:
+            return hashlib.sha256(f.read()).hexdigest()
+
+    def check(self, leaks=False, path=None):
+        """qemu-img check must find nothing (leaks=True: nothing but leaks)."""
+        status, out = run("qemu-img", "check", "-U", "-f", "qcow2", path or self.path, ok=False)
+        expect(status == 0 or (leaks and status == 3), f"qemu-img check: status {status}: {out}")
+
+    def compare(self, model, path=None):
+        """What QEMU reads from the image must be the model."""
+        status, out = run("qemu-img", "compare", "-U", "-f", "qcow2", "-F", "raw",
+                          path or self.path, model.path, ok=False)
+        expect(status == 0, f"qemu-img compare: status {status}: {out.strip()}")
+
+    def qemu_io(self, *commands):
+        """Let QEMU write to the image."""
+        args = [a for c in commands for a in ("-c", c)]
+        run("qemu-io", "-f", "qcow2", *args, self.path)
+
+
+class Bench:
+    """Everything that one test sets up."""
+
+    def __init__(self):
+        self.dir = tempfile.mkdtemp(prefix="qcow2test.")
+        self.things = []
+
+    def add(self, thing):
+        self.things.append(thing)
+        return thing
+
+    def drop(self, thing):
+        """Take one thing down before the end. It may fail, and counts as gone then."""
+        self.things.remove(thing)
+        thing.close()
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    def file(self, name, size):
+        with open(self.path(name), "wb") as f:
+            f.truncate(size)
+        return self.path(name)
+
+    def image(self, size, name="image", **options):
+        return Image(self, name, size, **options)
+
+    def model(self, size, name="model"):
+        return self.add(Model(self.path(name), size))
+
+    def io(self, dm, **options):
+        return self.add(Io(getattr(dm, "path", dm), **options))
+
+    def linear(self, name, device):
+        """A pass-through device: counts what reaches it, and can be replaced
+        while in use by one that fails."""
+        dm = Dm(name, f"0 {device_sectors(device)} linear {device} 0")
+        return self.add(dm)
+
+    def close(self):
+        faults = []
+        while self.things:
+            thing = self.things.pop()
+            try:
+                thing.close()
+            except (Failure, OSError) as e:
+                faults.append(str(e))
+                # A hung or busy device keeps its loop devices: try harder once.
+                if isinstance(thing, Dm):
+                    thing.setup("remove", "--force", ok=False)
+        shutil.rmtree(self.dir, ignore_errors=True)
+        if faults:
+            raise Failure("; ".join(faults))
+
+
+def device_sectors(path):
+    with open(sysfs(path) + "/size", encoding="ascii") as f:
+        return int(f.read())
+
+
+class KernelLog:
+    """Messages of the kernel from now on."""
+
+    def __init__(self):
+        self.fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.lseek(self.fd, 0, os.SEEK_END)
+
+    def lines(self, pattern=""):
+        """What was logged since the last call."""
+        found = []
+        while True:
+            try:
+                record = os.read(self.fd, 8192)
+            except BlockingIOError:
+                return found
+            except BrokenPipeError:
+                continue
+            text = record.decode(errors="replace").split(";", 1)[1].split("\n", 1)[0]
+            if re.search(pattern, text):
+                found.append(text)
+
+    def close(self):
+        os.close(self.fd)

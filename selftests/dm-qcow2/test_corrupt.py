@@ -1,0 +1,424 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Corrupt metadata: EIO for what needs it, the rest goes on, nothing gets worse.
+
+Each case patches one entry of an image. Requests that need the entry must fail
+with EIO, others must not; the device must go ro, with an event and a line in the
+log that names the entry; the header's corrupt bit must be set, and no other byte
+of the metadata may change. With read_only not even that one.
+"""
+import errno
+import os
+import random
+import re
+import time
+
+from qcow2image import COMPRESSED, COPIED, CORRUPT, ZERO
+from qcow2test import (KIB, Failure, KernelLog, expect, fails_with, main, note, same, test, wait_for)
+
+CLUSTER = 4 * KIB
+COVER = CLUSTER * CLUSTER // 8
+SIZE = 8 * COVER
+# Each of the first four L2 tables: 8 data clusters, 4 zero ones, then none.
+DATA = 8 * CLUSTER
+SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
+
+# Kinds of lines in the log, and when there were any, in this whole run.
+LINES = {"L1": [], "L2": [], "refcount table": [], "refcount of": []}
+
+
+class Fixture:
+    """One image that is damaged, looked at, and put right again, many times."""
+
+    def __init__(self, bench, refcount_bits=16):
+        self.bench = bench
+        image = self.image = bench.image(SIZE, cluster=CLUSTER, refcount_bits=refcount_bits)
+        commands = []
+        for i in range(4):
+            commands += [f"write -q -P 1 {i * COVER} {DATA}",
+                         f"write -q -z {i * COVER + DATA} {4 * CLUSTER}"]
+        image.qemu_io(*commands)
+        image.poison(*((i * COVER, DATA + 8 * CLUSTER) for i in range(8)))
+        self.model = bench.model(SIZE)
+        with open(image.data, "rb") as f:
+            for i in range(4):
+                f.seek(i * COVER)
+                self.model.write(i * COVER, f.read(DATA))
+        image.attach()
+        self.clean = image.read(0, image.file_size())
+        self.log = bench.add(KernelLog())
+        self.dm = self.disk = None
+        self.faults = []
+
+    def restore(self):
+        self.image.patch(0, self.clean)
+
+    def open(self, *features):
+        self.logged()
+        self.dm = self.image.open(*features)
+        self.disk = self.bench.io(self.dm, readonly=bool(features))
+
+    def close(self):
+        self.bench.drop(self.disk)
+        self.bench.drop(self.dm)
+
+    def good(self, *offsets):
+        for at in offsets:
+            same(self.disk.read(at, CLUSTER), self.model.read(at, CLUSTER), at)
+
+    def bad(self, at, write=False):
+        with fails_with(errno.EIO):
+            if write:
+                self.disk.write(at, bytes(512))
+            else:
+                self.disk.read(at, 512)
+
+    def logged(self, pattern="."):
+        """Is there a new line that matches? The kernel drops what is beyond ten
+        lines of one kind in five seconds: after that, there need not be one."""
+        now = time.monotonic()
+        kind = next((k for k in LINES if re.match(k, pattern)), "L1")
+        lines = self.log.lines("corrupt")
+        for k, times in LINES.items():
+            times[:] = [t for t in times if t > now - 6]
+            times += [now] * sum(bool(re.search(rf": {k}", line)) for line in lines)
+        return any(re.search(pattern, line) for line in lines) or len(LINES[kind]) >= 10
+
+    def went_ro(self, before, log):
+        """mode, event and log of a device that has met a corrupt entry"""
+        wait_for("mode ro", 10, lambda: self.dm.mode() == "ro")
+        expect(self.dm.events() > before, "no event was raised")
+        expect(self.logged(log), f"no line of the log matches '{log}'")
+
+    def unchanged(self, patched, corrupt):
+        """What was patched must be on disk as it was, but for the corrupt bit."""
+        now = self.image.read(0, len(patched) + 1)
+        want = bytearray(patched)
+        if corrupt:
+            want[79] |= CORRUPT
+        expect(bool(now[79] & CORRUPT) == corrupt,
+               "the corrupt bit was " + ("not set" if corrupt else "set"))
+        same(now, bytes(want), 0, "metadata")
+
+    def case(self, name, log, patch, bad, good):
+        """bad, good: guest offsets whose clusters cannot, and can, be read."""
+        try:
+            for write_first in (False, True):
+                self.restore()
+                patch()
+                patched = self.image.read(0, self.image.file_size())
+                self.open()
+                before = self.dm.events()
+                if not self.log_at_resume:
+                    expect(self.dm.mode() == "rw", "not rw at first")
+                    self.good(*good)
+                for at in bad:
+                    self.bad(at, write_first)
+                    self.bad(at)
+                self.bad(min(bad) - 512 if min(bad) % COVER else min(bad), write=True)
+                self.went_ro(0 if self.log_at_resume else before, log)
+                self.good(*good)
+                # It is ro now: nothing can be written, wherever it is.
+                self.bad(good[0], write=True)
+                self.bad(6 * COVER, write=True)
+                # Not cured by reading it again, either.
+                self.dm.cycle()
+                self.bad(bad[0])
+                self.good(*good)
+                self.close()
+                self.unchanged(patched, corrupt=True)
+
+            self.restore()
+            patch()
+            patched = self.image.read(0, self.image.file_size())
+            self.open("read_only")
+            for at in bad:
+                self.bad(at)
+            self.good(*good)
+            expect(self.dm.mode() == "ro", "mode")
+            expect(self.logged(log), f"read_only: no line of the log matches '{log}'")
+            self.close()
+            self.unchanged(patched, corrupt=False)
+        except Exception as e:  # pylint: disable=broad-except # told by done()
+            self.fault(f"{name}: {e}")
+
+    log_at_resume = False
+
+    def fault(self, text):
+        note(text)
+        self.faults.append(text)
+        for thing in (self.disk, self.dm):
+            if thing in self.bench.things:
+                self.bench.drop(thing)
+
+    def done(self):
+        # The fixture itself must be sound.
+        self.restore()
+        self.open()
+        self.good(*range(0, SIZE, COVER))
+        self.disk.write(6 * COVER, b"x" * 512)
+        self.close()
+        self.image.check()
+        expect(not self.faults, f"{len(self.faults)} faults, see above")
+
+
+@test("L2 entries")
+def l2_entries(bench):
+    f = Fixture(bench)
+    image = f.image
+    # Data, zero and unallocated entries of table 1 in turn; and cluster 0.
+    spots = [COVER + 3 * CLUSTER, COVER + DATA + CLUSTER, COVER + 20 * CLUSTER]
+    cases = [
+        ("unaligned offset", lambda g: COPIED | g + 512),
+        ("offset of the next cluster", lambda g: COPIED | g + CLUSTER),
+        ("offset of another table's cluster", lambda g: COPIED | g + COVER),
+        ("offset beyond the data device", lambda g: COPIED | 1 << 50),
+        ("zero, with a wrong offset", lambda g: COPIED | g + CLUSTER | ZERO),
+        ("copied, without an offset", lambda g: COPIED),
+        ("compressed", lambda g: COMPRESSED | g),
+        ("compressed and copied", lambda g: COMPRESSED | COPIED | g),
+    ]
+    cases += [(f"reserved bit {n}", lambda g, n=n: COPIED | g | 1 << n) for n in (1, 8, 56, 61)]
+    for n, (name, entry) in enumerate(cases):
+        guest = spots[n % 3]
+        f.case(name, rf"L2 .*{guest:#x}\b", lambda: image.set_u64(image.l2_pos(guest), entry(guest)),
+               [guest], [guest - CLUSTER, guest + CLUSTER, 0, 2 * COVER, 5 * COVER])
+    f.case("cluster 0", r"L2 .*\b(0x)?0\b", lambda: image.set_u64(image.l2_pos(0), COPIED | CLUSTER),
+           [0], [CLUSTER, COVER, 5 * COVER])
+    f.done()
+
+
+@test("L2 entries: a request that spans a bad cluster fails, its neighbours do not")
+def spanning(bench):
+    f = Fixture(bench)
+    guest = COVER + 3 * CLUSTER
+    f.image.set_u64(f.image.l2_pos(guest), COPIED | guest + CLUSTER)
+    f.open()
+    with fails_with(errno.EIO):
+        f.disk.read(guest - CLUSTER, 3 * CLUSTER)
+    with fails_with(errno.EIO):
+        f.disk.read(COVER - CLUSTER, 8 * CLUSTER)
+    f.good(guest - CLUSTER, guest + CLUSTER)
+    same(f.disk.read(COVER, 3 * CLUSTER), f.model.read(COVER, 3 * CLUSTER), COVER)
+    f.close()
+    f.done()
+
+
+@test("L2 entries: what was written before a bad one was met is not lost")
+def written_before(bench):
+    f = Fixture(bench)
+    guest = COVER + 3 * CLUSTER
+    f.image.set_u64(f.image.l2_pos(guest), COPIED | guest + CLUSTER)
+    f.open()
+    f.disk.write(2 * COVER + 20 * CLUSTER + 512, b"w" * 1024)
+    f.disk.write(6 * COVER, b"n" * CLUSTER)
+    f.model.write(2 * COVER + 20 * CLUSTER + 512, b"w" * 1024)
+    f.model.write(6 * COVER, b"n" * CLUSTER)
+    f.bad(guest)
+    wait_for("mode ro", 10, lambda: f.dm.mode() == "ro")
+    f.good(2 * COVER + 20 * CLUSTER, 6 * COVER)
+    f.disk.fsync()
+    f.close()
+    expect(f.image.get("incompatible_features") & CORRUPT, "the corrupt bit was not set")
+    f.open("read_only")
+    f.good(2 * COVER + 20 * CLUSTER, 6 * COVER, 0, 3 * COVER)
+    f.bad(guest)
+    f.close()
+    f.restore()
+    f.model.write(2 * COVER + 20 * CLUSTER, bytes(CLUSTER))
+    f.model.write(6 * COVER, bytes(CLUSTER))
+    f.done()
+
+
+@test("L1 entries")
+def l1_entries(bench):
+    f = Fixture(bench)
+    # The whole L1 table is in core from resume on: it may be judged there.
+    f.log_at_resume = True
+    image = f.image
+    entry = image.l1(1)
+    end = image.file_size()
+    cases = [
+        ("unaligned", entry + 512),
+        ("beyond the device", COPIED | -(-end // CLUSTER) * CLUSTER),
+        ("far beyond the device", COPIED | 1 << 55),
+        ("at the L1 table", COPIED | image.get("l1_table_offset")),
+        ("at the refcount table", COPIED | image.get("refcount_table_offset")),
+    ]
+    cases += [(f"reserved bit {n}", entry | 1 << n) for n in (0, 8, 56, 62)]
+    for name, value in cases:
+        f.case(name, r"L1 entry 1\b", lambda: image.set_u64(image.l1_pos(1), value),
+               [COVER, COVER + 20 * CLUSTER], [0, 2 * COVER, 3 * COVER, 5 * COVER])
+    f.done()
+
+
+def l1_aliases(bench, bits):
+    f = Fixture(bench, bits)
+    image = f.image
+    block = image.u64(image.reftable_pos(0))
+    for name, index, value in (("two share a table", 2, image.l1(1)),
+                               ("at a refcount block", 5, COPIED | block)):
+        f.restore()
+        image.set_u64(image.l1_pos(index), value)
+        patched = image.read(0, image.file_size())
+        f.open()
+        f.good(0, 3 * COVER, 6 * COVER)
+        # A first write would put an entry where it must not be.
+        for at in (index * COVER + 100 * CLUSTER, index * COVER + 400 * CLUSTER):
+            try:
+                f.disk.write(at, b"x" * 512)
+                f.disk.fsync()
+                note(f"{name}: a first write succeeded")
+                f.faults.append(name)
+            except OSError as e:
+                expect(e.errno == errno.EIO, f"errno {e.errno}")
+        mode = f.dm.mode()
+        f.close()
+        try:
+            expect(mode == "ro", f"mode {mode}")
+            f.unchanged(patched, corrupt=True)
+        except Failure as e:
+            f.fault(f"{name}: {e}")
+    f.done()
+
+
+# Refcounts of 64 bits look like sane entries of an L2 table: zero clusters.
+for _bits in (16, 64):
+    test(f"L1 entries: two that share a table, or one that points at a refcount block of {_bits} bits",
+         _bits)(l1_aliases)
+
+
+@test("an L1 entry without the copied bit: reads work, first writes do not touch the table")
+def l1_shared(bench):
+    f = Fixture(bench)
+    image = f.image
+    image.set_u64(image.l1_pos(1), image.l1(1) & ~COPIED)
+    patched = image.read(0, image.file_size())
+    f.open()
+    f.good(0, COVER, COVER + DATA, COVER + 20 * CLUSTER)
+    expect(f.dm.mode() == "rw", "not rw")
+    f.bad(COVER + 20 * CLUSTER, write=True)
+    f.went_ro(0, r"L1 entry 1\b")
+    f.good(0, COVER, COVER + DATA, COVER + 20 * CLUSTER)
+    f.close()
+    f.unchanged(patched, corrupt=True)
+    f.done()
+
+
+def allocation(f, name, log, patch):
+    """Reads do not need what is patched; the next L2 table would."""
+    f.restore()
+    patch()
+    patched = f.image.read(0, f.image.file_size())
+    f.open()
+    before = f.dm.events()
+    f.good(*range(0, SIZE, COVER))
+    expect(f.dm.mode() == "rw", "not rw at first")
+    try:
+        with fails_with(errno.EIO):
+            f.disk.write(5 * COVER, b"x" * CLUSTER)
+            f.disk.fsync()
+        f.went_ro(before, log)
+        f.good(*range(0, SIZE, COVER))
+        f.close()
+        f.unchanged(patched, corrupt=True)
+    except Exception as e:  # pylint: disable=broad-except # told by done()
+        f.fault(f"{name}: {e}")
+
+
+@test("refcount 0 for clusters that are in use")
+def refcount_zero(bench):
+    f = Fixture(bench)
+    image = f.image
+    for name, offset in (("the header", 0), ("the refcount table", image.get("refcount_table_offset")),
+                         ("the L1 table", image.get("l1_table_offset")),
+                         ("the refcount block", image.u64(image.reftable_pos(0))),
+                         ("an L2 table", image.l2_table(3 * COVER))):
+        allocation(f, name, rf"refcount of.*\b(0x)?{offset:x}\b",
+                   lambda: image.set_refcount(offset // CLUSTER, 0))
+    f.done()
+
+
+@test("refcount table entries")
+def reftable_entries(bench):
+    f = Fixture(bench)
+    image = f.image
+    entry = image.u64(image.reftable_pos(0))
+    end = -(-image.file_size() // CLUSTER) * CLUSTER
+    for name, index, value in (
+            ("unaligned", 0, entry + 512), ("beyond the device", 0, end),
+            ("far beyond the device", 0, 1 << 55), ("reserved bit 0", 0, entry | 1),
+            ("reserved bit 8", 0, entry | 1 << 8), ("at the L1 table", 0, image.get("l1_table_offset")),
+            ("at an L2 table", 0, image.l2_table(COVER)),
+            ("at the refcount table", 0, image.get("refcount_table_offset")),
+            ("two share a block", 1, entry)):
+        allocation(f, name, rf"refcount table entry {index}\b",
+                   lambda: image.set_u64(image.reftable_pos(index), value))
+    f.done()
+
+
+@test("truncated metadata: tables beyond the end")
+def truncated(bench):
+    f = Fixture(bench)
+    image = f.image
+    tables = sorted(image.l2_table(i * COVER) for i in range(4))
+    lost = next(i for i in range(4) if image.l2_table(i * COVER) == tables[-1])
+    os.truncate(image.path, tables[-1] + CLUSTER // 2)
+    image.meta_loop.resize()
+    patched = image.read(0, image.file_size())
+    f.open()
+    f.good(*(i * COVER for i in range(8) if i != lost))
+    f.bad(lost * COVER)
+    f.went_ro(0, rf"L1 entry {lost}\b")
+    f.good(*(i * COVER for i in range(8) if i != lost))
+    f.close()
+    f.unchanged(patched, corrupt=True)
+
+
+def fuzz(bench, rounds):
+    """Random bytes anywhere behind the header. Whatever a request gives, the
+    device must end it, and stay within the files."""
+    note(f"SEED={SEED}")
+    f = Fixture(bench)
+    image = f.image
+    rng = random.Random(SEED)
+    places = [(image.get("l1_table_offset"), 64), (image.get("refcount_table_offset"), 64),
+              (image.u64(image.reftable_pos(0)), 128)]
+    places += [(image.l2_table(i * COVER), CLUSTER) for i in range(4)]
+    for _ in range(rounds):
+        f.restore()
+        for _ in range(rng.choice((1, 1, 2, 5, 50))):
+            start, length = rng.choice(places)
+            at = start + rng.randrange(length)
+            image.patch(at, bytes([image.read(at, 1)[0] ^ 1 << rng.randrange(8)]))
+        size = image.file_size()
+        f.dm = image.open()
+        f.disk = bench.io(f.dm)
+        for _ in range(60):
+            at = rng.randrange(SIZE // 512) * 512
+            if rng.random() < 0.5:
+                at = rng.randrange(8) * COVER + rng.randrange(32) * CLUSTER
+            length = min(rng.choice((512, CLUSTER, 5 * CLUSTER, 64 * KIB)), SIZE - at)
+            try:
+                kind = rng.random()
+                if kind < 0.6:
+                    f.disk.read(at, length)
+                elif kind < 0.97:
+                    f.disk.write(at, bytes(length))
+                else:
+                    f.disk.fsync()
+            except OSError as e:
+                expect(e.errno in (errno.EIO, errno.ENOSPC), f"errno {e.errno}")
+        f.close()
+        expect(image.file_size() == size, "the metadata file has another size")
+        expect(os.stat(image.data).st_size == SIZE, "the data file has another size")
+        header = bytearray(image.read(0, 512))
+        header[79] &= ~CORRUPT
+        same(bytes(header), f.clean[:512], 0, "header")
+
+
+test("random damage", 25)(fuzz)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Failing devices: what fails with them, and what must not.
+
+Both devices lie on linear targets that are replaced, while in use, by dm-flakey
+or dm-error.
+"""
+import errno
+import os
+import subprocess
+import threading
+
+from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, device_sectors, expect, fails_with, main,
+                       run, same, test, wait_for)
+
+SIZE = 1536 * MIB       # three L2 tables
+CLUSTER = 64 * KIB
+
+
+class Lower:
+    """A device that works, fails, or fails in parts."""
+
+    def __init__(self, bench, name, device):
+        self.device = device
+        self.sectors = device_sectors(device)
+        self.dm = bench.linear(name, device)
+        self.path = self.dm.path
+
+    def good(self):
+        self.dm.load(f"0 {self.sectors} linear {self.device} 0")
+
+    def no_writes(self):
+        self.bad(writes_only=True)
+
+    def bad(self, start=0, length=None, writes_only=False):
+        """Neither reads nor writes, or only no writes, in a range of bytes."""
+        start //= 512
+        end = start + length // 512 if length else self.sectors
+        lines = [f"{start} {end - start} " + (f"flakey {self.device} {start} 0 3600 1 error_writes"
+                                              if writes_only else "error")]
+        if start:
+            lines.insert(0, f"0 {start} linear {self.device} 0")
+        if end < self.sectors:
+            lines.append(f"{end} {self.sectors - end} linear {self.device} {end}")
+        self.dm.load("\n".join(lines))
+
+
+class Setup:
+    def __init__(self, bench, size=SIZE, **options):
+        self.bench = bench
+        image = self.image = bench.image(size, **options)
+        image.poison((0, 4 * MIB), (512 * MIB, MIB))
+        self.model = bench.model(size)
+        image.attach()
+        self.meta = Lower(bench, "meta", image.meta_loop.path)
+        self.data = Lower(bench, "data", image.data_loop.path)
+        self.dm = image.open(meta=self.meta.path, data=self.data.path)
+        self.disk = bench.io(self.dm)
+        self.sync = None
+        # Something that is durable.
+        self.write(0, 2 * CLUSTER)
+        self.disk.fsync()
+
+    def write(self, offset, length, byte=b"a"):
+        self.disk.write(offset, byte * length)
+        self.model.write(offset, byte * length)
+
+    def same(self, *offsets, length=CLUSTER):
+        for at in offsets:
+            same(self.disk.read(at, length), self.model.read(at, length), at)
+
+    def fails(self, offset, length=CLUSTER, disk=None):
+        with fails_with(errno.EIO):
+            (disk or self.disk).write(offset, b"f" * length)
+
+    def close(self):
+        if self.sync:
+            self.bench.drop(self.sync)
+        self.bench.drop(self.disk)
+        self.bench.drop(self.dm)
+
+    def failed(self, events):
+        """The device is in mode fail, with all that follows from it."""
+        wait_for("mode fail", 60, lambda: self.dm.mode() == "fail")
+        expect(self.dm.events() > events, "no event was raised")
+        with fails_with(errno.EIO):
+            self.disk.fsync()
+        self.fails(40 * CLUSTER)
+        self.fails(600 * MIB)
+        self.sync = self.sync or self.bench.io(self.dm, flags=os.O_DSYNC)
+        self.fails(0, 4096, self.sync)
+        # That one must not have gone half the way: whether the bytes are there
+        # is open, so they are put right.
+        self.write(0, CLUSTER, b"o")
+        self.same(0, CLUSTER)
+        # What was never written still reads as zeros.
+        self.same(50 * CLUSTER, 52 * CLUSTER)
+
+    def recover(self):
+        """A new table, once the device works again."""
+        self.meta.good()
+        self.data.good()
+        self.dm.load(self.dm.table())
+        expect(self.dm.mode() == "rw", f"after a reload: {self.dm.status()}")
+        self.same(0, CLUSTER, 50 * CLUSTER)
+        self.write(80 * CLUSTER + 512, 1024, b"r")
+        self.write(700 * MIB, 512, b"r")
+        self.disk.fsync()
+        self.same(80 * CLUSTER, 700 * MIB)
+
+
+@test("data write errors: the write fails, its units stay as they were")
+def data_writes(bench):
+    s = Setup(bench)
+    s.data.no_writes()
+    s.fails(4 * CLUSTER)
+    s.fails(6 * CLUSTER + 512, 512)
+    s.fails(8 * CLUSTER + 512, 3 * CLUSTER)
+    s.fails(520 * MIB + 512, 512)
+    s.fails(0, 4096)
+    s.same(0, 4 * CLUSTER, 6 * CLUSTER, 8 * CLUSTER, 9 * CLUSTER, 520 * MIB)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    expect(not s.dm.status().dirty, f"failed writes made something dirty: {s.dm.status()}")
+    s.data.good()
+    s.same(0, 4 * CLUSTER, 6 * CLUSTER, 8 * CLUSTER, 9 * CLUSTER, 520 * MIB)
+    s.disk.fsync()
+    s.dm.cycle()
+    s.same(4 * CLUSTER, 6 * CLUSTER, 8 * CLUSTER, 9 * CLUSTER, 520 * MIB)
+    s.write(4 * CLUSTER + 512, 1024)
+    s.write(6 * CLUSTER, CLUSTER)
+    s.same(4 * CLUSTER, 6 * CLUSTER)
+    s.close()
+    s.image.check()
+    s.image.compare(s.model)
+
+
+@test("data write errors: a fill that fails takes the write with it")
+def fill_errors(bench):
+    s = Setup(bench)
+    # The end of cluster 4 and the start of cluster 6 cannot be written.
+    for bad, offset in ((4 * CLUSTER + 32 * KIB, 4 * CLUSTER), (6 * CLUSTER, 6 * CLUSTER + 48 * KIB)):
+        s.data.bad(bad, 4 * KIB)
+        s.fails(offset, 4096)
+        s.data.good()
+        # Nothing of the write, and nothing of what the device held before.
+        s.same(offset // CLUSTER * CLUSTER)
+        s.dm.cycle()
+        s.same(offset // CLUSTER * CLUSTER)
+        s.write(offset, 4096)
+        s.same(offset // CLUSTER * CLUSTER)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.close()
+    s.image.check()
+    s.image.compare(s.model)
+
+
+@test("data write errors: a busy unit's waiters go on")
+def busy_waiters(bench):
+    s = Setup(bench)
+    s.data.no_writes()
+    results = []
+
+    def writer(n):
+        try:
+            s.disk.write(20 * CLUSTER + n * 4096, b"w" * 4096)
+            results.append(0)
+        except OSError as e:
+            results.append(e.errno)
+    threads = [threading.Thread(target=writer, args=(n,)) for n in range(16)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    expect(results == [errno.EIO] * 16, f"{results}")
+    s.data.good()
+    s.same(20 * CLUSTER)
+    s.close()
+    s.image.check()
+    s.image.compare(s.model)
+
+
+@test("data read errors are passed on")
+def data_reads(bench):
+    s = Setup(bench)
+    s.data.bad()
+    with fails_with(errno.EIO):
+        s.disk.read(0, 4096)
+    s.same(4 * CLUSTER)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.data.good()
+    s.same(0)
+
+
+@test("a flush that the data device fails is not acknowledged")
+def data_flush(bench):
+    s = Setup(bench)
+    s.data.no_writes()
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    expect(s.dm.mode() == "rw", f"nothing was dirty: {s.dm.status()}")
+    s.data.good()
+    s.disk.fsync()
+    s.write(4 * CLUSTER, CLUSTER)
+    s.data.no_writes()
+    if s.dm.status().dirty:
+        with fails_with(errno.EIO):
+            s.disk.fsync()
+        # The data is not durable, so nothing may say that it is.
+        expect(s.image.state(4 * CLUSTER) == "unallocated", "the entry was written all the same")
+    s.data.good()
+    s.same(0, 4 * CLUSTER)
+    s.close()
+    s.image.check(leaks=True)
+
+
+@test("metadata write errors: fail at the next flush; reads and overwrites go on")
+def meta_writes(bench):
+    s = Setup(bench)
+    log = bench.add(KernelLog())
+    s.meta.no_writes()
+    events = s.dm.events()
+    waiting = subprocess.Popen(["dmsetup", "wait", s.dm.name, str(events)],
+                               stdout=subprocess.DEVNULL)
+    try:
+        s.write(4 * CLUSTER + 512, 512)
+        s.same(4 * CLUSTER)
+        with fails_with(errno.EIO):
+            s.disk.fsync()
+        s.failed(events)
+        try:
+            waiting.wait(60)
+        except subprocess.TimeoutExpired as e:
+            raise Failure("dmsetup wait does not return") from e
+    finally:
+        waiting.kill()
+        waiting.wait()
+    # In core only, but it can be read.
+    s.same(4 * CLUSTER)
+    expect(log.lines("qcow2.*fail"), "the log does not tell of mode fail")
+    # A device that has failed stays failed.
+    s.meta.good()
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    s.dm.cycle()
+    expect(s.dm.mode() == "fail", f"after suspend and resume: {s.dm.status()}")
+    s.same(0, CLUSTER, 50 * CLUSTER)
+    s.recover()
+    # It was never acknowledged by a flush: there, or not at all.
+    got = s.disk.read(4 * CLUSTER, CLUSTER)
+    if got != bytes(CLUSTER):
+        same(got, s.model.read(4 * CLUSTER, CLUSTER), 4 * CLUSTER)
+    s.model.write(4 * CLUSTER, got)
+    s.close()
+    s.image.check(leaks=True)
+    s.image.compare(s.model)
+
+
+@test("metadata write errors: the timer's commit notices, too")
+def timer(bench):
+    s = Setup(bench)
+    s.meta.no_writes()
+    events = s.dm.events()
+    s.disk.write(4 * CLUSTER, b"t" * 512)
+    s.failed(events)
+    s.recover()
+    s.close()
+    s.image.check(leaks=True)
+
+
+@test("metadata write errors: a FUA write fails, and so does suspend's commit")
+def fua_and_suspend(bench):
+    s = Setup(bench)
+    s.meta.no_writes()
+    events = s.dm.events()
+    s.sync = bench.io(s.dm, flags=os.O_DSYNC)
+    s.fails(4 * CLUSTER, 4096, s.sync)
+    s.failed(events)
+    s.recover()
+    s.meta.no_writes()
+    s.disk.write(90 * CLUSTER, b"t" * 512)
+    s.dm.suspend()
+    s.meta.good()
+    s.dm.resume()
+    if s.image.state(90 * CLUSTER) != "data":
+        expect(s.dm.mode() == "fail", f"the commit failed, but: {s.dm.status()}")
+    s.close()
+    s.image.check(leaks=True)
+
+
+def commit_step(bench, where):
+    """One place of the metadata cannot be written while a new L2 table is made."""
+    s = Setup(bench)
+    image = s.image
+    pos = {"the L1 table": image.get("l1_table_offset"),
+           "the refcount block": image.u64(image.reftable_pos(0)),
+           "an L2 table": image.l2_table(0),
+           "the new L2 table": max(image.l2_table(0), image.get("l1_table_offset")) + CLUSTER}[where]
+    s.meta.bad(pos, CLUSTER, writes_only=True)
+    events = s.dm.events()
+    writes = ((4 * CLUSTER, 512),) if where == "an L2 table" else ((1100 * MIB, 512),)
+    for offset, length in writes:
+        s.disk.write(offset, b"c" * length)
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    s.failed(events)
+    s.close()
+    # Nothing on disk refers to what is not there.
+    image.check(leaks=True)
+    s.meta.good()
+    s.dm = image.open(meta=s.meta.path, data=s.data.path)
+    s.disk, s.sync = bench.io(s.dm), None
+    s.same(0, CLUSTER, 50 * CLUSTER)
+    for offset, length in writes:
+        got = s.disk.read(offset, CLUSTER)
+        expect(got in (bytes(CLUSTER), (b"c" * length).ljust(CLUSTER, b"\0")),
+               "neither the old content nor the new one")
+    s.disk.write(1200 * MIB, b"d" * 512)
+    s.disk.fsync()
+    same(s.disk.read(1200 * MIB, 1024), b"d" * 512 + bytes(512), 1200 * MIB)
+    s.close()
+    image.check(leaks=True)
+
+
+for _where in ("the L1 table", "the refcount block", "an L2 table", "the new L2 table"):
+    test(f"metadata write errors: {_where} cannot be written", _where)(commit_step)
+
+
+@test("L2 read errors in a commit: not acknowledged, and tried again the next time")
+def commit_reads(bench):
+    s = Setup(bench)
+    s.meta.bad(s.image.l2_table(0), CLUSTER)
+    s.write(4 * CLUSTER + 512, 512)
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    s.same(0, 4 * CLUSTER)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.meta.good()
+    s.disk.fsync()
+    expect(s.image.state(4 * CLUSTER) == "data", "a flush succeeded, but the entry is not there")
+    s.same(0, 4 * CLUSTER)
+    s.close()
+    s.image.check()
+    s.image.compare(s.model)
+
+
+@test("L2 read errors: EIO, and tried again the next time")
+def l2_reads(bench):
+    s = Setup(bench)
+    s.write(520 * MIB, 4096)
+    s.disk.fsync()
+    s.dm.cycle()
+    s.same(0)
+    events = s.dm.events()
+    table = s.image.l2_table(520 * MIB)
+    s.meta.bad(table, CLUSTER)
+    faults = []
+
+    def reader():
+        try:
+            s.disk.read(520 * MIB, 4096)
+            faults.append("a read succeeded")
+        except OSError as e:
+            if e.errno != errno.EIO:
+                faults.append(f"errno {e.errno}")
+    threads = [threading.Thread(target=reader) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    expect(not faults, f"{faults}")
+    s.fails(520 * MIB, 4096)
+    s.fails(521 * MIB + 512, 512)
+    with fails_with(errno.EIO):
+        s.disk.read(512 * MIB - 4096, 8192)
+    # Another table, in core or not.
+    s.same(0, 4 * CLUSTER, 1100 * MIB)
+    s.write(4 * CLUSTER, 512)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    expect(s.dm.events() == events, "an event was raised, but the mode has not changed")
+    s.meta.good()
+    s.same(520 * MIB, 521 * MIB)
+    s.write(521 * MIB + 512, 512)
+    s.disk.fsync()
+    s.close()
+    s.image.check()
+    s.image.compare(s.model)
+
+
+@test("refcount read errors: EIO for what needs a new L2 table, and tried again the next time")
+def refcount_reads(bench):
+    s = Setup(bench)
+    s.dm.cycle()
+    s.meta.bad(s.image.u64(s.image.reftable_pos(0)), CLUSTER)
+    s.fails(600 * MIB, 512)
+    s.write(4 * CLUSTER, 512)
+    s.same(0, 4 * CLUSTER, 600 * MIB)
+    s.disk.fsync()
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.meta.good()
+    s.write(600 * MIB, 512)
+    s.disk.fsync()
+    s.close()
+    s.image.check()
+    s.image.compare(s.model)
+
+
+@test("header or L1 unreadable: no constructor, no resume; then it works again")
+def l1_reads(bench):
+    s = Setup(bench)
+    line = s.dm.table()
+    s.dm.suspend()
+    s.meta.bad(s.image.get("l1_table_offset"), CLUSTER)
+    with fails_with(errno.EIO):
+        s.dm.resume()
+    s.meta.good()
+    s.dm.resume()
+    s.same(0, CLUSTER, 4 * CLUSTER)
+    s.write(4 * CLUSTER, 512)
+    s.close()
+    s.meta.bad(0, 4096)
+    log = bench.add(KernelLog())
+    try:
+        bench.add(Dm("second", line))
+    except Failure:
+        pass
+    else:
+        raise Failure("a table was accepted whose header cannot be read")
+    expect(log.lines("qcow2: .*header"), "the log does not tell of the header")
+    s.meta.good()
+    s.image.check()
+    s.image.compare(s.model)
+
+
+@test("a failed device can be removed, with changes in core that are lost")
+def remove_failed(bench):
+    s = Setup(bench)
+    s.meta.no_writes()
+    for i in range(4, 40):
+        s.disk.write(i * CLUSTER + 512, b"l" * 512)
+    s.disk.write(600 * MIB, b"l" * 512)
+    s.close()
+    s.meta.good()
+    s.image.check(leaks=True)
+    dm = s.image.open(meta=s.meta.path, data=s.data.path)
+    disk = bench.io(dm)
+    same(disk.read(0, 2 * CLUSTER), b"a" * 2 * CLUSTER)
+    for i in range(4, 40):
+        got = disk.read(i * CLUSTER, 2048)
+        expect(got in (bytes(2048), bytes(512) + b"l" * 512 + bytes(1024)),
+               f"cluster {i}: neither the old content nor the new one")
+
+
+if __name__ == "__main__":
+    run("modprobe", "-q", "dm-flakey", ok=False)
+    main()
