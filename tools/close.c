@@ -81,19 +81,23 @@ static void look_below(const char *name, bool trim, struct below *b)
 }
 
 /*
- * The kernel commits when it removes a device, but it cannot tell us if that
- * failed; a flush before can.
+ * The kernel commits when it removes a device, but then it is too late to hear
+ * that it failed.  What cannot be written now might be later, so nothing is
+ * thrown away without being asked for.
  */
 static int flush(const char *name)
 {
 	char path[256];
-	int fd, ret;
+	int fd, ret = 0;
 
 	snprintf(path, sizeof(path), "/dev/mapper/%s", name);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return 0;
-	ret = fsync(fd) ? errno : 0;
+	if (fsync(fd))
+		ret = fail(EX_WRONG,
+			   "%s: cannot flush it, see dmesg: %s; repair what is below it, or give up what was written last with dmsetup remove %s",
+			   esc(name), strerror(errno), esc(name));
 	close(fd);
 	return ret;
 }
@@ -145,6 +149,24 @@ static void wait_for_loops(const struct below *b)
 	}
 }
 
+/*
+ * The helper of a read-only image goes by itself with its last user, if it
+ * could be told so when it was made.
+ */
+static void remove_tail(const char *name)
+{
+	char tail[DM_NAME_MAX + 16];
+	struct dm_dev_info info;
+
+	snprintf(tail, sizeof(tail), "%s" DM_TAIL_SUFFIX, name);
+	if (!dm_query(tail, &info) && info.exists &&
+	    !strncmp(info.uuid, DM_UUID_TAIL_PREFIX,
+		     strlen(DM_UUID_TAIL_PREFIX)) &&
+	    dm_remove(tail, false) == -EBUSY)
+		warning("%s: helper device is in use; remove it with dmsetup remove",
+			esc(tail));
+}
+
 static int trim(struct node *node)
 {
 	struct image img = IMAGE_CLOSED;
@@ -178,7 +200,7 @@ int cmd_close(const struct options *opt, char **args)
 	const char *name = device_name(args[0]);
 	struct dm_dev_info info;
 	struct below below;
-	int ret, err = 0;
+	int ret;
 
 	ret = dm_check_name(name);
 	if (!ret)
@@ -196,19 +218,19 @@ int cmd_close(const struct options *opt, char **args)
 			    "%s: not opened by qcow2setup; remove it with dmsetup remove",
 			    esc(name));
 
+	if (!opt->deferred && !info.suspended && !info.read_only) {
+		ret = flush(name);
+		if (ret)
+			return ret;
+	}
 	look_below(name, !info.read_only && !opt->deferred, &below);
-	if (!opt->deferred && !info.suspended && !info.read_only)
-		err = flush(name);
 	ret = remove_device(name, opt->deferred);
 	if (!ret && !opt->deferred) {
+		remove_tail(name);
 		wait_for_loops(&below);
 		if (below.image.fd >= 0)
 			ret = trim(&below.image);
 	}
 	node_close(&below.image);
-	if (!ret && err)
-		ret = fail(EX_WRONG,
-			   "%s: closed, but what was written last is lost: %s; see dmesg, and check the image with qemu-img check",
-			   esc(name), strerror(err));
 	return ret;
 }

@@ -388,6 +388,7 @@ struct bitmap_end {
 	const struct image *img;
 	uint64_t end;
 	int err;
+	bool beyond;		/* it would lie behind the end of the file */
 };
 
 static int bitmap_end(const struct bitmap *b, void *arg)
@@ -406,6 +407,10 @@ static int bitmap_end(const struct bitmap *b, void *arg)
 		for (i = 0; i < n / 8; i++) {
 			uint64_t at = be64_to_cpu(chunk[i]) & QCOW2_OFFSET_MASK;
 
+			if (at >= e->img->node.size) {
+				e->beyond = true;
+				return 1;
+			}
 			if (at)
 				e->end = max_u64(e->end,
 						 at + cluster_size(e->img));
@@ -414,13 +419,42 @@ static int bitmap_end(const struct bitmap *b, void *arg)
 	return 0;
 }
 
+static int referenced_by_bitmaps(struct image *img, uint64_t *end)
+{
+	struct bitmap_end b = { .img = img };
+	const char *why;
+	int ret;
+
+	ret = image_load_bitmaps(img, &why);
+	if (!ret)
+		bitmaps_parse(img->bitmap_dir, img->h.bitmap_dir_size,
+			      img->h.bitmap_count, img->h.cluster_bits,
+			      bitmap_end, &b, &why);
+	if (b.beyond) {
+		why = "bitmap refers to clusters beyond the end of the metadata";
+		ret = EX_WRONG;
+	}
+	if (b.err)
+		return read_failed(img, b.err);
+	if (ret == EX_MEMORY)
+		return fail_nomem();
+	/* Bitmaps that the header does not vouch for may be anything. */
+	if (ret && !image_has_bitmaps(img))
+		return 0;
+	if (ret)
+		return fail(ret,
+			    "%s: %s; remove the bitmaps with qemu-img, or use --readonly",
+			    esc(img->node.path), why);
+	*end = max_u64(*end, img->h.bitmap_dir_offset + img->h.bitmap_dir_size);
+	*end = max_u64(*end, b.end);
+	return 0;
+}
+
 /* End of everything that something in the image refers to. */
 static int referenced_end(struct image *img, uint64_t *end)
 {
 	const struct qcow2_geometry *g = &img->geo;
 	uint64_t cs = cluster_size(img), max = cs;
-	struct bitmap_end b = { .img = img };
-	const char *why;
 	uint32_t i;
 	int ret;
 
@@ -441,23 +475,9 @@ static int referenced_end(struct image *img, uint64_t *end)
 			max = max_u64(max, off + cs);
 	}
 	if (img->h.has_bitmaps) {
-		ret = image_load_bitmaps(img, &why);
-		/* Bitmaps that the header does not vouch for may be anything. */
-		if (ret && !image_has_bitmaps(img)) {
-			*end = max;
-			return ret == EX_MEMORY ? fail_nomem() : 0;
-		}
+		ret = referenced_by_bitmaps(img, &max);
 		if (ret)
-			return fail(ret,
-				    "%s: %s; remove the bitmaps with qemu-img, or use --readonly",
-				    esc(img->node.path), why);
-		max = max_u64(max, img->h.bitmap_dir_offset +
-				   img->h.bitmap_dir_size);
-		if (bitmaps_parse(img->bitmap_dir, img->h.bitmap_dir_size,
-				  img->h.bitmap_count, img->h.cluster_bits,
-				  bitmap_end, &b, &why) && b.err)
-			return read_failed(img, b.err);
-		max = max_u64(max, b.end);
+			return ret;
 	}
 	*end = max;
 	return 0;
@@ -741,6 +761,12 @@ static int grow_reftable(struct image *img, uint64_t at, uint32_t clusters)
 			if (i < entries && !table[i])
 				end++;
 	} while (end != last);
+	if ((end - 1) / per_block >= entries) {
+		ret = fail(EX_WRONG,
+			   "%s: no refcount table could reach the end of the file; convert the image with qemu-img",
+			   esc(img->node.path));
+		goto out;
+	}
 
 	for (i = at / per_block; i <= (end - 1) / per_block; i++) {
 		uint64_t off = be64_to_cpu(table[i]) &

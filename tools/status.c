@@ -253,12 +253,13 @@ static int fill_line(struct libscols_table *table, const struct open_device *d)
 		return -1;
 	snprintf(cluster, sizeof(cluster), "%s", d->has_table ?
 		 human_size(1ULL << d->table.cluster_bits) : "");
-	return set_cell(line, 0, esc(d->name)) ||
+	/* libsmartcols escapes what it prints, in the same manner. */
+	return set_cell(line, 0, d->name) ||
 	       set_cell(line, 1, human_size(d->size)) ||
 	       set_cell(line, 2, mode(d)) ||
 	       set_cell(line, 3, cluster) ||
-	       set_cell(line, 4, esc(origin(&d->metadata))) ||
-	       set_cell(line, 5, esc(origin(&d->data)));
+	       set_cell(line, 4, origin(&d->metadata)) ||
+	       set_cell(line, 5, origin(&d->data));
 }
 
 static int print_table(const struct list *list)

@@ -114,21 +114,23 @@ check()
 # run_check NAME FUNCTION [ARG...]
 run_check()
 {
-	local name=$1 rc
+	# Names that no test uses: the check sees them.
+	local __name=$1 __begun=$SECONDS __rc
 
 	shift
 	# Not as a condition: "set -e" would have no effect in it.
 	(
 		set -eE
-		trap 'note "$name: line $LINENO: $BASH_COMMAND"' ERR
+		trap 'note "$__name: line $LINENO: $BASH_COMMAND"' ERR
 		"$@"
 	) < /dev/null 2>&1
-	rc=$?
+	__rc=$?
 	sweep
-	if [ $rc = 0 ]; then
-		ktap_test_pass "$name"
+	[ $((SECONDS - __begun)) -lt 6 ] || note "$((SECONDS - __begun)) s"
+	if [ $__rc = 0 ]; then
+		ktap_test_pass "$__name"
 	else
-		ktap_test_fail "$name"
+		ktap_test_fail "$__name"
 	fi
 }
 
@@ -206,4 +208,43 @@ poll()
 		[ $SECONDS -lt $end ] || fault "not in time: $*"
 		sleep 0.1
 	done
+}
+
+# The tool, for the tests that need it; $tool
+need_tool()
+{
+	tool=${QCOW2SETUP:-$here/../../tools/qcow2setup}
+	[ -x "$tool" ] || tool=$(command -v qcow2setup) ||
+		skip_all "qcow2setup is neither built nor installed"
+}
+
+# refused STATUS PATTERN COMMAND...: it must fail with that status and say why in
+# one line, which matches
+refused()
+{
+	local want=$1 pattern=$2 rc=0 err
+
+	shift 2
+	err=$("$@" 2>&1 > "$dir/stdout") || rc=$?
+	[[ $rc =~ ^$want$ ]] || fault "status $rc, not $want: $*: $err"
+	[ "$(wc -l <<< "$err")" = 1 ] || fault "not one line: $*: $err"
+	# Nothing that a terminal would take for a command.
+	[[ ! $err =~ [[:cntrl:]] ]] || fault "control characters: $*"
+	[[ $err == "qcow2setup: "* ]] || fault "who says so? $err"
+	grep -Eiq -- "$pattern" <<< "$err" || fault "'$pattern' is not in: $err"
+	[ ! -s "$dir/stdout" ] || fault "output of a failed command: $(cat "$dir/stdout")"
+}
+
+# Nothing of the tool's must be left: devices, loop devices on files in $dir
+nothing_left()
+{
+	local left
+
+	left=$(loops_here)$(dmsetup ls | awk -v p="$prefix" 'index($1, p) == 1 { print $1 }')
+	[ -z "$left" ] || fault "left behind: $left"
+}
+
+loops_gone()
+{
+	[ -z "$(loops_here)" ]
 }

@@ -16,7 +16,7 @@ fio_job()
 	shift
 	out=$(timeout 400 fio --filename="$target" --direct=1 --randseed=12 --verify=crc32c \
 		--verify_fatal=1 --allow_file_create=0 --thread --group_reporting "$@" 2>&1) || rc=$?
-	[ $rc = 0 ] || fault "fio: status $rc: $(tail -n 12 <<< "$out")"
+	[ "$rc" = 0 ] || fault "fio: status $rc: $(tail -n 12 <<< "$out")"
 }
 
 # load NAME OPTIONS ENGINE [FIO_OPTION...]

@@ -6,29 +6,37 @@
 
 . "$(dirname "$0")/common.sh"
 
-# Begin a load in the background. It ends when its work is done: there is no
-# time in it, so that a slow machine does the same.
+# Begin a load in the background: the same jobs again and again until "end".
 begin()
 {
-	timeout 300 fio --filename="$dev" --direct=1 --randseed=5 --verify=crc32c --verify_fatal=1 \
-		--ioengine=io_uring --thread --group_reporting --loops="${1:-3}" --verify_backlog=64 \
-		--name=a --rw=randrw --bs=4k --size=6m --iodepth=8 \
-		--name=b --rw=randwrite --bs=20k --offset=6145k --size=10m --iodepth=4 --fsync=16 \
-		> "$dir/fio.log" 2>&1 &
+	(
+		until [ -e "$dir/stop" ]; do
+			timeout 200 fio --filename="$dev" --direct=1 --randseed="$RANDOM" \
+				--verify=crc32c --verify_fatal=1 --verify_backlog=64 \
+				--ioengine=io_uring --thread --group_reporting \
+				--name=a --rw=randrw --bs=4k --size=3m --iodepth=8 --loops=3 \
+				--name=b --rw=randwrite --bs=20k --offset=3073k --size=6m \
+				--iodepth=4 --fsync=16 --loops=3 \
+				> "$dir/fio.log" 2>&1 || exit
+		done
+	) &
 	load=$!
+	poll 60 is_open
 }
 
-running()
+is_open()
 {
-	kill -0 "$load" 2> /dev/null
+	[ "$(dmsetup info -c --noheadings -o open "$prefix-i")" -gt 0 ]
 }
 
 end()
 {
 	local rc=0
 
+	: > "$dir/stop"
 	wait "$load" || rc=$?
-	[ $rc = 0 ] || fault "fio: status $rc: $(tail -n 12 "$dir/fio.log")"
+	[ "$rc" = 0 ] || fault "fio: status $rc: $(tail -n 12 "$dir/fio.log")"
+	rm "$dir/stop"
 }
 
 judge()
@@ -38,51 +46,49 @@ judge()
 	qemu-img check -q "$dir/i.qcow2" || fault "qemu-img check: status $?"
 }
 
-# under_load COMMAND...: again and again while the load runs
+# under_load OPTIONS ROUNDS COMMAND...: ROUNDS times while the load runs
 under_load()
 {
-	local n=0
+	local n=$2
 
-	image i $((24 << 20)) "$options"
+	image i $((24 << 20)) "$1"
+	shift 2
 	map i
-	begin "${loops:-3}"
-	while running; do
+	begin
+	for ((; n; n--)); do
 		"$@"
-		n=$((n + 1))
+		sleep 0.2
+		kill -0 "$load" || break
 	done
 	end
-	[ $n -ge 3 ] || fault "only $n rounds; the load is too short"
 	judge
 }
 
-cycle()
+suspend_resume()
 {
-	dmsetup suspend "$@" "$prefix-i"
-	sleep 0.1
-	dmsetup resume "$prefix-i"
-	sleep 0.2
+	local how
+
+	for how in '' --noflush --nolockfs; do
+		# shellcheck disable=SC2086 # nothing, or one word
+		dmsetup suspend $how "$prefix-i"
+		sleep 0.1
+		dmsetup resume "$prefix-i"
+	done
 }
 
 reload()
 {
 	dmsetup load --table "$line" "$prefix-i"
 	dmsetup resume "$prefix-i"
-	sleep 0.2
 }
 
-wrong_reload()
+# Neither a line that is refused nor one that is dropped again changes anything.
+no_reload()
 {
 	not dmsetup load --table "${line% *} 9" "$prefix-i" 2> /dev/null
 	[ "$(dmsetup info -c --noheadings -o tables_loaded "$prefix-i")" = Live ]
-	sleep 0.2
-}
-
-# A table that is loaded, and dropped again.
-dropped()
-{
 	dmsetup load --table "$line" "$prefix-i"
 	dmsetup clear "$prefix-i"
-	sleep 0.2
 }
 
 # The constructor of a new table runs while the old one is at work: what that
@@ -94,37 +100,25 @@ late_resume()
 	dmsetup resume "$prefix-i"
 }
 
-# read_only and back
 to_read_only()
 {
+	local data_before meta_before
+
 	image i $((24 << 20)) ''
 	map i
-	begin 1
+	begin
 	end
-	before=$(sha256sum < "$dir/i.data")
 	dmsetup load --table "$line 1 read_only" "$prefix-i"
 	dmsetup resume "$prefix-i"
 	[ "$(mode i)" = ro ]
+	data_before=$(sha256sum < "$dir/i.data")
 	meta_before=$(sha256sum < "$dir/i.qcow2")
 	not dd if=/dev/zero of="$dev" bs=4k count=1 oflag=direct conv=notrunc status=none 2> /dev/null
 	[ "$meta_before" = "$(sha256sum < "$dir/i.qcow2")" ]
-	[ "$before" = "$(sha256sum < "$dir/i.data")" ]
+	[ "$data_before" = "$(sha256sum < "$dir/i.data")" ]
 	reload
 	[ "$(mode i)" = rw ]
 	dd if=/dev/zero of="$dev" bs=4k count=1 seek=5000 oflag=direct conv=notrunc status=none
-	judge
-}
-
-busy_removal()
-{
-	image i $((24 << 20)) ''
-	map i
-	begin 2
-	for _ in 1 2 3; do
-		not dmsetup remove "$prefix-i" 2> /dev/null
-	done
-	running || fault "the load is too short"
-	end
 	judge
 }
 
@@ -133,17 +127,21 @@ gone()
 	! dmsetup info "$prefix-i" > /dev/null 2>&1
 }
 
-deferred_removal()
+# Plain removal must be refused; deferred removal waits for the last close.
+removal_in_use()
 {
 	image i $((24 << 20)) ''
 	map i
-	begin 2
+	exec 7<> "$dev"
+	not dmsetup remove "$prefix-i" 2> /dev/null
+	dd if=/dev/urandom of="$dev" bs=64k count=9 oflag=direct conv=notrunc status=none
 	dmsetup remove --deferred "$prefix-i"
 	not gone
-	end
+	head -c 4096 <&7 > /dev/null
+	exec 7>&-
 	poll 30 gone
 	losetup -d "$meta" "$data"
-	qemu-img check -q "$dir/i.qcow2"
+	qemu-img check -q "$dir/i.qcow2" || fault "qemu-img check: status $?"
 }
 
 # The table is replaced by one that fails all I/O; the image must be left whole.
@@ -151,13 +149,12 @@ forced_removal()
 {
 	image i $((24 << 20)) ''
 	map i
-	begin 50
-	sleep 2
-	running || fault "the load is too short"
+	begin
+	# Refused, for the device is open; but its table has been replaced.
 	not dmsetup remove --force "$prefix-i" > /dev/null 2>&1
 	# The load gets errors now, and ends by itself.
 	not wait "$load"
-	poll 30 dmsetup remove --retry "$prefix-i"
+	gone || dmsetup remove --retry "$prefix-i"
 	losetup -d "$meta" "$data"
 	qemu-img check -q "$dir/i.qcow2" || fault "qemu-img check: status $?"
 }
@@ -167,11 +164,13 @@ unload()
 	local users
 
 	image i $((24 << 20)) ''
-	map i
-	begin 1
-	not rmmod dm_qcow2 2> /dev/null
-	end
-	judge
+	for _ in 1 2 3; do
+		map i
+		dd if=/dev/urandom of="$dev" bs=64k count=9 seek=$((RANDOM % 100)) oflag=direct \
+			conv=notrunc status=none
+		not rmmod dm_qcow2 2> /dev/null
+		unmap i
+	done
 	users=$(cat /sys/module/dm_qcow2/refcnt)
 	[ "$users" = 0 ] || fault "the module has $users users, but no device"
 	rmmod dm_qcow2
@@ -179,34 +178,16 @@ unload()
 	load_module
 	map i
 	dd if="$dev" of=/dev/null bs=1M iflag=direct status=none
-	unmap i
-}
-
-many_devices()
-{
-	image i $((24 << 20)) ''
-	for _ in {1..15}; do
-		map i
-		dd if=/dev/urandom of="$dev" bs=64k count=3 seek=$((RANDOM % 100)) oflag=direct \
-			conv=notrunc status=none
-		unmap i
-	done
-	qemu-img check -q "$dir/i.qcow2"
+	judge
 }
 
 start fio
-options=''
-check "suspend and resume under load" under_load cycle
-check "suspend without flush under load" under_load cycle --noflush
-check "suspend without lockfs under load" under_load cycle --nolockfs
-check "reload under load" under_load reload
-check "a wrong reload under load" under_load wrong_reload
-check "a table that is loaded and cleared under load" under_load dropped
-check "a table that is loaded long before it is resumed" under_load late_resume
+check "suspend and resume under load" under_load '' 6 suspend_resume
+check "reload under load" under_load cluster_size=4k 8 reload
+check "a reload that is refused or dropped, under load" under_load data_file_raw=on 4 no_reload
+check "a table that is loaded long before it is resumed, under load" under_load '' 3 late_resume
 check "read_only and back" to_read_only
-check "no removal while in use" busy_removal
-check "deferred removal" deferred_removal
+check "removal while in use: refused, or deferred" removal_in_use
 check "forced removal under load" forced_removal
-check "create and remove many times" many_devices
 check "the module can be unloaded, and loaded again" unload
 finish

@@ -5,6 +5,7 @@
  *
  * INJECT_AT=N: the Nth call, from 1 on, of those below fails.
  * INJECT_SIGNAL=SIG: a signal arrives there instead.
+ * INJECT_COMMAND=CMD: a shell command is run there instead.
  * INJECT_COUNT=FILE: the number of calls is written to FILE at the end.
  */
 #include <dlfcn.h>
@@ -18,18 +19,24 @@
 #include <stdlib.h>
 #include <sys/ioctl.h>
 
-
 static long calls;
 
 /* Count a call; true if it shall fail. */
 static int goes_wrong(void)
 {
 	const char *at = getenv("INJECT_AT"), *sig = getenv("INJECT_SIGNAL");
+	const char *command = getenv("INJECT_COMMAND");
 
 	if (++calls != (at ? atol(at) : 0))
 		return 0;
 	if (sig) {
 		raise(atoi(sig));
+		return 0;
+	}
+	if (command) {
+		unsetenv("LD_PRELOAD");
+		if (system(command))
+			abort();
 		return 0;
 	}
 	errno = EIO;

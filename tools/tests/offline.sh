@@ -242,8 +242,8 @@ qemu-img info --output=json o.qcow2 | jq -S . >want
 run info --json o.qcow2 && jq -S 'del(."dm-qcow2")' out >got && cmp want got &&
 	jq -e '."dm-qcow2".mappable == "no"' out >/dev/null
 ok "info: version 2"
-qemu-img create -q -f qcow2 --object secret,id=s,data=x \
-	-o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 o.qcow2 1M
+qemu-img create -q -f qcow2 o.qcow2 1M
+poke o.qcow2 35 02
 run info o.qcow2 && grep -q 'encryption: luks' out && grep -q 'is encrypted' out
 ok "info: encrypted"
 qemu-img create -q -f qcow2 o.qcow2 1M && qemu-img snapshot -c one o.qcow2
@@ -472,6 +472,20 @@ poke t.qcow2 $((bitmaps + 16)) 05
 cp t.qcow2 before.qcow2
 ! prepare_steps prepare t.qcow2 && grep -q 'unknown type' err
 ok "prepare: malformed bitmap directory is refused"
+
+image 1G
+qemu-img bitmap --add t.qcow2 b
+table=$(python3 -c '
+import struct
+b = open("t.qcow2", "rb").read()
+i = b.find(bytes.fromhex("2385287500000018"))
+d = struct.unpack(">Q", b[i + 24:i + 32])[0]
+print(struct.unpack(">Q", b[d:d + 8])[0])')
+poke t.qcow2 "$table" 0000040000000000
+cp t.qcow2 before.qcow2
+! prepare_steps prepare t.qcow2 && grep -q 'bitmap refers' err &&
+	cmp t.qcow2 before.qcow2
+ok "prepare: bitmap beyond the end of the file is refused"
 
 # Entries that would make the kernel write to the wrong place.
 for kind in 'L1 unaligned:196608:8000000000040200:multiple' \

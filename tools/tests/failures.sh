@@ -1,0 +1,139 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# open takes back everything it did, whichever step fails or is interrupted.
+# Needs root, the kernel module, "make -C tools unit" before, and a folder to
+# work in (TMPDIR) that loop devices can use.  Prints KTAP.
+
+here=$(realpath "$(dirname "$0")")
+tool=$here/../qcow2setup
+inject=$here/inject-lib
+name=qcow2setup-failures.$$
+
+work=$(mktemp -d) || exit 1
+cd "$work" || exit 1
+cleanup() {
+	"$tool" close $name 2>/dev/null
+	cd / && rm -rf "$work"
+}
+trap cleanup EXIT
+
+count=0 failed=0
+report() {
+	count=$((count + 1))
+	if [ -z "$2" ]; then
+		echo "ok $count $1"
+	else
+		echo "not ok $count $1"
+		echo "# $2"
+		sed 's/^/# /' said
+		failed=$((failed + 1))
+	fi
+}
+
+# What a run left behind, or nothing.
+left() {
+	local loops
+
+	loops=$(losetup -n -O NAME,BACK-FILE | grep -F -e "$work" -e memfd)
+	[ -z "$loops" ] || echo "loop devices: $loops"
+	if dmsetup info -c --noheadings -o name 2>/dev/null | grep -q "^$name"; then
+		echo "devices"
+	fi
+	[ -z "$(find /dev/mapper -name "$name*")" ] || echo "nodes"
+	cmp image original || echo "a changed image"
+}
+
+# with_injection ENVIRONMENT... -- OPEN OPTIONS...
+with_injection() {
+	local set=()
+
+	while [ "$1" != -- ]; do
+		set+=("$1")
+		shift
+	done
+	shift
+	env "${set[@]}" LD_PRELOAD="$inject" "$tool" open image $name \
+		--data-file data "$@" >said 2>&1
+}
+
+# each_step WHAT OPEN OPTIONS...
+each_step() {
+	local what=$1 calls k sig status wrong
+	shift
+
+	cp image original
+	with_injection INJECT_COUNT=calls -- "$@"
+	status=$?
+	"$tool" close $name
+	cp original image
+	calls=$(cat calls)
+	if [ $status -eq 0 ] && [ "$calls" -gt 10 ]; then
+		report "$what: opens, with $calls calls"
+	else
+		report "$what: opens, with $calls calls" "exit code $status"
+		return
+	fi
+	for sig in "" INJECT_SIGNAL=15; do
+		wrong=
+		for ((k = 1; k <= calls; k++)); do
+			# the shell would tell of each death
+			with_injection INJECT_AT=$k ${sig:+"$sig"} -- "$@" \
+				2>/dev/null
+			status=$?
+			# The last steps cannot fail any more: then it is open.
+			if [ $status -eq 0 ]; then
+				[ -b /dev/mapper/$name ] ||
+					wrong="call $k: said to be open, but is not"
+				"$tool" close $name ||
+					wrong="call $k: cannot be closed"
+				cp original image
+			elif [ -z "$sig" ] && [ "$(grep -vc warning: said)" -ne 1 ]; then
+				wrong="call $k: not one line is said"
+			fi
+			status=$(left)
+			[ -z "$status" ] || wrong="call $k: left: $status"
+			[ -z "$wrong" ] || break
+		done
+		if [ -n "$sig" ]; then
+			report "$what: nothing is left if it is interrupted" "$wrong"
+		else
+			report "$what: nothing is left if a call fails" "$wrong"
+		fi
+	done
+}
+
+echo "TAP version 13"
+if [ ! -x "$tool" ] || [ ! -e "$inject" ]; then
+	echo "Bail out! build with make -C tools unit first"
+	exit 1
+fi
+
+truncate -s 1G data
+qemu-img create -q -f qcow2 -o data_file=data,cluster_size=512,refcount_bits=64 \
+	image 1G || exit 1
+qemu-img bitmap --add image bitmap || exit 1
+# an autoclear bit that nobody knows
+printf '\200' | dd of=image bs=1 seek=88 conv=notrunc status=none
+each_step "read-write, everything has to be changed"
+rm image
+qemu-img create -q -f qcow2 -o data_file=data image 1G || exit 1
+each_step "read-only, with half a sector" --readonly
+
+# The kernel's own reason is quoted.
+cp image original
+with_injection INJECT_COUNT=calls --
+"$tool" close $name
+cp original image
+with_injection INJECT_AT=$(($(cat calls) - 1)) \
+	"INJECT_COMMAND=printf '\001' | dd of=image bs=1 seek=76 conv=notrunc status=none; sync image" --
+status=$?
+printf '\000' | dd of=image bs=1 seek=76 conv=notrunc status=none
+if [ $status -eq 4 ] && [ "$(wc -l <said)" -eq 1 ] &&
+	grep -q 'the kernel refused the image: qcow2: ' said; then
+	report "the kernel's reason is quoted" "$(left)"
+else
+	report "the kernel's reason is quoted" "exit code $status"
+fi
+echo "1..$count"
+[ $failed -eq 0 ]
