@@ -114,6 +114,7 @@ deps:
 vm-build:
 	@rel=$$(selftests/vm/run --kernel-release) && \
 	$(MAKE) --no-print-directory all KDIR=/lib/modules/$$rel/build
+	@$(LOCK) $(MAKE) --no-print-directory -C tools tests/inject-lib
 
 vm-shell:
 	@selftests/vm/deps check

@@ -227,12 +227,13 @@ refused()
 	shift 2
 	err=$("$@" 2>&1 > "$dir/stdout") || rc=$?
 	[[ $rc =~ ^$want$ ]] || fault "status $rc, not $want: $*: $err"
-	[ "$(wc -l <<< "$err")" = 1 ] || fault "not one line: $*: $err"
-	# Nothing that a terminal would take for a command.
-	[[ ! $err =~ [[:cntrl:]] ]] || fault "control characters: $*"
+	# Nothing that a terminal would take for a command, a newline included.
+	[[ ! $err =~ [[:cntrl:]] ]] || fault "not one line: $*: $err"
 	[[ $err == "qcow2setup: "* ]] || fault "who says so? $err"
-	grep -Eiq -- "$pattern" <<< "$err" || fault "'$pattern' is not in: $err"
-	[ ! -s "$dir/stdout" ] || fault "output of a failed command: $(cat "$dir/stdout")"
+	shopt -s nocasematch
+	[[ $err =~ $pattern ]] || fault "'$pattern' is not in: $err"
+	shopt -u nocasematch
+	[ ! -s "$dir/stdout" ] || fault "output of a failed command: $(< "$dir/stdout")"
 }
 
 # Nothing of the tool's must be left: devices, loop devices on files in $dir

@@ -17,10 +17,33 @@ j = json.load(open(sys.argv[1], encoding="utf-8"))
 sys.exit(0 if eval(sys.argv[2]) else f"{sys.argv[2]}: {j}")' "$1" "$2"
 }
 
+# Header fields: offset and digits
+declare -A fields=(
+	[magic]="0 8" [version]="4 8" [cluster_bits]="20 8" [size]="24 16" [crypt_method]="32 8"
+	[l1_size]="36 8" [l1_table_offset]="40 16" [refcount_table_offset]="48 16"
+	[refcount_table_clusters]="56 8" [nb_snapshots]="60 8" [incompatible_features]="72 16"
+	[compatible_features]="80 16" [autoclear_features]="88 16" [refcount_order]="96 8"
+	[header_length]="100 8"
+)
+
+# poke FILE OFFSET HEX_DIGITS
+poke()
+{
+	local i bytes=''
+
+	for ((i = 0; i < ${#3}; i += 2)); do
+		bytes+="\\x${3:i:2}"
+	done
+	printf '%b' "$bytes" | dd of="$1" bs=1 seek="$2" conv=notrunc,nocreat status=none
+}
+
 # field IMAGE FIELD VALUE
 field()
 {
-	python3 "$here/qcow2image.py" set "$1" "$2" "$3"
+	local at digits
+
+	read -r at digits <<< "${fields[$2]}"
+	poke "$1" "$at" "$(printf "%0${digits}x" "$3")"
 }
 
 # A pattern that QEMU can check.
@@ -250,22 +273,24 @@ no_open()
 # Each with a header field that cannot be; afterwards the image is put right.
 bad_headers()
 {
-	local good=$dir/good f value pattern size
+	local good=$dir/good f value pattern size n=0
+	local open=("$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data")
 
 	image i $((4 << 20)) ''
 	cp "$dir/i.qcow2" "$good"
 	while read -r f value pattern; do
 		field "$dir/i.qcow2" "$f" "$value"
-		no_open 4 "$pattern"
+		cp "$dir/i.qcow2" "$dir/before"
+		refused 4 "$pattern" "${open[@]}"
+		cmp "$dir/i.qcow2" "$dir/before"
 		# It can still be looked at, unless it cannot be understood at all.
-		case $f in
-		magic|header_length|cluster_bits) ;;
+		case "$f $value" in
+		magic*|header_length*|cluster_bits*|"version 4") ;;
 		*)	"$tool" info "$dir/i.qcow2" > "$dir/out" || fault "info: $f $value"
-			grep -q 'can be opened: \(no\|read-only\)' "$dir/out" || fault "info: $f $value"
-			"$tool" info --json "$dir/i.qcow2" > "$dir/json"
-			json "$dir/json" "j['dm-qcow2']['mappable'] in ('no', 'read-only')"
-			json "$dir/json" "j['dm-qcow2']['reasons'][0]['remedy']" ;;
+			[[ $(< "$dir/out") =~ "can be opened: "(no|read-only) ]] || fault "info: $f $value"
+			"$tool" info --json "$dir/i.qcow2" > "$dir/json.$n" ;;
 		esac
+		n=$((n + 1))
 		cp "$good" "$dir/i.qcow2"
 	done <<-'END'
 		magic 1 not a qcow2
@@ -298,35 +323,41 @@ bad_headers()
 		size 0 size
 		size 0x200000000000000 size|L1
 	END
+	python3 - "$dir"/json.* <<-'END'
+		import json, sys
+		for path in sys.argv[1:]:
+		    with open(path, encoding="utf-8") as f:
+		        verdict = json.load(f)["dm-qcow2"]
+		    if verdict["mappable"] not in ("no", "read-only") or not verdict["reasons"][0]["remedy"]:
+		        sys.exit(f"{path}: {verdict}")
+	END
+	[ "$n" = 29 ]
+	# Extensions: the first one begins at byte 112, its length is at 116.
+	poke "$dir/i.qcow2" 116 ffffffff
+	refused 4 'extension' "${open[@]}"
+	cp "$good" "$dir/i.qcow2"
+	for size in 0 3 511 512 4096 196608; do
+		truncate -s "$size" "$dir/i.qcow2"
+		refused 4 'truncated|not a qcow2|short|small|beyond|malformed' "${open[@]}"
+		[ "$(stat -c %s "$dir/i.qcow2")" = "$size" ]
+		cp "$good" "$dir/i.qcow2"
+	done
+	nothing_left
+
 	# These two can be read, at least.
 	for f in 5 6; do
 		field "$dir/i.qcow2" incompatible_features "$f"
-		"$tool" open "$dir/i.qcow2" "$name" --readonly --data-file "$dir/i.data"
+		"${open[@]}" --readonly
 		"$tool" close "$name"
 	done
-	cp "$good" "$dir/i.qcow2"
-
-	# Extensions: the first one begins at byte 112.
-	printf '\xff\xff\xff\xff' | dd of="$dir/i.qcow2" bs=1 seek=116 conv=notrunc status=none
-	no_open 4 'extension'
-	cp "$good" "$dir/i.qcow2"
-	field "$dir/i.qcow2" autoclear_features 1
-	no_open 4 'bitmap'
-	cp "$good" "$dir/i.qcow2"
-
-	for size in 0 3 511 512 4096 196608; do
-		truncate -s "$size" "$dir/i.qcow2"
-		no_open 4 'truncated|not a qcow2|short|small|beyond|malformed'
-		cp "$good" "$dir/i.qcow2"
-	done
-	no_open_other
 }
 
 # Images of other kinds, and things that are no images.
-no_open_other()
+other_images()
 {
 	local f
 
+	truncate -s 4M "$dir/i.data"
 	qemu-img create -q -f qcow2 "$dir/plain.qcow2" 4M
 	refused 4 'external data file' "$tool" open "$dir/plain.qcow2" "$name" --data-file "$dir/i.data"
 	qemu-img create -q -f qcow2 -o compat=0.10 "$dir/old.qcow2" 4M
@@ -342,7 +373,7 @@ no_open_other()
 	done
 	refused 4 'no such' "$tool" open "$dir/no" "$name" --data-file "$dir/i.data"
 	for f in "$dir" /dev/null /dev/tty; do
-		refused 4 'file|device' "$tool" open "$f" "$name" --data-file "$dir/i.data"
+		refused 4 'file|device|directory' "$tool" open "$f" "$name" --data-file "$dir/i.data"
 	done
 	mkfifo "$dir/fifo"
 	refused 4 'file|device' timeout 20 "$tool" open "$dir/fifo" "$name" --data-file "$dir/i.data"
@@ -358,8 +389,7 @@ bad_tables()
 	image i $((4 << 20)) ''
 	qemu-io -f qcow2 -c 'write -q 0 64k' "$dir/i.qcow2"
 	l1=$(python3 "$here/qcow2image.py" get "$dir/i.qcow2" l1_table_offset)
-	printf '\x80\x00\x00\x00\x00\x00\x02\x00' |
-		dd of="$dir/i.qcow2" bs=1 seek="$l1" conv=notrunc status=none
+	poke "$dir/i.qcow2" "$l1" 8000000000000200
 	no_open 4 'L1'
 }
 
@@ -437,7 +467,7 @@ hostile_names()
 	"$tool" info "$n" > "$dir/out"
 	[ "$(tr -d '\n' < "$dir/out" | tr -d '[:print:]' | wc -c)" = 0 ] || fault "control characters in info"
 	"$tool" info --json "$n" > "$dir/json"
-	json "$dir/json" "j['filename'].endswith('evil\\n\\x1b[31mname\\t\"\\\\\\\\\\x01')"
+	json "$dir/json" "j['filename'].endswith('evil\\n\\x1b[31mname\\t\"\\\\\\x01')"
 	set_data_file "$dir/i.qcow2" $'data\n\e]0;evil\a"\\\xff\xfe/x'
 	"$tool" info "$dir/i.qcow2" > "$dir/out"
 	[ "$(tr -d '\n' < "$dir/out" | tr -d '[:print:]' | wc -c)" = 0 ] || fault "control characters in info"
@@ -500,10 +530,13 @@ interrupted()
 		if dmsetup info "$name" > /dev/null 2>&1; then
 			[ "$(mode i)" = rw ]
 			"$tool" close "$name"
+			# It ends with a whole cluster now.
+			size=$(((size + 4095) / 4096 * 4096))
 		fi
 		poll 30 loops_gone
 		nothing_left
-		[ "$(stat -c %s "$dir/i.qcow2")" = "$size" ] || fault "after $t s (status $rc): the file is longer"
+		[ "$(stat -c %s "$dir/i.qcow2")" = "$size" ] ||
+			fault "after $t s (status $rc): the file has $(stat -c %s "$dir/i.qcow2") bytes, not $size"
 		qemu-img check -q "$dir/i.qcow2"
 	done
 }
@@ -553,6 +586,15 @@ bitmaps()
 	json "$dir/json" "{b['name']: 'in-use' in b['flags'] for b in j['format-specific']['data']['bitmaps']} \
 		== {'live': True, 'frozen': False}"
 	qemu-img check -q "$dir/i.qcow2" || fault "qemu-img check: $?"
+
+	# The header says that there are bitmaps, but there are none: QEMU would
+	# damage the image at its first write.
+	image j $((4 << 20)) ''
+	field "$dir/j.qcow2" autoclear_features 1
+	"$tool" open "$dir/j.qcow2" "$name" --data-file "$dir/j.data" 2> "$dir/err"
+	grep -q 'bitmap' "$dir/err"
+	"$tool" close "$name"
+	[ "$(python3 "$here/qcow2image.py" get "$dir/j.qcow2" autoclear_features)" = 0 ]
 }
 
 # qemu-img ends a file in the middle of a sector; it must not be changed for that.
@@ -561,11 +603,11 @@ readonly_odd()
 	local before s
 
 	for s in 64k 512 2M; do
-		image i $((4 << 20)) cluster_size="$s"
+		image i $((5 << 20)) cluster_size="$s"
 		[ $(($(stat -c %s "$dir/i.qcow2") % 512)) != 0 ] || fault "not an odd size: this tests nothing"
 		before=$(sha256sum < "$dir/i.qcow2")
 		"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" --readonly
-		truncate -s 4M "$dir/zeros"
+		truncate -s 5M "$dir/zeros"
 		cmp "/dev/mapper/$name" "$dir/zeros"
 		not dd if=/dev/zero of="/dev/mapper/$name" count=1 oflag=direct status=none 2> /dev/null
 		"$tool" close "$name"
@@ -661,6 +703,7 @@ check "block devices, and the table line" block_devices
 check "wrong parameters" usage
 check "no permission" unprivileged
 check "headers that cannot be mapped" bad_headers
+check "images of other kinds, and what is no image" other_images
 check "a corrupt L1 table" bad_tables
 check "data files that do not fit, and names in images" data_files
 check "hostile names" hostile_names
