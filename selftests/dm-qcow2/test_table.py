@@ -231,7 +231,7 @@ def features(bench):
     f.refused("raw, but not in the header", "raw", f.line(w + ["1", "data_file_raw"]))
     # Words of the interface that this version does not have.
     for words in (["1", "extended_l2"], ["2", "backing_dev", f.data], ["1", "no_discard_passdown"]):
-        f.refused("unknown feature", "unknown|unrecogni", f.line(w + words))
+        f.refused("feature of a later version", "not supported", f.line(w + words))
     f.accepted("read_only", f.line(w + ["1", "read_only"]))
     f.image.set("autoclear_features", RAW)
     f.refused("raw, but not in the table", "raw", f.line(w))
