@@ -334,22 +334,27 @@ def devices(bench):
     f.done()
 
 
-@test("clusters smaller than the sectors of the metadata device")
-def sector_size(bench):
+def sector_size(bench, meta_sector, data_sector, cause):
     image = bench.image(MIB, cluster=2 * KIB)
     image.extend()
     os.truncate(image.path, (os.stat(image.path).st_size + 4095) & ~4095)
-    meta = bench.add(Loop(image.path, block_size=4096))
-    data = bench.add(Loop(image.data))
+    meta = bench.add(Loop(image.path, block_size=meta_sector))
+    data = bench.add(Loop(image.data, block_size=data_sector))
     log = bench.add(KernelLog())
     dm = bench.add(Dm("table"))
     before = image.hash()
     status, _ = dm.setup("load", "--table", image.line(meta.path, data.path), ok=False)
     expect(status, "accepted")
     messages = log.lines("qcow2: ")
-    expect(len(messages) == 1 and re.search("sector|block size|logical", messages[0]),
+    expect(len(messages) == 1 and re.search(cause, messages[0]),
            f"the message does not say so: {messages}")
     expect(image.hash() == before, "the image was changed")
+
+
+test("clusters smaller than the sectors of the metadata device",
+     4096, 512, "Metadata device's logical block")(sector_size)
+test("clusters smaller than the sectors of the data device",
+     512, 4096, "Data device's logical block")(sector_size)
 
 
 def round_trip(bench, raw, features):
