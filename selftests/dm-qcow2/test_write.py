@@ -10,14 +10,18 @@ All 13 cluster sizes and 7 refcount widths are covered, not all pairs of them;
 QCOW2_TEST_FULL=1 does the pairs, too.
 """
 import errno
+import fcntl
 import os
 import random
 import shutil
+import struct
 import threading
 
-from qcow2image import COPIED, OFFSET_MASK
-from qcow2test import (GIB, KIB, MIB, Stat, expect, fails_with, main, same, test,
+from qcow2image import COPIED, OFFSET_MASK, ZERO, Qcow2
+from qcow2test import (GIB, KIB, MIB, Stat, expect, fails_with, main, run, same, test,
                        wait_for)
+
+FIBMAP = 1
 
 
 class Writer:
@@ -349,6 +353,51 @@ def fua(bench):
         copy = snapshot(bench, image, f"copy{n}")
         image.compare(model, path=copy)
     image.check(path=copy)
+
+
+class Mount:
+    def __init__(self, device, path):
+        self.path = path
+        os.mkdir(path)
+        run("mount", "-t", "ext4", "-o", "noatime", device, path)
+
+    def close(self):
+        run("umount", self.path)
+        os.rmdir(self.path)
+
+
+@test("a FUA write without any flush is in the metadata at once")
+def pure_fua(bench):
+    # After a write with O_DSYNC to a block device comes a flush, which would do
+    # as well. ext4 sends nothing but FUA for an overwrite within a file; and it
+    # does not know that the clusters of the file have become zero clusters.
+    size = 64 * MIB
+    image = bench.image(size)
+    dm = image.open()
+    run("mkfs.ext4", "-q", "-F", "-b", "4096", dm.path)
+    mount = bench.add(Mount(dm.path, bench.path("mnt")))
+    with open(mount.path + "/file", "wb") as f:
+        f.write(b"f" * 4 * MIB)
+        os.fsync(f.fileno())
+        block = struct.unpack("i", fcntl.ioctl(f.fileno(), FIBMAP, struct.pack("i", 256)))[0]
+    where = block * 4096
+    bench.drop(mount)
+    bench.drop(dm)
+    expect(image.state(where) == "data", "the file is somewhere else")
+    image.set_u64(image.l2_pos(where), ZERO)
+
+    dm = image.open()
+    mount = bench.add(Mount(dm.path, bench.path("mnt")))
+    disk = bench.io(mount.path + "/file", flags=os.O_DSYNC)
+    os.sync()
+    disk.write(256 * 4096, b"F" * 4096)
+    copy = snapshot(bench, image, "copy")
+    expect(Qcow2(copy).state(where) == "data", "the cluster is not yet data on disk")
+    same(disk.read(256 * 4096, 4096), b"F" * 4096)
+    bench.drop(disk)
+    bench.drop(mount)
+    bench.drop(dm)
+    image.check()
 
 
 @test("without a flush, the timer brings it there; suspend and removal too")
