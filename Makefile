@@ -81,6 +81,10 @@ __module:
 tool: preflight-tool
 	@$(LOCK) $(MAKE) --no-print-directory -C tools
 
+# the artefacts by their names
+driver/dm-qcow2.ko: module
+tools/qcow2setup: tool
+
 install: all
 	install -D -m 644 driver/dm-qcow2.ko \
 		$(DESTDIR)/lib/modules/$(KREL)/$(INSTALL_MOD_DIR)/dm-qcow2.ko

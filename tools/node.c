@@ -32,6 +32,10 @@ static int open_failed(const char *path, unsigned int flags, int err)
 	if (err == ENOENT)
 		return fail(EX_WRONG, "%s: no such file or device; check the name",
 			    esc(path));
+	if (err == EISDIR)
+		return fail(EX_WRONG,
+			    "%s: a directory; name a regular file or a block device",
+			    esc(path));
 	return fail_errno("%s: cannot open it", esc(path));
 }
 

@@ -372,8 +372,9 @@ other_images()
 		json "$dir/json" "j['dm-qcow2']['mappable'] == 'no' and j['dm-qcow2']['reasons']"
 	done
 	refused 4 'no such' "$tool" open "$dir/no" "$name" --data-file "$dir/i.data"
-	for f in "$dir" /dev/null /dev/tty; do
-		refused 4 'file|device|directory' "$tool" open "$f" "$name" --data-file "$dir/i.data"
+	refused 4 'a directory; name' "$tool" open "$dir" "$name" --data-file "$dir/i.data"
+	for f in /dev/null /dev/tty; do
+		refused 4 'file|device' "$tool" open "$f" "$name" --data-file "$dir/i.data"
 	done
 	mkfifo "$dir/fifo"
 	refused 4 'file|device' timeout 20 "$tool" open "$dir/fifo" "$name" --data-file "$dir/i.data"
