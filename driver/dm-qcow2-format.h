@@ -108,6 +108,11 @@ struct qcow2_extension {
 #define QCOW2_L1_RESERVED		0x7f000000000001ffULL
 #define QCOW2_L2_RESERVED		0x3f000000000001feULL
 
+/* "Extended L2 Entries": a cluster has 32 subclusters */
+#define QCOW2_SUBCLUSTER_BITS		5
+#define QCOW2_SUBCLUSTERS		32U
+#define QCOW2_EXT_L2_RESERVED		(QCOW2_L2_RESERVED | QCOW2_OFLAG_ZERO)
+
 /* "Refcount table entry" */
 #define QCOW2_REFTABLE_OFFSET_MASK	0xfffffffffffffe00ULL
 #define QCOW2_REFTABLE_RESERVED		0x00000000000001ffULL
@@ -168,6 +173,8 @@ enum qcow2_fault {
 	QCOW2_FAULT_ENTRY_COMPRESSED,
 	QCOW2_FAULT_ENTRY_OFFSET,
 	QCOW2_FAULT_ENTRY_SHARED,
+	QCOW2_FAULT_SUBCLUSTER_BOTH,
+	QCOW2_FAULT_SUBCLUSTER_NONE,
 	QCOW2_FAULT_REFCOUNT_ZERO,
 	QCOW2_FAULT_LAST
 };
@@ -253,6 +260,10 @@ static inline const char *qcow2_fault_str(enum qcow2_fault fault)
 		return "offset does not equal the guest offset";
 	case QCOW2_FAULT_ENTRY_SHARED:
 		return "L2 table is not exclusively owned (bit 63 is clear)";
+	case QCOW2_FAULT_SUBCLUSTER_BOTH:
+		return "a subcluster is both allocated and zero";
+	case QCOW2_FAULT_SUBCLUSTER_NONE:
+		return "a subcluster is allocated in a cluster that is not";
 	case QCOW2_FAULT_REFCOUNT_ZERO:
 		return "cluster is in use but its refcount is 0";
 	case QCOW2_FAULT_LAST:
@@ -297,6 +308,31 @@ static inline __u64 qcow2_l1_entries_needed(const struct qcow2_geometry *g)
 static inline bool qcow2_overlap(__u64 a, __u64 alen, __u64 b, __u64 blen)
 {
 	return a < b + blen && b < a + alen;
+}
+
+/* log2 of the bytes of a unit: a cluster or, with extended L2, a subcluster */
+static inline unsigned int qcow2_unit_bits(const struct qcow2_geometry *g)
+{
+	return g->cluster_bits - (g->ext_l2 ? QCOW2_SUBCLUSTER_BITS : 0);
+}
+
+/**
+ * qcow2_in_fixed_area() - does a cluster lie in what the header names?
+ * @g: checked with qcow2_geometry_check()
+ * @offset: of the cluster, bytes
+ *
+ * That is the header's own cluster, the L1 table and the refcount table.
+ */
+static inline bool qcow2_in_fixed_area(const struct qcow2_geometry *g,
+				       __u64 offset)
+{
+	__u64 cs = 1ULL << g->cluster_bits;
+	__u64 l1_bytes = ((__u64)g->l1_entries * 8 + cs - 1) & ~(cs - 1);
+
+	return offset < cs ||
+	       qcow2_overlap(offset, cs, g->l1_offset, l1_bytes) ||
+	       qcow2_overlap(offset, cs, g->reftable_offset,
+			     (__u64)g->reftable_clusters << g->cluster_bits);
 }
 
 /**
@@ -492,6 +528,61 @@ qcow2_l2_decode(__u64 entry, __u64 guest, unsigned int cluster_bits,
 		*state = QCOW2_UNALLOCATED;
 	}
 	return QCOW2_OK;
+}
+
+/* An extended L2 entry, in CPU byte order ("Extended L2 Entries") */
+struct qcow2_ext_entry {
+	__u64 entry;			/* standard cluster descriptor */
+	__u32 alloc;			/* bit per subcluster: allocated */
+	__u32 zero;			/* bit per subcluster: reads as zeros */
+};
+
+/* Take the bitmap that follows an extended entry apart; CPU byte order. */
+static inline struct qcow2_ext_entry qcow2_ext_entry(__u64 entry, __u64 bitmap)
+{
+	struct qcow2_ext_entry e = { entry, (__u32)bitmap, (__u32)(bitmap >> 32) };
+
+	return e;
+}
+
+/**
+ * qcow2_l2_ext_check() - validate an extended L2 entry
+ * @e: the entry
+ * @guest: guest offset of the cluster, bytes
+ * @cluster_bits: of the image
+ *
+ * After QCOW2_OK subcluster i is data if bit i of @e->alloc is set, zero if that
+ * of @e->zero is set, else unallocated.
+ */
+static inline enum qcow2_fault
+qcow2_l2_ext_check(const struct qcow2_ext_entry *e, __u64 guest,
+		   unsigned int cluster_bits)
+{
+	__u64 off = e->entry & QCOW2_OFFSET_MASK;
+	bool normal = off || (e->entry & QCOW2_OFLAG_COPIED);
+
+	if (e->entry & QCOW2_OFLAG_COMPRESSED)
+		return QCOW2_FAULT_ENTRY_COMPRESSED;
+	if (e->entry & QCOW2_EXT_L2_RESERVED)
+		return QCOW2_FAULT_ENTRY_RESERVED;
+	if (off & ((1ULL << cluster_bits) - 1))
+		return QCOW2_FAULT_ENTRY_UNALIGNED;
+	if (normal && off != guest)
+		return QCOW2_FAULT_ENTRY_OFFSET;
+	if (e->alloc & e->zero)
+		return QCOW2_FAULT_SUBCLUSTER_BOTH;
+	if (!normal && e->alloc)
+		return QCOW2_FAULT_SUBCLUSTER_NONE;
+	return QCOW2_OK;
+}
+
+/* State of subcluster @i of an entry that is QCOW2_OK. */
+static inline enum qcow2_state
+qcow2_ext_state(const struct qcow2_ext_entry *e, unsigned int i)
+{
+	if (e->alloc >> i & 1)
+		return QCOW2_DATA;
+	return e->zero >> i & 1 ? QCOW2_ZERO : QCOW2_UNALLOCATED;
 }
 
 /* The L2 entry of a data cluster at guest offset @guest (bytes). */

@@ -319,19 +319,6 @@ static void qcow2_bad_l2(struct qcow2_metadata *md, u64 guest, u64 entry,
 		    (unsigned long long)entry, qcow2_fault_str(fault));
 }
 
-/* Does a cluster lie in one of the structures that the header names? */
-static bool qcow2_in_tables(struct qcow2_metadata *md, u64 offset)
-{
-	const struct qcow2_geometry *geo = &md->geo;
-	u64 cs = 1ULL << geo->cluster_bits;
-
-	return offset < cs ||
-	       qcow2_overlap(offset, cs, geo->l1_offset,
-			     round_up((u64)geo->l1_entries * 8, cs)) ||
-	       qcow2_overlap(offset, cs, geo->reftable_offset,
-			     (u64)geo->reftable_clusters << geo->cluster_bits);
-}
-
 /* Find the L2 table of a slice; *@offset is 0 if there is none. */
 static int qcow2_l2_offset(struct qcow2_metadata *md, unsigned long index,
 			   u64 *offset, bool *copied)
@@ -347,7 +334,7 @@ static int qcow2_l2_offset(struct qcow2_metadata *md, unsigned long index,
 	fault = qcow2_l1_check(entry, md->geo.cluster_bits, md->meta_size);
 	*offset = entry & QCOW2_OFFSET_MASK;
 	*copied = entry & QCOW2_OFLAG_COPIED;
-	if (!fault && *offset && qcow2_in_tables(md, *offset))
+	if (!fault && *offset && qcow2_in_fixed_area(&md->geo, *offset))
 		fault = QCOW2_FAULT_ENTRY_OVERLAP;
 	return fault ? qcow2_bad_l1(md, i, entry, fault) : 0;
 }

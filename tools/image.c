@@ -224,18 +224,6 @@ static int bad_entry(const struct image *img, bool strict, const char *table,
 	return 0;
 }
 
-static bool in_fixed_area(const struct image *img, uint64_t off)
-{
-	const struct qcow2_geometry *g = &img->geo;
-	uint64_t cs = cluster_size(img);
-
-	return off < cs ||
-	       qcow2_overlap(off, cs, g->l1_offset,
-			     align_up((uint64_t)g->l1_entries * 8, cs)) ||
-	       qcow2_overlap(off, cs, g->reftable_offset,
-			     (uint64_t)g->reftable_clusters << g->cluster_bits);
-}
-
 static uint32_t reftable_entries(const struct image *img)
 {
 	return (uint64_t)img->geo.reftable_clusters << (img->geo.cluster_bits - 3);
@@ -265,7 +253,7 @@ static int check_tables(const struct image *img, bool strict)
 					    img->node.size) :
 			     qcow2_reftable_check(entry, g->cluster_bits,
 						  img->node.size);
-		if (!fault && off && in_fixed_area(img, off))
+		if (!fault && off && qcow2_in_fixed_area(&img->geo, off))
 			fault = QCOW2_FAULT_ENTRY_OVERLAP;
 		if (!fault && off) {
 			claims[n].off = off;
