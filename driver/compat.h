@@ -9,12 +9,83 @@
 
 #include <linux/blkdev.h>
 #include <linux/device-mapper.h>
+#include <linux/shrinker.h>
+#include <linux/slab.h>
+#include <linux/version.h>
 
 /* 6.5 renamed the open modes of block devices */
 #ifndef BLK_OPEN_READ
 #define blk_mode_t	fmode_t
 #define BLK_OPEN_READ	FMODE_READ
 #define BLK_OPEN_WRITE	FMODE_WRITE
+#endif
+
+/* 6.7 allocates shrinkers, and lets them have private data */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+struct qcow2_shrinker {
+	struct shrinker shrinker;
+	void *private_data;
+};
+
+static inline void *qcow2_shrinker_private(struct shrinker *shrinker)
+{
+	return container_of(shrinker, struct qcow2_shrinker,
+			    shrinker)->private_data;
+}
+
+static inline void qcow2_shrinker_free(struct shrinker *shrinker)
+{
+	unregister_shrinker(shrinker);
+	kfree(container_of(shrinker, struct qcow2_shrinker, shrinker));
+}
+
+static inline struct shrinker *
+qcow2_shrinker_alloc(void *private_data,
+		     unsigned long (*count)(struct shrinker *, struct shrink_control *),
+		     unsigned long (*scan)(struct shrinker *, struct shrink_control *),
+		     const char *name)
+{
+	struct qcow2_shrinker *s = kzalloc(sizeof(*s), GFP_KERNEL);
+
+	if (!s)
+		return NULL;
+	s->private_data = private_data;
+	s->shrinker.count_objects = count;
+	s->shrinker.scan_objects = scan;
+	s->shrinker.seeks = DEFAULT_SEEKS;
+	if (register_shrinker(&s->shrinker, "dm-qcow2:%s", name)) {
+		kfree(s);
+		return NULL;
+	}
+	return &s->shrinker;
+}
+#else
+static inline void *qcow2_shrinker_private(struct shrinker *shrinker)
+{
+	return shrinker->private_data;
+}
+
+static inline void qcow2_shrinker_free(struct shrinker *shrinker)
+{
+	shrinker_free(shrinker);
+}
+
+static inline struct shrinker *
+qcow2_shrinker_alloc(void *private_data,
+		     unsigned long (*count)(struct shrinker *, struct shrink_control *),
+		     unsigned long (*scan)(struct shrinker *, struct shrink_control *),
+		     const char *name)
+{
+	struct shrinker *s = shrinker_alloc(0, "dm-qcow2:%s", name);
+
+	if (!s)
+		return NULL;
+	s->private_data = private_data;
+	s->count_objects = count;
+	s->scan_objects = scan;
+	shrinker_register(s);
+	return s;
+}
 #endif
 
 #endif /* DM_QCOW2_COMPAT_H */

@@ -21,6 +21,11 @@
 #define QCOW2_BATCH		128
 #define QCOW2_BATCH_RESERVE	16
 
+/* Slices that are kept in reserve. */
+#define QCOW2_STATE_RESERVE	16
+/* What the limit leaves for slices, at least. */
+#define QCOW2_MIN_CACHE		(256U << 10)
+
 /*
  * The allocator looks no further than this: beyond it lies nothing that an
  * image can need (4 Mi L2 tables with their refcounts).
@@ -34,8 +39,11 @@ struct qcow2_batch_entry {
 	bool fresh;			/* its L2 table is not on disk yet */
 	u64 offset;			/* on the metadata device */
 	void *buf;
-	/* the block's states when it was taken */
-	unsigned long words[QCOW2_BLOCK_BYTES / 8 / QCOW2_UNITS_PER_WORD];
+	/*
+	 * The block's states when it was taken; for busy units what they were
+	 * before.
+	 */
+	unsigned long *words;
 };
 
 /* Owned by the commit worker. */
@@ -48,6 +56,7 @@ struct qcow2_batch {
 	unsigned long reftable[QCOW2_BATCH];	/* blocks to be written */
 	void *bufs[QCOW2_BATCH];
 	struct qcow2_batch_entry entries[QCOW2_BATCH];
+	unsigned long words[];
 };
 
 /*----------------------------------------------------------------
@@ -173,13 +182,8 @@ static int qcow2_md_flush(struct qcow2_metadata *md)
  *----------------------------------------------------------------
  */
 
-static unsigned long *qcow2_alloc_words(struct qcow2_metadata *md, gfp_t gfp)
-{
-	return kmalloc((1U << md->slice_shift) / 4, gfp);
-}
-
-void qcow2_set_states(struct qcow2_slice *slice, unsigned int first,
-		      unsigned int last, enum qcow2_state state)
+static void qcow2_set_words(unsigned long *words, unsigned int first,
+			    unsigned int last, enum qcow2_state state)
 {
 	unsigned long pattern = (~0UL / 3) * state;
 
@@ -187,7 +191,7 @@ void qcow2_set_states(struct qcow2_slice *slice, unsigned int first,
 		unsigned int shift = first % QCOW2_UNITS_PER_WORD;
 		unsigned int n = min_t(unsigned int, last - first + 1,
 				       QCOW2_UNITS_PER_WORD - shift);
-		unsigned long *word = slice->words + first / QCOW2_UNITS_PER_WORD;
+		unsigned long *word = words + first / QCOW2_UNITS_PER_WORD;
 		unsigned long mask = ~0UL >> (BITS_PER_LONG - 2 * n) << 2 * shift;
 
 		WRITE_ONCE(*word, (*word & ~mask) | (pattern & mask));
@@ -195,11 +199,17 @@ void qcow2_set_states(struct qcow2_slice *slice, unsigned int first,
 	}
 }
 
+void qcow2_set_states(struct qcow2_slice *slice, unsigned int first,
+		      unsigned int last, enum qcow2_state state)
+{
+	qcow2_set_words(slice->words, first, last, state);
+}
+
 bool qcow2_mark_dirty(struct qcow2_metadata *md, struct qcow2_slice *slice,
 		      unsigned int first, unsigned int last)
 {
-	u32 blocks = GENMASK(last / md->entries_per_block,
-			     first / md->entries_per_block);
+	u32 blocks = GENMASK(last / md->units_per_block,
+			     first / md->units_per_block);
 	bool was_clean;
 
 	WRITE_ONCE(slice->dirty, slice->dirty | blocks);
@@ -221,54 +231,138 @@ bool qcow2_mark_dirty(struct qcow2_metadata *md, struct qcow2_slice *slice,
 	return was_clean;
 }
 
-static struct qcow2_slice *qcow2_slice_alloc(struct qcow2_metadata *md,
-					     unsigned long index)
+void qcow2_begin_write(struct qcow2_metadata *md, struct qcow2_write *w,
+		       bool shared)
 {
-	struct qcow2_slice *slice;
+	struct qcow2_bucket *bucket = qcow2_bucket(md, w->slice->index);
+	struct qcow2_trim *trim = w->slice->trim;
 
-	/*
-	 * GFP_NOIO because writeback may be waiting for the bio that needs it.
-	 * The bio cannot go on without.  A pool would be no help, since slices
-	 * are kept; they are a few KiB at most, and one is needed per 512 MiB
-	 * of a disk (at 64 KiB clusters).
-	 */
-	slice = kmalloc(sizeof(*slice), GFP_NOIO | __GFP_NOFAIL);
-	slice->words = qcow2_alloc_words(md, GFP_NOIO | __GFP_NOFAIL);
-	slice->index = index;
-	INIT_LIST_HEAD(&slice->dirty_node);
-	slice->dirty = 0;
-	slice->has_l2 = false;
-	slice->bad = false;
-	return slice;
+	w->slice->pins++;
+	if (trim) {
+		bitmap_clear(trim->fresh, w->first, w->last - w->first + 1);
+		bitmap_clear(trim->taken, w->first, w->last - w->first + 1);
+	}
+	if (shared)
+		return;
+	INIT_LIST_HEAD(&w->waiters);
+	qcow2_set_states(w->slice, w->first, w->last, QCOW2_BUSY);
+	list_add_tail(&w->node, &bucket->writes);
+}
+
+void qcow2_end_write(struct qcow2_metadata *md, struct qcow2_write *w,
+		     bool shared)
+{
+	w->slice->pins--;
+	if (!shared)
+		list_del(&w->node);
+}
+
+/*----------------------------------------------------------------
+ * Slices
+ *----------------------------------------------------------------
+ */
+
+static size_t qcow2_words_bytes(struct qcow2_metadata *md)
+{
+	return (1U << md->slice_shift) / 4;
 }
 
 static unsigned long qcow2_slice_bytes(struct qcow2_metadata *md)
 {
-	return sizeof(struct qcow2_slice) + (1U << md->slice_shift) / 4;
+	return sizeof(struct qcow2_slice) + qcow2_words_bytes(md);
+}
+
+static void *qcow2_state_pool_alloc(gfp_t gfp, void *pool_data)
+{
+	struct qcow2_metadata *md = pool_data;
+	struct qcow2_slice *slice = kmalloc(sizeof(*slice), gfp);
+
+	if (!slice)
+		return NULL;
+	slice->words = kmalloc(qcow2_words_bytes(md), gfp);
+	if (!slice->words) {
+		kfree(slice);
+		return NULL;
+	}
+	return slice;
+}
+
+static void qcow2_state_pool_free(void *element, void *pool_data)
+{
+	struct qcow2_slice *slice = element;
+
+	kfree(slice->words);
+	kfree(slice);
+}
+
+/*
+ * Cannot fail: what the pool's reserve was used for gets clean by commits, which
+ * need no slices, and is then dropped by the shrinker, or by the next one who
+ * looks for room.
+ */
+static struct qcow2_slice *qcow2_slice_alloc(struct qcow2_metadata *md,
+					     unsigned long index)
+{
+	/* GFP_NOIO because writeback may be waiting for the bio that needs it */
+	struct qcow2_slice *slice = mempool_alloc(&md->state_pool, GFP_NOIO);
+
+	slice->index = index;
+	slice->referenced = true;
+	slice->has_l2 = false;
+	slice->bad = false;
+	slice->dirty = 0;
+	slice->pins = 0;
+	slice->trim = NULL;
+	INIT_LIST_HEAD(&slice->node);
+	INIT_LIST_HEAD(&slice->dirty_node);
+	return slice;
+}
+
+static void qcow2_slice_free(struct qcow2_metadata *md,
+			     struct qcow2_slice *slice)
+{
+	kfree(slice->trim);
+	mempool_free(slice, &md->state_pool);
+}
+
+static void qcow2_slice_free_rcu(struct rcu_head *head)
+{
+	struct qcow2_slice *slice = container_of(head, struct qcow2_slice, rcu);
+
+	qcow2_slice_free(slice->md, slice);
 }
 
 void qcow2_slot_free(struct qcow2_metadata *md, struct qcow2_slice *slot)
 {
-	if (!slot || qcow2_is_tag(slot))
-		return;
-	kfree(slot->words);
-	kfree(slot);
+	if (slot && !qcow2_is_tag(slot))
+		qcow2_slice_free(md, slot);
+}
+
+/* Where a slot is changed; the caller holds the bucket's lock. */
+static struct qcow2_slice *qcow2_slot(struct qcow2_metadata *md,
+				      unsigned long index)
+{
+	return rcu_dereference_protected(md->dir[index],
+					 lockdep_is_held(&qcow2_bucket(md, index)->lock));
 }
 
 void qcow2_slot_publish(struct qcow2_metadata *md, unsigned long index,
 			struct qcow2_slice *slot)
 {
-	struct qcow2_slice *old;
+	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
+	struct qcow2_slice *old = qcow2_slot(md, index);
 
-	old = rcu_dereference_protected(md->dir[index],
-					lockdep_is_held(&qcow2_bucket(md, index)->lock));
 	rcu_assign_pointer(md->dir[index], slot);
+	if (!qcow2_is_tag(slot)) {
+		list_add_tail(&slot->node, &bucket->slices);
+		bucket->nr_slices++;
+	}
 
 	spin_lock(&md->lock);
 	if (!old)
 		md->nr_slices_cached++;
 	if (!qcow2_is_tag(slot))
-		md->state_bytes += qcow2_slice_bytes(md);
+		md->nr_slice_structs++;
 	spin_unlock(&md->lock);
 }
 
@@ -279,8 +373,7 @@ void qcow2_slot_expand(struct qcow2_metadata *md, unsigned long index)
 	u64 entry;
 
 	spin_lock_irq(&bucket->lock);
-	slot = rcu_dereference_protected(md->dir[index],
-					 lockdep_is_held(&bucket->lock));
+	slot = qcow2_slot(md, index);
 	if (slot && qcow2_is_tag(slot)) {
 		qcow2_set_states(slice, 0, (1U << md->slice_shift) - 1,
 				 qcow2_tag_state(slot));
@@ -295,7 +388,272 @@ void qcow2_slot_expand(struct qcow2_metadata *md, unsigned long index)
 	}
 	spin_unlock_irq(&bucket->lock);
 
-	qcow2_slot_free(md, slice);
+	if (slice) {
+		qcow2_slice_free(md, slice);
+		qcow2_metadata_put_room(md);
+	}
+}
+
+/* May a slice go?  Bad ones stay: a busy unit must not lose its meaning. */
+static bool qcow2_slice_idle(const struct qcow2_slice *slice)
+{
+	return !slice->dirty && !slice->pins && !slice->trim && !slice->bad;
+}
+
+/* How many slices of a bucket are looked at under its lock, at most. */
+#define QCOW2_DROP_SCAN		64
+
+/* One turn of the hand: second chance for what was used since the last one. */
+static unsigned long qcow2_bucket_drop(struct qcow2_metadata *md,
+				       struct qcow2_bucket *bucket,
+				       unsigned long nr)
+{
+	struct qcow2_slice *slice;
+	unsigned long dropped = 0;
+	unsigned int scan;
+	unsigned long flags;
+
+	spin_lock_irqsave(&bucket->lock, flags);
+	scan = min_t(unsigned int, bucket->nr_slices, QCOW2_DROP_SCAN);
+	while (scan-- && dropped < nr) {
+		slice = list_first_entry(&bucket->slices, struct qcow2_slice,
+					 node);
+		if (!qcow2_slice_idle(slice) || READ_ONCE(slice->referenced)) {
+			WRITE_ONCE(slice->referenced, false);
+			list_move_tail(&slice->node, &bucket->slices);
+			continue;
+		}
+		RCU_INIT_POINTER(md->dir[slice->index], NULL);
+		list_del(&slice->node);
+		bucket->nr_slices--;
+		slice->md = md;
+		call_rcu(&slice->rcu, qcow2_slice_free_rcu);
+		dropped++;
+	}
+	if (dropped) {
+		spin_lock(&md->lock);
+		md->nr_slices_cached -= dropped;
+		md->nr_slice_structs -= dropped;
+		md->state_bytes -= dropped * qcow2_slice_bytes(md);
+		md->drops += dropped;
+		spin_unlock(&md->lock);
+	}
+	spin_unlock_irqrestore(&bucket->lock, flags);
+	return dropped;
+}
+
+unsigned long qcow2_metadata_drop(struct qcow2_metadata *md, unsigned long nr)
+{
+	unsigned long dropped = 0;
+	unsigned int i;
+
+	/* Twice around: what the first turn spared, the second takes. */
+	for (i = 0; i < 2 * QCOW2_BUCKETS && dropped < nr; i++) {
+		unsigned int hand = atomic_inc_return(&md->drop_hand);
+
+		dropped += qcow2_bucket_drop(md, md->buckets +
+					     hand % QCOW2_BUCKETS,
+					     nr - dropped);
+	}
+	return dropped;
+}
+
+unsigned long qcow2_metadata_droppable(struct qcow2_metadata *md)
+{
+	unsigned long structs = READ_ONCE(md->nr_slice_structs);
+	unsigned long dirty = READ_ONCE(md->nr_dirty);
+
+	return structs > dirty ? structs - dirty : 0;
+}
+
+static bool qcow2_account(struct qcow2_metadata *md, bool force)
+{
+	unsigned long bytes = qcow2_slice_bytes(md);
+	unsigned long flags;
+	bool ok;
+
+	spin_lock_irqsave(&md->lock, flags);
+	ok = force || md->state_bytes + bytes <= md->cache_limit;
+	if (ok)
+		md->state_bytes += bytes;
+	spin_unlock_irqrestore(&md->lock, flags);
+	return ok;
+}
+
+/* Slices to drop at once: the search has its cost, too. */
+#define QCOW2_DROP_BATCH	8
+
+bool qcow2_metadata_get_room(struct qcow2_metadata *md, bool force)
+{
+	while (!qcow2_account(md, false)) {
+		if (!qcow2_metadata_drop(md, QCOW2_DROP_BATCH))
+			return force && qcow2_account(md, true);
+	}
+	return true;
+}
+
+void qcow2_metadata_put_room(struct qcow2_metadata *md)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&md->lock, flags);
+	md->state_bytes -= qcow2_slice_bytes(md);
+	spin_unlock_irqrestore(&md->lock, flags);
+}
+
+/*----------------------------------------------------------------
+ * Pass-down of discards
+ *
+ * A unit's way: zero and in @fresh; a commit takes its block, and moves it to
+ * @taken; the commit succeeds; the unit is made busy, and discarded.  If it is
+ * written at any time before, it leaves the bitmaps.
+ *----------------------------------------------------------------
+ */
+
+struct qcow2_trim *qcow2_trim_alloc(struct qcow2_metadata *md)
+{
+	unsigned int longs = BITS_TO_LONGS(1U << md->slice_shift);
+	struct qcow2_trim *trim;
+
+	/* A discard is a hint: without memory for it, it is forgotten. */
+	trim = kzalloc(struct_size(trim, fresh, 2 * longs),
+		       GFP_NOIO | __GFP_NORETRY | __GFP_NOWARN);
+	if (trim) {
+		INIT_LIST_HEAD(&trim->node);
+		trim->taken = trim->fresh + longs;
+	}
+	return trim;
+}
+
+bool qcow2_add_trim(struct qcow2_metadata *md, struct qcow2_slice *slice,
+		    unsigned int first, unsigned int last,
+		    struct qcow2_trim *trim)
+{
+	bool used = !slice->trim && trim;
+
+	if (used) {
+		trim->slice = slice;
+		slice->trim = trim;
+	}
+	if (slice->trim)
+		bitmap_set(slice->trim->fresh, first, last - first + 1);
+	return used;
+}
+
+/* A commit takes a block (or, if @back is set, has not written it after all). */
+static void qcow2_take_trim(struct qcow2_metadata *md, struct qcow2_trim *trim,
+			    unsigned int block, bool back)
+{
+	unsigned int longs = md->units_per_block / BITS_PER_LONG;
+	unsigned long *fresh = trim->fresh + block * longs;
+	unsigned long *taken = trim->taken + block * longs;
+	unsigned int i;
+
+	for (i = 0; i < longs; i++) {
+		if (back) {
+			fresh[i] |= taken[i];
+			taken[i] = 0;
+		} else {
+			taken[i] |= fresh[i];
+			fresh[i] = 0;
+		}
+	}
+	if (back)
+		return;
+	spin_lock(&md->lock);
+	if (list_empty(&trim->node))
+		list_add_tail(&trim->node, &md->trims);
+	spin_unlock(&md->lock);
+}
+
+void qcow2_metadata_start_trims(struct qcow2_metadata *md)
+{
+	spin_lock_irq(&md->lock);
+	list_splice_tail_init(&md->trims, &md->trimming);
+	spin_unlock_irq(&md->lock);
+}
+
+/* A bio has less than 4 GiB. */
+#define QCOW2_MAX_TRIM		(BIT(31) >> SECTOR_SHIFT)	/* sectors */
+
+/* The next units of a slice that may be discarded; the bucket lock is held. */
+static bool qcow2_trim_run(struct qcow2_metadata *md, struct qcow2_trim *trim,
+			   struct qcow2_write *w, bool *later)
+{
+	unsigned int n = 1U << md->slice_shift, first = 0, last, run;
+	struct qcow2_slice *slice = trim->slice;
+	enum qcow2_state state;
+
+	*later = false;
+	for (;;) {
+		first = find_next_bit(trim->taken, n, first);
+		if (first >= n)
+			return false;
+		last = first | (md->units_per_block - 1);
+		if (!(slice->dirty & BIT(first / md->units_per_block +
+					 QCOW2_MAX_BLOCKS)))
+			break;
+		/* A commit that has taken the block is not at its end. */
+		*later = true;
+		first = last + 1;
+	}
+	last = min_t(unsigned int, last,
+		     first + (QCOW2_MAX_TRIM >> md->unit_shift) - 1);
+	last = find_next_zero_bit(trim->taken, last + 1, first) - 1;
+	run = qcow2_words_run(slice->words, first, last, &state);
+	w->slice = slice;
+	w->first = first;
+	w->last = first + run - 1;
+	w->prev = state;
+	return true;
+}
+
+bool qcow2_metadata_next_trim(struct qcow2_metadata *md, struct qcow2_write *w,
+			      sector_t *sector, sector_t *nr)
+{
+	sector_t end = md->geo.size >> SECTOR_SHIFT;
+
+	for (;;) {
+		struct qcow2_bucket *bucket;
+		struct qcow2_trim *trim;
+		bool found, later, empty;
+
+		spin_lock_irq(&md->lock);
+		trim = list_first_entry_or_null(&md->trimming,
+						struct qcow2_trim, node);
+		spin_unlock_irq(&md->lock);
+		if (!trim)
+			return false;
+
+		/* Nobody else frees it, nor its slice. */
+		bucket = qcow2_bucket(md, trim->slice->index);
+		spin_lock_irq(&bucket->lock);
+		found = qcow2_trim_run(md, trim, w, &later);
+		if (found) {
+			/* takes the units out of the bitmaps */
+			qcow2_begin_write(md, w, false);
+			*sector = (((sector_t)trim->slice->index <<
+				    md->slice_shift) + w->first) << md->unit_shift;
+			*nr = min((sector_t)(w->last - w->first + 1) << md->unit_shift,
+				  end - *sector);
+		} else {
+			spin_lock(&md->lock);
+			if (later)
+				list_move_tail(&trim->node, &md->trims);
+			else
+				list_del_init(&trim->node);
+			spin_unlock(&md->lock);
+			empty = !later && bitmap_empty(trim->fresh,
+						       1U << md->slice_shift);
+			if (empty) {
+				trim->slice->trim = NULL;
+				kfree(trim);
+			}
+		}
+		spin_unlock_irq(&bucket->lock);
+		if (found)
+			return true;
+	}
 }
 
 /*----------------------------------------------------------------
@@ -339,20 +697,47 @@ static int qcow2_l2_offset(struct qcow2_metadata *md, unsigned long index,
 	return fault ? qcow2_bad_l1(md, i, entry, fault) : 0;
 }
 
+/* An L2 entry of either kind; @i counts from @buf. */
+static struct qcow2_ext_entry qcow2_get_entry(struct qcow2_metadata *md,
+					      const __be64 *buf, unsigned int i)
+{
+	if (md->geo.ext_l2)
+		return qcow2_ext_entry(be64_to_cpu(buf[2 * i]),
+				       be64_to_cpu(buf[2 * i + 1]));
+	return qcow2_ext_entry(be64_to_cpu(buf[i]), 0);
+}
+
+/* Check an entry, and set @state to what a standard one says. */
+static enum qcow2_fault qcow2_check_entry(struct qcow2_metadata *md,
+					  const struct qcow2_ext_entry *e,
+					  u64 guest, enum qcow2_state *state)
+{
+	enum qcow2_fault fault;
+
+	if (md->geo.ext_l2)
+		fault = qcow2_l2_ext_check(e, guest, md->geo.cluster_bits);
+	else
+		fault = qcow2_l2_decode(e->entry, guest, md->geo.cluster_bits,
+					state);
+	if (fault)
+		qcow2_bad_l2(md, guest, e->entry, fault);
+	return fault;
+}
+
 /* Decode @buf into states; all-equal ones become a tag. */
 static struct qcow2_slice *qcow2_decode(struct qcow2_metadata *md,
 					unsigned long index, const __be64 *buf)
 {
+	unsigned int unit_bits = md->unit_shift + SECTOR_SHIFT;
 	unsigned int i, n = 1U << md->slice_shift;
-	unsigned int bits = md->geo.cluster_bits;
-	u64 guest = (u64)index << (md->slice_shift + bits);
-	enum qcow2_state first = QCOW2_UNALLOCATED, state;
+	unsigned int sub_mask = (1U << md->entry_shift) - 1;
+	u64 guest = (u64)index << (md->slice_shift + unit_bits);
+	enum qcow2_state first = QCOW2_UNALLOCATED, state = first;
+	enum qcow2_fault fault = QCOW2_OK;
 	struct qcow2_slice *slice = NULL;
+	struct qcow2_ext_entry e;
 
-	for (i = 0; i < n; i++, guest += 1ULL << bits) {
-		u64 entry = be64_to_cpu(buf[i]);
-		enum qcow2_fault fault;
-
+	for (i = 0; i < n; i++, guest += 1ULL << unit_bits) {
 		/*
 		 * Entries beyond the virtual size are not ours; giving them
 		 * the first one's state lets the slice be a tag.
@@ -362,11 +747,14 @@ static struct qcow2_slice *qcow2_decode(struct qcow2_metadata *md,
 				qcow2_set_states(slice, i, n - 1, first);
 			break;
 		}
-		fault = qcow2_l2_decode(entry, guest, bits, &state);
-		if (fault) {
-			qcow2_bad_l2(md, guest, entry, fault);
-			state = QCOW2_BUSY;
+		if (!(i & sub_mask)) {
+			e = qcow2_get_entry(md, buf, i >> md->entry_shift);
+			fault = qcow2_check_entry(md, &e, guest, &state);
 		}
+		if (fault)
+			state = QCOW2_BUSY;
+		else if (md->geo.ext_l2)
+			state = qcow2_ext_state(&e, i & sub_mask);
 		if (!i)
 			first = state;
 		if (!slice && (fault || state != first)) {
@@ -424,7 +812,7 @@ int qcow2_metadata_load(struct qcow2_metadata *md, unsigned long index,
  *----------------------------------------------------------------
  */
 
-static const char *qcow2_compare_header(struct qcow2_metadata *md, bool raw,
+static const char *qcow2_compare_header(struct qcow2_metadata *md,
 					bool read_only,
 					const struct qcow2_header *h)
 {
@@ -435,10 +823,12 @@ static const char *qcow2_compare_header(struct qcow2_metadata *md, bool raw,
 	fault = qcow2_header_check(h, read_only, &geo);
 	if (fault)
 		return qcow2_fault_str(fault);
-	if (geo.ext_l2)
-		return "image has extended L2 entries, which are not supported yet";
-	if (h->backing_file_offset)
-		return "image has a backing file, which is not supported yet";
+	if (geo.ext_l2 != md->geo.ext_l2)
+		return geo.ext_l2 ? "image has extended L2 entries: extended_l2 is needed" :
+				    "extended_l2 is given, but the image has standard L2 entries";
+	if (!!h->backing_file_offset != md->backing)
+		return md->backing ? "backing_dev is given, but the image has no backing file" :
+				     "image has a backing file: backing_dev is needed";
 	if (geo.cluster_bits != md->geo.cluster_bits)
 		return "cluster_bits differ from the image's header";
 	if (geo.size != md->geo.size)
@@ -453,16 +843,16 @@ static const char *qcow2_compare_header(struct qcow2_metadata *md, bool raw,
 		return "refcount table clusters differ from the image's header";
 	if (geo.refcount_order != md->geo.refcount_order)
 		return "refcount order differs from the image's header";
-	if (!!(autoclear & QCOW2_AUTOCLEAR_RAW_DATA) != raw)
-		return raw ? "data_file_raw is given, but the image has not the raw bit" :
-			     "image has the raw bit: data_file_raw is needed";
+	if (!!(autoclear & QCOW2_AUTOCLEAR_RAW_DATA) != md->raw)
+		return md->raw ? "data_file_raw is given, but the image has not the raw bit" :
+				 "image has the raw bit: data_file_raw is needed";
 	if (!read_only && (autoclear & ~QCOW2_AUTOCLEAR_KNOWN))
 		return "unknown autoclear bits are set: use qcow2setup, or read_only";
 	return NULL;
 }
 
-int qcow2_metadata_check_header(struct qcow2_metadata *md, bool raw,
-				bool read_only, char **error)
+int qcow2_metadata_check_header(struct qcow2_metadata *md, bool read_only,
+				char **error)
 {
 	const char *cause;
 	void *buf;
@@ -477,7 +867,7 @@ int qcow2_metadata_check_header(struct qcow2_metadata *md, bool raw,
 	if (r) {
 		*error = "Cannot read the image's header";
 	} else {
-		cause = qcow2_compare_header(md, raw, read_only, buf);
+		cause = qcow2_compare_header(md, read_only, buf);
 		if (cause) {
 			*error = (char *)cause;
 			r = -EINVAL;
@@ -673,8 +1063,7 @@ int qcow2_metadata_reserve(struct qcow2_metadata *md, unsigned long index)
 	}
 
 	spin_lock_irq(&bucket->lock);
-	slot = rcu_dereference_protected(md->dir[index],
-					 lockdep_is_held(&bucket->lock));
+	slot = qcow2_slot(md, index);
 	if (slot && !qcow2_is_tag(slot))
 		WRITE_ONCE(slot->has_l2, true);
 	spin_unlock_irq(&bucket->lock);
@@ -836,6 +1225,28 @@ static void qcow2_note_fresh(struct qcow2_batch *batch, unsigned long l1_index)
 }
 
 /*
+ * Put the states that busy units had before into a block that was just taken:
+ * what makes them busy may be under way for long, and must not keep an older
+ * change from getting to the disk.
+ */
+static void qcow2_take_busy(struct qcow2_metadata *md, struct qcow2_batch_entry *e)
+{
+	struct qcow2_bucket *bucket = qcow2_bucket(md, e->slice->index);
+	unsigned int start = e->block * md->units_per_block;
+	unsigned int end = start + md->units_per_block - 1;
+	struct qcow2_write *w;
+
+	list_for_each_entry(w, &bucket->writes, node) {
+		unsigned int first = max(w->first, start);
+		unsigned int last = min(w->last, end);
+
+		if (w->slice == e->slice && first <= last)
+			qcow2_set_words(e->words, first - start, last - start,
+					w->prev);
+	}
+}
+
+/*
  * Move a slice's dirty blocks into the batch; the bucket lock is held.  Returns
  * false if the batch had not room for all of them.
  */
@@ -843,7 +1254,7 @@ static bool qcow2_take_slice(struct qcow2_metadata *md,
 			     struct qcow2_slice *slice)
 {
 	struct qcow2_batch *batch = md->batch;
-	unsigned int words = md->entries_per_block / QCOW2_UNITS_PER_WORD;
+	unsigned int words = md->units_per_block / QCOW2_UNITS_PER_WORD;
 	unsigned long blocks = slice->dirty & (BIT(QCOW2_MAX_BLOCKS) - 1);
 	u32 dirty = slice->dirty;
 	unsigned int b;
@@ -855,9 +1266,13 @@ static bool qcow2_take_slice(struct qcow2_metadata *md,
 			break;
 		e->slice = slice;
 		e->block = b;
-		e->buf = batch->bufs[batch->nr++];
+		e->buf = batch->bufs[batch->nr];
+		e->words = batch->words + batch->nr++ * words;
 		memcpy(e->words, slice->words + b * words,
 		       words * sizeof(long));
+		qcow2_take_busy(md, e);
+		if (slice->trim)
+			qcow2_take_trim(md, slice->trim, b, false);
 		dirty &= ~BIT(b);
 		dirty |= BIT(b + QCOW2_MAX_BLOCKS);
 	}
@@ -936,6 +1351,8 @@ static void qcow2_untake_batch(struct qcow2_metadata *md)
 		WRITE_ONCE(e->slice->dirty,
 			   (e->slice->dirty & ~BIT(e->block + QCOW2_MAX_BLOCKS)) |
 			   BIT(e->block));
+		if (e->slice->trim)
+			qcow2_take_trim(md, e->slice->trim, e->block, true);
 		spin_lock(&md->lock);
 		if (list_empty(&e->slice->dirty_node)) {
 			list_add_tail(&e->slice->dirty_node, &md->committing);
@@ -989,34 +1406,86 @@ static int qcow2_read_batch(struct qcow2_metadata *md, struct qcow2_ios *ios)
 }
 
 /*
- * Write the entries of those units that were data when the block was taken and
- * are not on disk.  All other entries, and all other bits, stay as they are.
+ * Give one standard entry the state that its unit had when the block was taken,
+ * unless the disk says so already.
+ */
+static void qcow2_patch_std(__be64 *entry, u64 guest, enum qcow2_state disk,
+			    enum qcow2_state state)
+{
+	if (state == QCOW2_DATA && disk != QCOW2_DATA)
+		*entry = cpu_to_be64(qcow2_l2_data_entry(guest));
+	else if (state == QCOW2_ZERO && disk != QCOW2_ZERO)
+		*entry = cpu_to_be64(QCOW2_OFLAG_ZERO);
+}
+
+/* The same for an extended entry, whose @n first units are on the device. */
+static void qcow2_patch_ext(__be64 *entry, u64 guest, struct qcow2_ext_entry e,
+			    const unsigned long *words, unsigned int unit,
+			    unsigned int n)
+{
+	u32 data = 0, zero = 0, alloc;
+	unsigned int i;
+
+	for (i = 0; i < n; i++) {
+		enum qcow2_state state = qcow2_get_state(words, unit + i);
+
+		if (state == QCOW2_DATA)
+			data |= BIT(i);
+		else if (state == QCOW2_ZERO)
+			zero |= BIT(i);
+	}
+	alloc = (e.alloc & ~zero) | data;
+	zero = (e.zero & ~data) | zero;
+	if (alloc == e.alloc && zero == e.zero)
+		return;
+	/* A cluster that has nothing left in the data file is let go. */
+	if (!alloc)
+		e.entry = 0;
+	else if (data & ~e.alloc)
+		e.entry = qcow2_l2_data_entry(guest);
+	entry[0] = cpu_to_be64(e.entry);
+	entry[1] = cpu_to_be64((u64)zero << 32 | alloc);
+}
+
+/*
+ * Write the entries of those units that were data or zero when the block was
+ * taken, and are not so on disk.  All other entries, and all other bits, stay
+ * as they are.
  */
 static int qcow2_patch_entry(struct qcow2_metadata *md,
 			     struct qcow2_batch_entry *e)
 {
-	unsigned int bits = md->geo.cluster_bits, i;
+	unsigned int unit_bits = md->unit_shift + SECTOR_SHIFT;
+	unsigned int per_entry = 1U << md->entry_shift, unit;
 	u64 guest = (((u64)e->slice->index << md->slice_shift) +
-		     e->block * md->entries_per_block) << bits;
-	__be64 *entries = e->buf;
+		     e->block * md->units_per_block) << unit_bits;
+	__be64 *entry = e->buf;
 
-	for (i = 0; i < md->entries_per_block; i++, guest += 1ULL << bits) {
-		enum qcow2_state state;
-		enum qcow2_fault fault;
+	for (unit = 0; unit < md->units_per_block; unit += per_entry) {
+		enum qcow2_state state = QCOW2_UNALLOCATED, disk = state, seen;
+		struct qcow2_ext_entry old;
 
 		if (guest >= md->geo.size)
 			break;
-		if (qcow2_get_state(e->words, i) != QCOW2_DATA)
-			continue;
-		fault = qcow2_l2_decode(be64_to_cpu(entries[i]), guest, bits,
-					&state);
+		if (qcow2_words_run(e->words, unit, unit + per_entry - 1,
+				    &seen) < per_entry ||
+		    seen == QCOW2_DATA || seen == QCOW2_ZERO)
+			state = seen;
+		else
+			goto next;
+		old = qcow2_get_entry(md, entry, 0);
 		/* it was sane when it was loaded */
-		if (fault) {
-			qcow2_bad_l2(md, guest, be64_to_cpu(entries[i]), fault);
+		if (qcow2_check_entry(md, &old, guest, &disk))
 			return -EIO;
-		}
-		if (state != QCOW2_DATA)
-			entries[i] = cpu_to_be64(qcow2_l2_data_entry(guest));
+		if (md->geo.ext_l2)
+			qcow2_patch_ext(entry, guest, old, e->words, unit,
+					min_t(u64, per_entry,
+					      ((md->geo.size - guest - 1) >> unit_bits) + 1));
+		else
+			qcow2_patch_std(entry, guest, disk, state);
+next:
+		guest += (u64)per_entry << unit_bits;
+		entry += md->geo.ext_l2 ? 2 : 1;
 	}
 	return 0;
 }
@@ -1197,36 +1666,54 @@ int qcow2_metadata_resume(struct qcow2_metadata *md)
 void qcow2_metadata_suspend(struct qcow2_metadata *md)
 {
 	struct qcow2_slice *slot, *next;
-	unsigned long i;
 	LIST_HEAD(slices);
+	unsigned long i;
 
 	for (i = 0; i < md->nr_slices; i++) {
-		slot = rcu_dereference_protected(md->dir[i], true);
-		if (!slot)
-			continue;
-		RCU_INIT_POINTER(md->dir[i], NULL);
-		if (!qcow2_is_tag(slot))
-			list_move(&slot->dirty_node, &slices);
+		if (rcu_access_pointer(md->dir[i]) &&
+		    qcow2_is_tag(rcu_access_pointer(md->dir[i])))
+			RCU_INIT_POINTER(md->dir[i], NULL);
 		cond_resched();
 	}
+	/* The shrinker may be at it, too. */
+	for (i = 0; i < QCOW2_BUCKETS; i++) {
+		struct qcow2_bucket *bucket = md->buckets + i;
+
+		spin_lock_irq(&bucket->lock);
+		list_for_each_entry(slot, &bucket->slices, node)
+			RCU_INIT_POINTER(md->dir[slot->index], NULL);
+		list_splice_init(&bucket->slices, &slices);
+		bucket->nr_slices = 0;
+		spin_unlock_irq(&bucket->lock);
+		cond_resched();
+	}
+	spin_lock_irq(&md->lock);
+	INIT_LIST_HEAD(&md->dirty);
+	INIT_LIST_HEAD(&md->committing);
+	INIT_LIST_HEAD(&md->trims);
+	INIT_LIST_HEAD(&md->trimming);
 	md->nr_dirty = 0;
 	md->nr_slices_cached = 0;
+	md->nr_slice_structs = 0;
 	md->state_bytes = md->nr_slices * sizeof(*md->dir);
+	spin_unlock_irq(&md->lock);
 	if (list_empty(&slices))
 		return;
 
 	/* On removal, map() may be running for a last time. */
 	synchronize_rcu();
-	list_for_each_entry_safe(slot, next, &slices, dirty_node) {
-		qcow2_slot_free(md, slot);
+	list_for_each_entry_safe(slot, next, &slices, node) {
+		qcow2_slice_free(md, slot);
 		cond_resched();
 	}
 }
 
 void qcow2_metadata_destroy(struct qcow2_metadata *md)
 {
-	if (md->dir)
+	if (md->dir && md->buckets)
 		qcow2_metadata_suspend(md);
+	/* for qcow2_slice_free_rcu() */
+	rcu_barrier();
 	kvfree(md->dir);
 	kvfree(md->buckets);
 	kvfree(md->l1);
@@ -1237,6 +1724,7 @@ void qcow2_metadata_destroy(struct qcow2_metadata *md)
 	kfree(md->refblock);
 	mempool_exit(&md->page_pool);
 	mempool_exit(&md->slice_pool);
+	mempool_exit(&md->state_pool);
 	bioset_exit(&md->bs);
 	kfree(md);
 }
@@ -1252,7 +1740,9 @@ static int qcow2_create_writer(struct qcow2_metadata *md)
 			    GFP_KERNEL);
 	md->reserved = kvcalloc(md->l1_needed, sizeof(*md->reserved),
 				GFP_KERNEL);
-	md->batch = kvzalloc(sizeof(*md->batch), GFP_KERNEL);
+	md->batch = kvzalloc(struct_size(md->batch, words, QCOW2_BATCH *
+					 md->units_per_block / QCOW2_UNITS_PER_WORD),
+			     GFP_KERNEL);
 	md->refblock = kmalloc(md->block_bytes, GFP_KERNEL);
 	if (!md->reftable || !md->used || !md->reserved || !md->batch ||
 	    !md->refblock)
@@ -1269,15 +1759,24 @@ static int qcow2_create_caches(struct qcow2_metadata *md)
 	md->buckets = kvcalloc(QCOW2_BUCKETS, sizeof(*md->buckets), GFP_KERNEL);
 	md->l1 = kvzalloc(round_up((size_t)md->geo.l1_entries * 8,
 				   md->block_bytes), GFP_KERNEL);
+	if (md->buckets) {
+		for (i = 0; i < QCOW2_BUCKETS; i++) {
+			spin_lock_init(&md->buckets[i].lock);
+			INIT_LIST_HEAD(&md->buckets[i].writes);
+			INIT_LIST_HEAD(&md->buckets[i].loads);
+			INIT_LIST_HEAD(&md->buckets[i].slices);
+		}
+	}
 	if (!md->dir || !md->buckets || !md->l1)
 		return -ENOMEM;
 	md->state_bytes = md->nr_slices * sizeof(*md->dir);
-	for (i = 0; i < QCOW2_BUCKETS; i++) {
-		spin_lock_init(&md->buckets[i].lock);
-		INIT_LIST_HEAD(&md->buckets[i].writes);
-		INIT_LIST_HEAD(&md->buckets[i].loads);
-	}
+	md->cache_limit = max(md->cache_limit,
+			      md->state_bytes + QCOW2_MIN_CACHE);
 	r = bioset_init(&md->bs, QCOW2_BATCH_RESERVE, 0, BIOSET_NEED_BVECS);
+	if (r)
+		return r;
+	r = mempool_init(&md->state_pool, QCOW2_STATE_RESERVE,
+			 qcow2_state_pool_alloc, qcow2_state_pool_free, md);
 	if (r)
 		return r;
 	r = mempool_init_kmalloc_pool(&md->slice_pool, 2, md->slice_bytes);
@@ -1289,11 +1788,13 @@ static int qcow2_create_caches(struct qcow2_metadata *md)
 
 struct qcow2_metadata *
 qcow2_metadata_create(struct block_device *bdev, struct block_device *data_bdev,
-		      const char *name, const struct qcow2_geometry *geo,
-		      bool read_only)
+		      const char *name, const struct qcow2_config *config)
 {
-	unsigned int slice_bits = min_t(unsigned int, geo->cluster_bits,
+	const struct qcow2_geometry *geo = &config->geo;
+	unsigned int slice_bits = geo->ext_l2 ? ilog2(QCOW2_EXT_SLICE_BYTES) :
+				  min_t(unsigned int, geo->cluster_bits,
 					ilog2(QCOW2_MAX_SLICE_BYTES));
+	unsigned int unit_bits = qcow2_unit_bits(geo);
 	struct qcow2_metadata *md;
 	int r;
 
@@ -1304,24 +1805,30 @@ qcow2_metadata_create(struct block_device *bdev, struct block_device *data_bdev,
 	md->data_bdev = data_bdev;
 	md->name = name;
 	md->geo = *geo;
-	md->read_only = read_only;
+	md->raw = config->raw;
+	md->backing = config->backing;
+	md->read_only = config->read_only;
+	md->cache_limit = config->cache_limit;
 	md->meta_size = bdev_nr_bytes(bdev);
-	md->unit_shift = geo->cluster_bits - SECTOR_SHIFT;
+	md->unit_shift = unit_bits - SECTOR_SHIFT;
+	md->entry_shift = geo->cluster_bits - unit_bits;
 	md->slice_bytes = 1U << slice_bits;
-	md->slice_shift = slice_bits - 3;
+	md->slice_shift = slice_bits - qcow2_l2_entry_bits(geo) + md->entry_shift;
 	md->slices_per_l2_shift = geo->cluster_bits - slice_bits;
-	md->nr_slices = ((geo->size - 1) >>
-			 (md->slice_shift + geo->cluster_bits)) + 1;
+	md->nr_slices = ((geo->size - 1) >> (md->slice_shift + unit_bits)) + 1;
 	md->block_bytes = min(QCOW2_BLOCK_BYTES, 1U << geo->cluster_bits);
-	md->entries_per_block = md->block_bytes / 8;
+	md->units_per_block = md->block_bytes >> qcow2_l2_entry_bits(geo)
+			      << md->entry_shift;
 	md->l1_needed = qcow2_l1_entries_needed(geo);
 	spin_lock_init(&md->lock);
 	spin_lock_init(&md->l1_lock);
 	INIT_LIST_HEAD(&md->dirty);
 	INIT_LIST_HEAD(&md->committing);
+	INIT_LIST_HEAD(&md->trims);
+	INIT_LIST_HEAD(&md->trimming);
 
 	r = qcow2_create_caches(md);
-	if (!r && !read_only)
+	if (!r && !md->read_only)
 		r = qcow2_create_writer(md);
 	if (r) {
 		qcow2_metadata_destroy(md);

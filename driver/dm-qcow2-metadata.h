@@ -28,11 +28,18 @@
  *			disk: costs nothing but the slot
  *	pointer		a struct qcow2_slice
  *
+ * With extended L2 entries a unit is a subcluster, and a slice 8 KiB of a table.
+ *
  * Lookups run under rcu_read_lock() and take no lock.  All changes to slots
  * and states are made under the lock of the slice's bucket, which is taken
  * from any context (irqsave).  Lock order: bucket->lock, then md->lock.
+ *
+ * Slices that are clean and that nobody works with can be dropped, to keep to
+ * a limit or because the system needs memory.  Tagged slots stay.
  */
 #define QCOW2_MAX_SLICE_BYTES	65536U
+/* 512 entries of 32 subclusters: 4 KiB of states */
+#define QCOW2_EXT_SLICE_BYTES	8192U
 /* The unit of L2, L1 and refcount I/O, unless clusters are smaller. */
 #define QCOW2_BLOCK_BYTES	4096U
 #define QCOW2_MAX_BLOCKS	(QCOW2_MAX_SLICE_BYTES / QCOW2_BLOCK_BYTES)
@@ -47,17 +54,11 @@ struct qcow2_slice {
 	unsigned long *words;
 	unsigned long index;		/* slot; constant */
 	/*
-	 * On md->dirty or md->committing, or empty.  Protected by md->lock.
+	 * Used since it was last looked at by qcow2_metadata_drop().  Written
+	 * (WRITE_ONCE) by anyone who finds it clear, so that the line stays
+	 * clean as long as nothing has to be dropped; bucket lock else.
 	 */
-	struct list_head dirty_node;
-	/*
-	 * Low half: blocks of the slice that are newer in core than on disk.
-	 * High half: blocks that the commit under way is writing; they stay
-	 * set if it fails for good.  Written under the bucket lock, before a unit's
-	 * state becomes data; read without it after that state was seen
-	 * (qcow2_range_durable()).
-	 */
-	u32 dirty;
+	bool referenced;
 	/*
 	 * May be committed: there is an L2 table on disk, or a cluster is
 	 * reserved for it, and the tables' clusters are known to be disjoint.
@@ -67,6 +68,54 @@ struct qcow2_slice {
 	bool has_l2;
 	/* Some busy units are corrupt entries on disk; constant. */
 	bool bad;
+	/*
+	 * Low half: blocks of the slice that are newer in core than on disk.
+	 * High half: blocks that the commit under way is writing; they stay
+	 * set if it fails for good.  Written under the bucket lock, before a unit's
+	 * state becomes data; read without it after that state was seen
+	 * (qcow2_range_durable()).
+	 */
+	u32 dirty;
+	unsigned int pins;		/* struct qcow2_write that name it; bucket lock */
+	struct qcow2_trim *trim;	/* or NULL; bucket lock */
+	union {
+		/* On bucket->slices; bucket lock. */
+		struct list_head node;
+		/* On its way to qcow2_slice_free_rcu() */
+		struct qcow2_metadata *md;
+	};
+	union {
+		/* On md->dirty or md->committing, or empty; md->lock. */
+		struct list_head dirty_node;
+		struct rcu_head rcu;
+	};
+};
+
+/*
+ * Units of a slice that became zero, so that the data device may discard them
+ * as soon as that is on stable storage.  Two bitmaps with a bit per unit: @fresh
+ * for units whose block has not been taken by a commit since, @taken for the
+ * others.  A unit that is written is taken out of both.  Protected by the bucket
+ * lock; @node (on md->trims or md->trimming if @taken has bits) by md->lock.
+ */
+struct qcow2_trim {
+	struct list_head node;
+	struct qcow2_slice *slice;	/* constant */
+	unsigned long *taken;		/* constant */
+	unsigned long fresh[];
+};
+
+/*
+ * Someone who works on busy units: a first write, or a discard on its way to
+ * the data device.
+ */
+struct qcow2_write {
+	struct list_head node;		/* bucket->writes; bucket lock */
+	struct qcow2_slice *slice;	/* constant from here on, while it is listed */
+	unsigned int first;		/* units of the slice */
+	unsigned int last;
+	enum qcow2_state prev;		/* what the units read as meanwhile */
+	struct list_head waiters;	/* of struct qcow2_io; bucket lock */
 };
 
 /* 64 KiB of zeros, to be written */
@@ -86,13 +135,25 @@ struct qcow2_load {
  */
 struct qcow2_bucket {
 	spinlock_t lock;		/* see above */
-	struct list_head writes;	/* first writes in flight: qcow2_io */
+	struct list_head writes;	/* struct qcow2_write */
 	struct list_head loads;		/* struct qcow2_load */
+	/* struct qcow2_slice; those at the head are looked at first */
+	struct list_head slices;
+	unsigned int nr_slices;		/* on @slices */
 } ____cacheline_aligned_in_smp;
 
 #define QCOW2_BUCKETS	64
 
 struct qcow2_batch;
+
+/* What the table line says about the metadata. */
+struct qcow2_config {
+	struct qcow2_geometry geo;	/* checked with qcow2_geometry_check() */
+	bool raw;			/* data_file_raw */
+	bool backing;			/* there is a backing device */
+	bool read_only;			/* nothing is written */
+	u64 cache_limit;		/* bytes of states */
+};
 
 struct qcow2_metadata {
 	/* Constant after qcow2_metadata_create(): the hot path reads these. */
@@ -117,19 +178,28 @@ struct qcow2_metadata {
 	struct list_head committing;	/* slices; protected by @lock */
 	unsigned long nr_dirty;		/* on either list; @lock */
 	unsigned long nr_slices_cached;	/* loaded slots; @lock */
-	unsigned long state_bytes;	/* memory they use; @lock */
+	unsigned long nr_slice_structs;	/* struct qcow2_slice among them; @lock */
+	u64 state_bytes;		/* memory they use; @lock */
+	unsigned long drops;		/* slices that were dropped; @lock */
+	struct list_head trims;		/* with units that a commit took; @lock */
+	struct list_head trimming;	/* being passed down; @lock */
+	atomic_t drop_hand;		/* bucket to look at next */
 
 	/* Constant. */
 	struct block_device *bdev;	/* metadata */
 	struct block_device *data_bdev;
 	const char *name;		/* for messages */
 	struct qcow2_geometry geo;
+	bool raw;			/* the table says data_file_raw */
+	bool backing;			/* the table has a backing device */
 	bool read_only;			/* by the table: nothing is written */
+	u64 cache_limit;		/* of @state_bytes */
 	u64 meta_size;			/* bytes */
 	unsigned int block_bytes;	/* unit of metadata I/O */
 	unsigned int slice_bytes;	/* on disk */
 	unsigned int slices_per_l2_shift;
-	unsigned int entries_per_block;
+	unsigned int entry_shift;	/* log2 of units per L2 entry */
+	unsigned int units_per_block;	/* a multiple of BITS_PER_LONG */
 	unsigned long l1_needed;	/* entries that the size needs */
 
 	/*
@@ -157,6 +227,7 @@ struct qcow2_metadata {
 	struct qcow2_batch *batch;
 
 	struct bio_set bs;
+	mempool_t state_pool;		/* struct qcow2_slice with their words */
 	mempool_t slice_pool;		/* buffers of slice_bytes */
 	mempool_t page_pool;		/* buffers of block_bytes */
 };
@@ -261,6 +332,8 @@ static inline unsigned int qcow2_lookup(struct qcow2_metadata *md,
 			s = qcow2_tag_state(slot);
 			run = end - unit + 1;
 		} else {
+			if (unlikely(!READ_ONCE(slot->referenced)))
+				WRITE_ONCE(slot->referenced, true);
 			run = qcow2_words_run(slot->words, unit & mask,
 					      end & mask, &s);
 		}
@@ -340,11 +413,72 @@ void qcow2_set_states(struct qcow2_slice *slice, unsigned int first,
 		      unsigned int last, enum qcow2_state state);
 
 /*
- * Note that units @first to @last are about to become data.  Returns true if
- * nothing was dirty before, so that the caller has to arm the timer.
+ * Note that units @first to @last are about to become data or zero.  Returns
+ * true if nothing was dirty before, so that the caller has to arm the timer.
  */
 bool qcow2_mark_dirty(struct qcow2_metadata *md, struct qcow2_slice *slice,
 		      unsigned int first, unsigned int last);
+
+/*
+ * Begin and end to work on units, which qcow2_begin_write() makes busy unless
+ * @shared is set: then others may work on them, too, they keep their state, and
+ * nobody can wait for them.  Pass-downs that were due for them are off.
+ */
+void qcow2_begin_write(struct qcow2_metadata *md, struct qcow2_write *w,
+		       bool shared);
+void qcow2_end_write(struct qcow2_metadata *md, struct qcow2_write *w,
+		     bool shared);
+
+/*
+ * Let the data device discard units, which the caller makes zero, after the
+ * next commit.  @trim comes from qcow2_trim_alloc(), for a slice that has none;
+ * returns true if it was used.
+ */
+bool qcow2_add_trim(struct qcow2_metadata *md, struct qcow2_slice *slice,
+		    unsigned int first, unsigned int last,
+		    struct qcow2_trim *trim);
+
+/*----------------------------------------------------------------
+ * The cache's size; any context, no locks held
+ *----------------------------------------------------------------
+ */
+
+/**
+ * qcow2_metadata_drop() - drop clean slices that were not used lately
+ * @md: the metadata
+ * @nr: how many at most
+ *
+ * Returns how many it was.
+ */
+unsigned long qcow2_metadata_drop(struct qcow2_metadata *md, unsigned long nr);
+
+/* How many slices could be dropped, more or less. */
+unsigned long qcow2_metadata_droppable(struct qcow2_metadata *md);
+
+/**
+ * qcow2_metadata_get_room() - account for a slice that is about to be added
+ * @md: the metadata
+ * @force: do so even if the limit is exceeded
+ *
+ * Drops others if need be.  False if there was nothing to drop.  To be paired
+ * with qcow2_metadata_put_room() if no slice comes of it.
+ */
+bool qcow2_metadata_get_room(struct qcow2_metadata *md, bool force);
+void qcow2_metadata_put_room(struct qcow2_metadata *md);
+
+/* Memory for qcow2_add_trim(), or NULL; may sleep, does no I/O. */
+struct qcow2_trim *qcow2_trim_alloc(struct qcow2_metadata *md);
+
+/*
+ * Pass-down: what the commits so far allow to discard.  To be called by one
+ * worker only: qcow2_metadata_start_trims(), then qcow2_metadata_next_trim()
+ * until it returns false.  Else it has made the units of @w busy, which are
+ * those of sectors @sector to @sector + @nr - 1, less than 4 GiB; the caller
+ * ends this with qcow2_end_write() and, under the same lock, the state zero.
+ */
+void qcow2_metadata_start_trims(struct qcow2_metadata *md);
+bool qcow2_metadata_next_trim(struct qcow2_metadata *md, struct qcow2_write *w,
+			      sector_t *sector, sector_t *nr);
 
 /*----------------------------------------------------------------
  * Functions that may sleep for I/O
@@ -360,28 +494,25 @@ bool qcow2_mark_dirty(struct qcow2_metadata *md, struct qcow2_slice *slice,
  * @bdev: metadata device
  * @data_bdev: data device, needed to order commits
  * @name: for messages; must live as long as the result
- * @geo: checked with qcow2_geometry_check()
- * @read_only: never write to @bdev
+ * @config: from the table line
  *
  * Returns an ERR_PTR on failure.  Process context.
  */
 struct qcow2_metadata *
 qcow2_metadata_create(struct block_device *bdev, struct block_device *data_bdev,
-		      const char *name, const struct qcow2_geometry *geo,
-		      bool read_only);
+		      const char *name, const struct qcow2_config *config);
 void qcow2_metadata_destroy(struct qcow2_metadata *md);
 
 /**
  * qcow2_metadata_check_header() - compare the header on disk with the table
  * @md: the metadata
- * @raw: the table says data_file_raw
  * @read_only: the image will not be written, so that it may be corrupt or dirty
  * @error: set to the cause on failure
  *
  * Process context; may run while another table for the same device is live.
  */
-int qcow2_metadata_check_header(struct qcow2_metadata *md, bool raw,
-				bool read_only, char **error);
+int qcow2_metadata_check_header(struct qcow2_metadata *md, bool read_only,
+				char **error);
 
 /**
  * qcow2_metadata_resume() - read L1, become ready for everything below
@@ -407,8 +538,8 @@ void qcow2_metadata_suspend(struct qcow2_metadata *md);
  *	frees with qcow2_slot_free()
  *
  * Impossible entries become busy units of a slice that is marked bad; the
- * result is still 0.  Workqueue context; concurrent loads of different slots
- * are fine.
+ * result is still 0.  The caller has called qcow2_metadata_get_room().
+ * Workqueue context; concurrent loads of different slots are fine.
  */
 int qcow2_metadata_load(struct qcow2_metadata *md, unsigned long index,
 			struct qcow2_slice **slot);
@@ -421,7 +552,8 @@ void qcow2_slot_publish(struct qcow2_metadata *md, unsigned long index,
 /**
  * qcow2_slot_expand() - make a struct qcow2_slice of a tagged slot
  *
- * Needed before the first change.  Allocates; workqueue context.
+ * Needed before the first change.  The caller has called
+ * qcow2_metadata_get_room().  Allocates; workqueue context.
  */
 void qcow2_slot_expand(struct qcow2_metadata *md, unsigned long index);
 

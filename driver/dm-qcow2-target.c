@@ -9,16 +9,19 @@
  * and first writes to clusters whose L2 table is in core.  Everything that has
  * to wait (for an L2 table, for memory, for another first write, for a
  * metadata cluster) goes to a workqueue, where the bio is cut into runs of
- * equal state.  All metadata is written by one ordered worker, see
- * dm-qcow2-metadata.c.
+ * equal state.  So do discards and write zeroes, which change states, and first
+ * writes that have to copy from a backing device.  All metadata is written by
+ * one ordered worker, see dm-qcow2-metadata.c.
  */
 #include <linux/bio.h>
 #include <linux/delay.h>
 #include <linux/device-mapper.h>
+#include <linux/dm-kcopyd.h>
 #include <linux/kstrtox.h>
 #include <linux/module.h>
 #include <linux/percpu.h>
 #include <linux/slab.h>
+#include <linux/wait.h>
 #include <linux/workqueue.h>
 
 #include "compat.h"
@@ -34,6 +37,9 @@
 
 #define QCOW2_NR_ARGS		8
 #define QCOW2_MAX_FEATURES	8	/* words */
+
+/* Memory for states, unless the table says otherwise: 16 TiB at 64 KiB clusters */
+#define QCOW2_CACHE_LIMIT	(64U << 20)
 
 struct page *qcow2_zeros;
 
@@ -59,7 +65,10 @@ struct qcow2_target {
 	/* Constant while the table lives; read by map() */
 	struct qcow2_metadata *md;
 	struct block_device *data_bdev;
+	struct block_device *backing_bdev;	/* NULL: reads as zeros */
+	sector_t backing_end;		/* sectors of it; behind are zeros */
 	bool raw;			/* data_file_raw */
+	bool passdown;			/* of discards to the data device */
 	bool read_only;			/* by argument or mode of the table */
 	bool read_only_arg;
 	/* enum qcow2_mode; written under @lock, read anywhere (READ_ONCE) */
@@ -69,10 +78,18 @@ struct qcow2_target {
 	struct dm_target *ti;
 	struct dm_dev *meta_dev;
 	struct dm_dev *data_dev;
+	struct dm_dev *backing_dev;
+	const char *backing_name;	/* while the constructor runs */
+	u64 cache_limit;		/* bytes; 0 = not given */
+	bool ext_l2;
+	bool no_passdown_arg;
+	struct dm_kcopyd_client *kcopyd;	/* with a backing device */
+	struct shrinker *shrinker;
 
-	/* Parts of bios that had to be cut, and fills of first writes */
+	/* Parts of bios that had to be cut, fills of first writes, discards */
 	struct bio_set bs;
 	struct bio_set fill_bs;
+	struct bio_set trim_bs;
 
 	/* Runs qcow2_process() for each deferred bio, many at once. */
 	struct workqueue_struct *io_wq;
@@ -80,6 +97,8 @@ struct qcow2_target {
 	struct workqueue_struct *commit_wq;
 	struct work_struct worker;
 	struct delayed_work waker;
+	/* Passes discards down after a commit; on @io_wq. */
+	struct work_struct trimmer;
 
 	spinlock_t lock;		/* of what names it; no lock nests in it */
 	struct list_head reservations;	/* ios that need an L2 table; @lock */
@@ -87,6 +106,9 @@ struct qcow2_target {
 	bool set_corrupt;		/* header bit is to be set; @lock */
 
 	unsigned long commits;		/* written by the commit worker */
+	unsigned long commit_tries;	/* likewise */
+	unsigned long refused;		/* for want of space; likewise */
+	wait_queue_head_t room;		/* for @commit_tries to change */
 	/* ios that are more than a remap; for suspend, see there */
 	atomic_t slow;
 };
@@ -113,7 +135,7 @@ struct qcow2_io {
 	struct bio *bio;
 	struct qcow2_io *parent;	/* NULL: the bio is DM's */
 
-	/* On one of: bucket->writes, ->waiters, load->waiters, q's lists. */
+	/* On one of: a write's or a load's waiters, q's lists. */
 	struct list_head node;
 
 	union {
@@ -124,19 +146,20 @@ struct qcow2_io {
 			unsigned int left;	/* sectors */
 		};
 		/* QCOW2_IO_FIRST_WRITE: units of the slice that it writes */
-		struct {
-			struct qcow2_slice *slice;
-			unsigned int first;
-			unsigned int last;
-			enum qcow2_state prev;
-			struct list_head waiters;	/* bucket lock */
-		};
+		struct qcow2_write write;
 	};
 };
 
 struct qcow2_part {
 	struct qcow2_io io;
 	struct bio bio;		/* last: the bio set's front pad ends here */
+};
+
+/* A discard that is passed down. */
+struct qcow2_passdown {
+	struct qcow2_target *q;
+	struct qcow2_write write;
+	struct bio bio;		/* last, as above */
 };
 
 static enum qcow2_mode qcow2_mode(struct qcow2_target *q)
@@ -272,22 +295,21 @@ static void qcow2_wait_commit(struct qcow2_target *q, struct qcow2_io *io)
 static void qcow2_end_first_write(struct qcow2_io *io)
 {
 	struct qcow2_target *q = io->q;
-	struct qcow2_slice *slice = io->slice;
-	struct qcow2_bucket *bucket = qcow2_bucket(q->md, slice->index);
+	struct qcow2_write *w = &io->write;
+	struct qcow2_bucket *bucket = qcow2_bucket(q->md, w->slice->index);
 	bool arm = false;
 	unsigned long flags;
 	LIST_HEAD(waiters);
 
 	spin_lock_irqsave(&bucket->lock, flags);
-	if (!q->raw) {
-		list_del(&io->node);
-		list_splice(&io->waiters, &waiters);
-	}
+	if (!q->raw)
+		list_splice(&w->waiters, &waiters);
+	qcow2_end_write(q->md, w, q->raw);
 	if (!READ_ONCE(io->status)) {
-		arm = qcow2_mark_dirty(q->md, slice, io->first, io->last);
-		qcow2_set_states(slice, io->first, io->last, QCOW2_DATA);
+		arm = qcow2_mark_dirty(q->md, w->slice, w->first, w->last);
+		qcow2_set_states(w->slice, w->first, w->last, QCOW2_DATA);
 	} else if (!q->raw) {
-		qcow2_set_states(slice, io->first, io->last, io->prev);
+		qcow2_set_states(w->slice, w->first, w->last, w->prev);
 	}
 	spin_unlock_irqrestore(&bucket->lock, flags);
 
@@ -427,23 +449,105 @@ static bool qcow2_begin_first_write(struct qcow2_target *q,
 		goto out;
 
 	io->kind = QCOW2_IO_FIRST_WRITE;
-	io->slice = slice;
-	io->first = unit & mask;
-	io->last = last & mask;
-	io->prev = state;
+	io->write.slice = slice;
+	io->write.first = unit & mask;
+	io->write.last = last & mask;
+	io->write.prev = state;
 	/*
 	 * With data_file_raw the rest of a unit need not be filled, so that
 	 * writes to the same unit do not get in each other's way.
 	 */
-	if (!q->raw) {
-		INIT_LIST_HEAD(&io->waiters);
-		qcow2_set_states(slice, io->first, io->last, QCOW2_BUSY);
-		list_add_tail(&io->node, &bucket->writes);
-	}
+	qcow2_begin_write(md, &io->write, q->raw);
 	ok = true;
 out:
 	spin_unlock_irqrestore(&bucket->lock, flags);
 	return ok;
+}
+
+/* A part of a unit that a first write leaves to be filled. */
+struct qcow2_gap {
+	sector_t sector;
+	sector_t nr;
+	struct bio *bio;	/* that fills it, if it was allocated already */
+};
+
+static void qcow2_copied(int read_err, unsigned long write_err, void *context)
+{
+	struct qcow2_io *io = context;
+
+	if (read_err || write_err)
+		WRITE_ONCE(io->status, BLK_STS_IOERR);
+	qcow2_io_put(io);
+}
+
+/* Copy to the data device from the backing device.  May sleep. */
+static void qcow2_copy(struct qcow2_io *io, sector_t sector, sector_t nr)
+{
+	struct qcow2_target *q = io->q;
+	struct dm_io_region from = {
+		.bdev = q->backing_bdev, .sector = sector, .count = nr,
+	};
+	struct dm_io_region to = {
+		.bdev = q->data_bdev, .sector = sector, .count = nr,
+	};
+
+	atomic_inc(&io->pending);
+	dm_kcopyd_copy(q->kcopyd, &from, 1, &to, 0, qcow2_copied, io);
+}
+
+/*
+ * Give a gap the content that its unit has in state @state.  Sleeps, unless
+ * there is a bio already.
+ */
+static void qcow2_fill_gap(struct qcow2_io *io, struct qcow2_gap *gap,
+			   enum qcow2_state state)
+{
+	struct qcow2_target *q = io->q;
+	sector_t nr;
+
+	if (state == QCOW2_UNALLOCATED && gap->sector < q->backing_end) {
+		nr = min(gap->nr, q->backing_end - gap->sector);
+		qcow2_copy(io, gap->sector, nr);
+		gap->sector += nr;
+		gap->nr -= nr;
+	}
+	if (!gap->nr)
+		return;
+	if (!gap->bio)
+		gap->bio = qcow2_alloc_fill(q, io->bio, gap->sector, gap->nr,
+					    GFP_NOIO);
+	gap->bio->bi_private = io;
+	atomic_inc(&io->pending);
+	submit_bio_noacct(gap->bio);
+}
+
+/*
+ * Get the bios that fill gaps without waiting for anything; false if that is
+ * not possible, or not enough.
+ */
+static bool qcow2_prepare_gaps(struct qcow2_io *io, struct qcow2_gap *gaps,
+			       enum qcow2_state state)
+{
+	struct qcow2_target *q = io->q;
+	struct bio *bio = io->bio;
+	unsigned int i;
+
+	if (!gaps[0].nr && !gaps[1].nr)
+		return true;
+	/* fills may have to wait for a request below */
+	if (bio->bi_opf & REQ_NOWAIT)
+		return false;
+	for (i = 0; i < 2; i++) {
+		if (!gaps[i].nr)
+			continue;
+		if (state == QCOW2_UNALLOCATED && gaps[i].sector < q->backing_end)
+			return false;
+		gaps[i].bio = qcow2_alloc_fill(q, bio, gaps[i].sector, gaps[i].nr,
+					       GFP_NOWAIT | __GFP_NOWARN);
+		if (!gaps[i].bio)
+			return false;
+	}
+	return true;
 }
 
 /*
@@ -457,59 +561,34 @@ static bool qcow2_first_write(struct qcow2_io *io, sector_t sector,
 			      bool may_block)
 {
 	struct qcow2_target *q = io->q;
-	struct bio *bio = io->bio, *head_fill = NULL, *tail_fill = NULL;
 	unsigned int shift = q->md->unit_shift;
 	sector_t end = sector + nr;
 	u64 unit = sector >> shift, last = (end - 1) >> shift;
-	sector_t head = sector - (unit << shift);
-	/* the last unit ends with the device */
-	sector_t tail = min_t(sector_t, (last + 1) << shift, q->ti->len) - end;
+	struct qcow2_gap gaps[2] = {};
+	unsigned int i;
 
-	if (q->raw) {
-		head = 0;
-		tail = 0;
+	if (!q->raw) {
+		gaps[0].sector = unit << shift;
+		gaps[0].nr = sector - gaps[0].sector;
+		gaps[1].sector = end;
+		/* the last unit ends with the device */
+		gaps[1].nr = min_t(sector_t, (last + 1) << shift, q->ti->len) -
+			     end;
 	}
-	if (!may_block) {
-		/* fills may have to wait for a request below */
-		if ((head || tail) && (bio->bi_opf & REQ_NOWAIT))
-			goto no;
-		if (head)
-			head_fill = qcow2_alloc_fill(q, bio, unit << shift,
-						     head, GFP_NOWAIT | __GFP_NOWARN);
-		if (tail)
-			tail_fill = qcow2_alloc_fill(q, bio, end, tail,
-						     GFP_NOWAIT | __GFP_NOWARN);
-		if ((head && !head_fill) || (tail && !tail_fill))
-			goto no;
+	if ((!may_block && !qcow2_prepare_gaps(io, gaps, state)) ||
+	    !qcow2_begin_first_write(q, io, unit, last, state)) {
+		for (i = 0; i < 2; i++)
+			if (gaps[i].bio)
+				bio_put(gaps[i].bio);
+		return false;
 	}
-	if (!qcow2_begin_first_write(q, io, unit, last, state))
-		goto no;
 	this_cpu_inc(q->stats->first_writes);
 
 	/* The bio's own reference is there; it has not been submitted. */
-	if (head) {
-		if (!head_fill)
-			head_fill = qcow2_alloc_fill(q, bio, unit << shift,
-						     head, GFP_NOIO);
-		head_fill->bi_private = io;
-		atomic_inc(&io->pending);
-		submit_bio_noacct(head_fill);
-	}
-	if (tail) {
-		if (!tail_fill)
-			tail_fill = qcow2_alloc_fill(q, bio, end, tail,
-						     GFP_NOIO);
-		tail_fill->bi_private = io;
-		atomic_inc(&io->pending);
-		submit_bio_noacct(tail_fill);
-	}
+	for (i = 0; i < 2; i++)
+		if (gaps[i].nr)
+			qcow2_fill_gap(io, gaps + i, state);
 	return true;
-no:
-	if (head_fill)
-		bio_put(head_fill);
-	if (tail_fill)
-		bio_put(tail_fill);
-	return false;
 }
 
 /*
@@ -528,6 +607,26 @@ static void qcow2_fua_to_commit(struct qcow2_io *io, struct bio *bio)
  * The slow path (workqueue)
  *----------------------------------------------------------------
  */
+
+/*
+ * Account for one more slice.  If all that could go to make room for it is
+ * dirty, have that written first: the commit needs no slices itself, and no
+ * worker of this queue.
+ */
+static void qcow2_get_room(struct qcow2_target *q)
+{
+	struct qcow2_metadata *md = q->md;
+	unsigned long tries = READ_ONCE(q->commit_tries);
+
+	if (likely(qcow2_metadata_get_room(md, false)))
+		return;
+	if (qcow2_mode(q) == QCOW2_RW && !qcow2_metadata_clean(md)) {
+		mod_delayed_work(q->commit_wq, &q->waker, 0);
+		wait_event(q->room, READ_ONCE(q->commit_tries) != tries);
+	}
+	/* It may be in use, or be dirty again: then the limit has to wait. */
+	qcow2_metadata_get_room(md, true);
+}
 
 /*
  * Get the slice of @index into core.  Returns 0, a negative errno, or 1 if
@@ -562,7 +661,10 @@ static int qcow2_load(struct qcow2_io *io, unsigned long index)
 	spin_unlock_irq(&bucket->lock);
 
 	this_cpu_inc(q->stats->misses);
+	qcow2_get_room(q);
 	r = qcow2_metadata_load(md, index, &slot);
+	if (r || qcow2_is_tag(slot))
+		qcow2_metadata_put_room(md);
 	/* Before anyone can see the slice: no first write goes into it. */
 	if (r == -EUCLEAN || (!r && !qcow2_is_tag(slot) && slot->bad))
 		qcow2_corrupt(q);
@@ -584,9 +686,16 @@ static int qcow2_load(struct qcow2_io *io, unsigned long index)
 	return r;
 }
 
+/* Discards and write zeroes: those without data, that may be very long */
+static bool qcow2_zeroing(const struct bio *bio)
+{
+	return bio_op(bio) == REQ_OP_DISCARD ||
+	       bio_op(bio) == REQ_OP_WRITE_ZEROES;
+}
+
 /*
- * Load all slices that an io needs, so that it is not cut at their borders.
- * Results as qcow2_load().
+ * Load all slices that an io needs, so that it is not cut at their borders;
+ * without data that would not matter.  Results as qcow2_load().
  */
 static int qcow2_load_all(struct qcow2_io *io)
 {
@@ -595,6 +704,9 @@ static int qcow2_load_all(struct qcow2_io *io)
 	unsigned long index = io->sector >> shift;
 	unsigned long last = (io->sector + io->left - 1) >> shift;
 	int r = 0;
+
+	if (qcow2_zeroing(io->bio))
+		last = index;
 
 	for (; !r && index <= last; index++)
 		if (!rcu_access_pointer(md->dir[index]))
@@ -645,10 +757,10 @@ static void qcow2_advance(struct qcow2_io *io, unsigned int nr)
 	io->left -= nr;
 }
 
-/* Send DM's bio to the data device. */
-static void qcow2_submit(struct qcow2_io *io)
+/* Send DM's bio to a device below. */
+static void qcow2_submit(struct qcow2_io *io, struct block_device *bdev)
 {
-	bio_set_dev(io->bio, io->q->data_bdev);
+	bio_set_dev(io->bio, bdev);
 	dm_submit_bio_remap(io->bio, NULL);
 }
 
@@ -671,16 +783,18 @@ static bool qcow2_read_zeros(struct qcow2_io *io, unsigned int nr)
 	return true;
 }
 
-static bool qcow2_read_data(struct qcow2_io *io, unsigned int nr)
+static bool qcow2_read_from(struct qcow2_io *io, unsigned int nr,
+			    struct block_device *bdev)
 {
 	struct qcow2_io *part;
 
 	if (qcow2_io_whole(io) && nr == io->left) {
 		qcow2_io_release(io);
-		qcow2_submit(io);
+		qcow2_submit(io, bdev);
 		return false;
 	}
 	part = qcow2_alloc_part(io, nr);
+	bio_set_dev(part->bio, bdev);
 	qcow2_advance(io, nr);
 	dm_submit_bio_remap(io->bio, part->bio);
 	return true;
@@ -698,7 +812,7 @@ static bool qcow2_overwrite(struct qcow2_io *io, unsigned int nr)
 			qcow2_io_release(io);
 		else
 			qcow2_fua_to_commit(io, io->bio);
-		qcow2_submit(io);
+		qcow2_submit(io, q->data_bdev);
 		return false;
 	}
 	part = qcow2_alloc_part(io, nr);
@@ -709,39 +823,78 @@ static bool qcow2_overwrite(struct qcow2_io *io, unsigned int nr)
 	return true;
 }
 
-/* Wait for the first write to the io's next unit. */
-static bool qcow2_wait_busy(struct qcow2_io *io)
+/*
+ * Find who works on an io's next unit.  The bucket lock is held.  NULL if the
+ * unit is not busy any more.
+ */
+static struct qcow2_write *qcow2_find_writer(struct qcow2_io *io,
+					     struct qcow2_bucket *bucket)
 {
 	struct qcow2_metadata *md = io->q->md;
 	u64 unit = io->sector >> md->unit_shift;
 	unsigned long index = unit >> md->slice_shift;
 	unsigned int i = unit & ((1U << md->slice_shift) - 1);
-	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
-	struct qcow2_io *writer;
+	struct qcow2_write *w;
 
-	spin_lock_irq(&bucket->lock);
-	list_for_each_entry(writer, &bucket->writes, node) {
-		if (writer->slice->index == index && writer->first <= i &&
-		    i <= writer->last) {
-			list_add_tail(&io->node, &writer->waiters);
-			spin_unlock_irq(&bucket->lock);
-			return false;
-		}
-	}
-	spin_unlock_irq(&bucket->lock);
-	return true;
+	list_for_each_entry(w, &bucket->writes, node)
+		if (w->slice->index == index && w->first <= i && i <= w->last)
+			return w;
+	return NULL;
 }
 
-static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
-			    enum qcow2_state state)
+static struct qcow2_bucket *qcow2_io_bucket(struct qcow2_io *io)
+{
+	struct qcow2_metadata *md = io->q->md;
+
+	return qcow2_bucket(md, io->sector >> (md->unit_shift + md->slice_shift));
+}
+
+/* Wait for whoever works on the io's next unit. */
+static bool qcow2_wait_busy(struct qcow2_io *io)
+{
+	struct qcow2_bucket *bucket = qcow2_io_bucket(io);
+	struct qcow2_write *w;
+
+	spin_lock_irq(&bucket->lock);
+	w = qcow2_find_writer(io, bucket);
+	if (w)
+		list_add_tail(&io->node, &w->waiters);
+	spin_unlock_irq(&bucket->lock);
+	return !w;
+}
+
+/* What do busy units read as?  Shortens @nr to those that are known. */
+static enum qcow2_state qcow2_busy_state(struct qcow2_io *io, unsigned int *nr)
+{
+	struct qcow2_bucket *bucket = qcow2_io_bucket(io);
+	struct qcow2_metadata *md = io->q->md;
+	enum qcow2_state state = QCOW2_BUSY;
+	struct qcow2_write *w;
+	sector_t end;
+
+	spin_lock_irq(&bucket->lock);
+	w = qcow2_find_writer(io, bucket);
+	if (w) {
+		end = ((u64)w->slice->index << md->slice_shift) + w->last + 1;
+		*nr = min_t(sector_t, *nr, (end << md->unit_shift) - io->sector);
+		state = w->prev;
+	}
+	spin_unlock_irq(&bucket->lock);
+	return state;
+}
+
+/*
+ * Is the slice of the io's next sector ready for changes?  If not, see to it;
+ * results as above.
+ */
+enum qcow2_ready { QCOW2_READY, QCOW2_AGAIN, QCOW2_WAIT };
+
+static enum qcow2_ready qcow2_make_ready(struct qcow2_io *io)
 {
 	struct qcow2_target *q = io->q;
 	struct qcow2_metadata *md = q->md;
-	unsigned int shift = md->unit_shift + md->slice_shift;
-	unsigned long index = io->sector >> shift;
-	sector_t slice_end = ((sector_t)index + 1) << shift;
+	unsigned long index = io->sector >> (md->unit_shift + md->slice_shift);
 	struct qcow2_slice *slot;
-	struct qcow2_io *part;
 	bool tag, has_l2;
 
 	rcu_read_lock();
@@ -750,25 +903,59 @@ static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
 	has_l2 = slot && !tag && READ_ONCE(slot->has_l2);
 	rcu_read_unlock();
 
+	if (!slot)
+		return QCOW2_AGAIN;
 	if (tag) {
+		qcow2_get_room(q);
 		qcow2_slot_expand(md, index);
-		return true;
+		return QCOW2_AGAIN;
 	}
-	if (!has_l2) {
-		spin_lock_irq(&q->lock);
-		list_add_tail(&io->node, &q->reservations);
-		queue_work(q->commit_wq, &q->worker);
-		spin_unlock_irq(&q->lock);
-		return false;
-	}
+	if (has_l2)
+		return QCOW2_READY;
+	spin_lock_irq(&q->lock);
+	list_add_tail(&io->node, &q->reservations);
+	queue_work(q->commit_wq, &q->worker);
+	spin_unlock_irq(&q->lock);
+	return QCOW2_WAIT;
+}
 
-	nr = min_t(sector_t, nr, slice_end - io->sector);
-	if (qcow2_io_whole(io) && nr == io->left) {
+/* The end of an io's next @nr sectors, or that of their slice. */
+static sector_t qcow2_slice_end(struct qcow2_io *io, unsigned int nr)
+{
+	unsigned int shift = io->q->md->unit_shift + io->q->md->slice_shift;
+
+	return min(((io->sector >> shift) + 1) << shift, io->sector + nr);
+}
+
+/*
+ * Write zeroes to a part of a unit, for an io or a part of one.  Not as write
+ * zeroes: a device can refuse those at any time.
+ */
+static void qcow2_write_zeros(struct qcow2_io *io, sector_t sector,
+			      unsigned int nr)
+{
+	struct qcow2_gap gap = { .sector = sector, .nr = nr };
+
+	qcow2_fill_gap(io, &gap, QCOW2_ZERO);
+}
+
+static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
+			    enum qcow2_state state)
+{
+	enum qcow2_ready ready = qcow2_make_ready(io);
+	bool zeros = qcow2_zeroing(io->bio);
+	struct qcow2_io *part;
+
+	if (ready != QCOW2_READY)
+		return ready == QCOW2_AGAIN;
+
+	nr = qcow2_slice_end(io, nr) - io->sector;
+	if (qcow2_io_whole(io) && nr == io->left && !zeros) {
 		/* A first write's fields overwrite io->sector and the like. */
 		if (!qcow2_first_write(io, io->sector, nr, state, true))
 			return true;
 		qcow2_fua_to_commit(io, io->bio);
-		qcow2_submit(io);
+		qcow2_submit(io, io->q->data_bdev);
 		return false;
 	}
 	part = qcow2_alloc_part(io, nr);
@@ -776,10 +963,131 @@ static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
 		qcow2_io_put(part);
 		return true;
 	}
+	if (zeros) {
+		qcow2_write_zeros(part, io->sector, nr);
+		qcow2_advance(io, nr);
+		qcow2_io_put(part);
+		return true;
+	}
 	qcow2_fua_to_commit(io, part->bio);
 	qcow2_advance(io, nr);
 	dm_submit_bio_remap(io->bio, part->bio);
 	return true;
+}
+
+/* Make units zero that are all in @state; false if they are not any more. */
+static bool qcow2_zero_units(struct qcow2_target *q, u64 unit, u64 last,
+			     enum qcow2_state state, bool passdown)
+{
+	struct qcow2_metadata *md = q->md;
+	unsigned int mask = (1U << md->slice_shift) - 1;
+	unsigned long index = unit >> md->slice_shift;
+	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
+	struct qcow2_trim *trim = NULL;
+	struct qcow2_slice *slice;
+	enum qcow2_state seen;
+	bool ok, arm = false;
+
+	if (passdown)
+		trim = qcow2_trim_alloc(md);
+
+	spin_lock_irq(&bucket->lock);
+	slice = rcu_dereference_protected(md->dir[index],
+					  lockdep_is_held(&bucket->lock));
+	ok = slice && !qcow2_is_tag(slice) && slice->has_l2 && !slice->bad &&
+	     qcow2_words_run(slice->words, unit & mask, last & mask, &seen) ==
+	     last - unit + 1 && seen == state;
+	if (ok) {
+		arm = qcow2_mark_dirty(md, slice, unit & mask, last & mask);
+		qcow2_set_states(slice, unit & mask, last & mask, QCOW2_ZERO);
+		if (passdown && qcow2_add_trim(md, slice, unit & mask,
+					       last & mask, trim))
+			trim = NULL;
+	}
+	spin_unlock_irq(&bucket->lock);
+
+	kfree(trim);
+	if (arm)
+		queue_delayed_work(q->commit_wq, &q->waker, QCOW2_COMMIT_PERIOD);
+	return ok;
+}
+
+/*
+ * Discard or write zeroes to the next @nr sectors of an io, which are in
+ * @state.  What is done depends on whether they begin and end with a unit: a
+ * part of one is left alone by a discard, and written by write zeroes.
+ */
+static bool qcow2_zero_run(struct qcow2_io *io, unsigned int nr,
+			   enum qcow2_state state)
+{
+	struct qcow2_target *q = io->q;
+	unsigned int shift = q->md->unit_shift;
+	sector_t mask = (1ULL << shift) - 1;
+	bool discard = bio_op(io->bio) == REQ_OP_DISCARD;
+	enum qcow2_ready ready;
+	sector_t end;
+
+	if (state == QCOW2_ZERO ||
+	    (state == QCOW2_UNALLOCATED && io->sector >= q->backing_end)) {
+		qcow2_advance(io, nr);
+		return true;
+	}
+	if (state == QCOW2_UNALLOCATED)
+		nr = min_t(sector_t, nr, round_up(q->backing_end, mask + 1) -
+			   io->sector);
+
+	end = io->sector + nr;
+	if (!(io->sector & mask) && end != q->ti->len)
+		end &= ~mask;
+	if ((io->sector & mask) || end == io->sector) {
+		/* Part of a unit, up to the unit's end */
+		nr = min_t(sector_t, nr, ((io->sector | mask) + 1) - io->sector);
+		if (state == QCOW2_DATA && !discard)
+			qcow2_write_zeros(io, io->sector, nr);
+		if (state == QCOW2_DATA || discard) {
+			qcow2_advance(io, nr);
+			return true;
+		}
+		if (state == QCOW2_BUSY)
+			return qcow2_wait_busy(io);
+		return qcow2_write_new(io, nr, state);
+	}
+
+	if (state == QCOW2_BUSY)
+		return qcow2_wait_busy(io);
+	if (qcow2_mode(q) != QCOW2_RW) {
+		WRITE_ONCE(io->status, BLK_STS_IOERR);
+		return true;
+	}
+	ready = qcow2_make_ready(io);
+	if (ready != QCOW2_READY)
+		return ready == QCOW2_AGAIN;
+	end = qcow2_slice_end(io, end - io->sector);
+	if (qcow2_zero_units(q, io->sector >> shift, (end - 1) >> shift, state,
+			     q->passdown && state == QCOW2_DATA &&
+			     !(io->bio->bi_opf & REQ_NOUNMAP)))
+		qcow2_advance(io, end - io->sector);
+	return true;
+}
+
+static bool qcow2_read_run(struct qcow2_io *io, unsigned int nr,
+			   enum qcow2_state state)
+{
+	struct qcow2_target *q = io->q;
+
+	/* Busy units read as before, which without a backing device is zeros. */
+	if (state == QCOW2_BUSY && q->backing_bdev) {
+		state = qcow2_busy_state(io, &nr);
+		if (state == QCOW2_BUSY)
+			return true;
+	}
+	if (state == QCOW2_DATA)
+		return qcow2_read_from(io, nr, q->data_bdev);
+	if (state == QCOW2_UNALLOCATED && io->sector < q->backing_end) {
+		nr = min_t(sector_t, nr, q->backing_end - io->sector);
+		return qcow2_read_from(io, nr, q->backing_bdev);
+	}
+	return qcow2_read_zeros(io, nr);
 }
 
 static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
@@ -791,18 +1099,16 @@ static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
 		WRITE_ONCE(io->status, BLK_STS_IOERR);
 		return true;
 	}
-	if (bio_op(io->bio) == REQ_OP_READ) {
-		if (state == QCOW2_DATA)
-			return qcow2_read_data(io, nr);
-		/* Busy units read as before their first write. */
-		return qcow2_read_zeros(io, nr);
-	}
+	if (bio_op(io->bio) == REQ_OP_READ)
+		return qcow2_read_run(io, nr, state);
 	if (qcow2_mode(q) == QCOW2_RO ||
 	    (qcow2_mode(q) == QCOW2_FAIL &&
 	     (state != QCOW2_DATA || (io->bio->bi_opf & REQ_FUA)))) {
 		WRITE_ONCE(io->status, BLK_STS_IOERR);
 		return true;
 	}
+	if (qcow2_zeroing(io->bio))
+		return qcow2_zero_run(io, nr, state);
 	if (state == QCOW2_DATA)
 		return qcow2_overwrite(io, nr);
 	if (state == QCOW2_BUSY)
@@ -826,9 +1132,14 @@ static void qcow2_process(struct work_struct *work)
 			WRITE_ONCE(io->status, errno_to_blk_status(r));
 			break;
 		}
-		nr = qcow2_lookup(md, io->sector, io->left, &state);
+		nr = io->left;
+		/* one slice at a time, as it is loaded */
+		if (qcow2_zeroing(io->bio))
+			nr = qcow2_slice_end(io, nr) - io->sector;
+		nr = qcow2_lookup(md, io->sector, nr, &state);
 		if (nr && !qcow2_process_run(io, nr, state))
 			return;
+		cond_resched();
 	}
 	qcow2_io_put(io);
 }
@@ -843,17 +1154,74 @@ static int qcow2_commit(struct qcow2_target *q)
 	bool fatal = false;
 	int r;
 
-	if (qcow2_mode(q) == QCOW2_FAIL)
-		return -EIO;
+	if (qcow2_mode(q) == QCOW2_FAIL) {
+		r = -EIO;
+		goto out;
+	}
 	r = qcow2_metadata_commit(q->md, &fatal);
-	if (!r)
+	if (!r) {
 		WRITE_ONCE(q->commits, q->commits + 1);
-	else if (fatal)
+		/* A discard waits for all that it makes obsolete to be so. */
+		if (q->passdown && !list_empty_careful(&q->md->trims))
+			queue_work(q->io_wq, &q->trimmer);
+	} else if (fatal) {
 		qcow2_set_mode(q, QCOW2_FAIL);
-	else
+	} else {
 		queue_delayed_work(q->commit_wq, &q->waker,
 				   QCOW2_COMMIT_PERIOD);
+	}
+out:
+	WRITE_ONCE(q->commit_tries, q->commit_tries + 1);
+	wake_up_all(&q->room);
 	return r;
+}
+
+static void qcow2_passdown_endio(struct bio *bio)
+{
+	struct qcow2_passdown *p = container_of(bio, struct qcow2_passdown, bio);
+	struct qcow2_write *w = &p->write;
+	struct qcow2_target *q = p->q;
+	struct qcow2_bucket *bucket = qcow2_bucket(q->md, w->slice->index);
+	unsigned long flags;
+	LIST_HEAD(waiters);
+
+	/* An error means that the space stays in use: no one is to be told. */
+	spin_lock_irqsave(&bucket->lock, flags);
+	list_splice(&w->waiters, &waiters);
+	qcow2_end_write(q->md, w, false);
+	qcow2_set_states(w->slice, w->first, w->last, QCOW2_ZERO);
+	spin_unlock_irqrestore(&bucket->lock, flags);
+
+	qcow2_queue_list(&waiters);
+	bio_put(bio);
+	atomic_dec(&q->slow);
+}
+
+/* Pass down the discards that are on stable storage. */
+static void qcow2_trimmer(struct work_struct *work)
+{
+	struct qcow2_target *q = container_of(work, struct qcow2_target, trimmer);
+	sector_t sector, nr;
+
+	qcow2_metadata_start_trims(q->md);
+	for (;;) {
+		struct qcow2_passdown *p;
+		struct bio *bio;
+
+		bio = bio_alloc_bioset(q->data_bdev, 0, REQ_OP_DISCARD, GFP_NOIO,
+				       &q->trim_bs);
+		p = container_of(bio, struct qcow2_passdown, bio);
+		if (!qcow2_metadata_next_trim(q->md, &p->write, &sector, &nr)) {
+			bio_put(bio);
+			return;
+		}
+		atomic_inc(&q->slow);
+		p->q = q;
+		bio->bi_iter.bi_sector = sector;
+		bio->bi_iter.bi_size = nr << SECTOR_SHIFT;
+		bio->bi_end_io = qcow2_passdown_endio;
+		submit_bio(bio);
+	}
 }
 
 static void qcow2_do_reservations(struct qcow2_target *q, struct list_head *ios)
@@ -869,6 +1237,12 @@ static void qcow2_do_reservations(struct qcow2_target *q, struct list_head *ios)
 						   (md->unit_shift + md->slice_shift));
 		if (r == -EUCLEAN)
 			qcow2_corrupt(q);
+		if (r == -ENOSPC) {
+			WRITE_ONCE(q->refused, q->refused + 1);
+			/* One is enough to tell someone to make room. */
+			if (q->refused == 1)
+				dm_table_event(q->ti->table);
+		}
 		if (!r) {
 			qcow2_io_queue(io);
 		} else {
@@ -972,6 +1346,9 @@ static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
 	qcow2_io_init(q, io, bio, NULL);
 	io->sector = bio->bi_iter.bi_sector;
 	io->left = bio_sectors(bio);
+	/* Changes of states are all that it writes. */
+	if (qcow2_zeroing(bio))
+		qcow2_fua_to_commit(io, bio);
 	qcow2_io_queue(io);
 	return DM_MAPIO_SUBMITTED;
 }
@@ -986,6 +1363,20 @@ static int qcow2_map_flush(struct qcow2_target *q, struct qcow2_io *io,
 	qcow2_io_init(q, io, bio, NULL);
 	qcow2_wait_commit(q, io);
 	return DM_MAPIO_SUBMITTED;
+}
+
+/* Read @nr sectors, or what the backing device has of them, from there. */
+static int qcow2_map_backing(struct qcow2_target *q, struct bio *bio,
+			     unsigned int nr)
+{
+	nr = min_t(sector_t, nr, q->backing_end - bio->bi_iter.bi_sector);
+	if ((bio->bi_opf & REQ_NOWAIT) && !bdev_nowait(q->backing_bdev))
+		return qcow2_would_block(bio);
+	if (!qcow2_accept(bio, nr))
+		return qcow2_would_block(bio);
+	this_cpu_inc(q->stats->hits);
+	bio_set_dev(bio, q->backing_bdev);
+	return DM_MAPIO_REMAPPED;
 }
 
 static int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
@@ -1003,6 +1394,13 @@ static int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
 	nr = qcow2_lookup(q->md, sector, bio_sectors(bio), &state);
 	if (!nr)
 		return qcow2_defer(q, io, bio);
+	if (unlikely(state != QCOW2_DATA && q->backing_bdev)) {
+		if (state == QCOW2_UNALLOCATED && sector < q->backing_end)
+			return qcow2_map_backing(q, bio, nr);
+		/* What was it before? */
+		if (state == QCOW2_BUSY)
+			return qcow2_defer(q, io, bio);
+	}
 	if (!qcow2_accept(bio, nr))
 		return qcow2_would_block(bio);
 	this_cpu_inc(q->stats->hits);
@@ -1060,6 +1458,36 @@ static int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 	return qcow2_remap(q, bio);
 }
 
+/* Slices that map() looks at for a request that may be for very many */
+#define QCOW2_MAP_SLICES	16
+
+/* Discard and write zeroes */
+static int qcow2_map_zeroes(struct qcow2_target *q, struct qcow2_io *io,
+			    struct bio *bio)
+{
+	enum qcow2_state state;
+	unsigned int nr;
+
+	if (unlikely(qcow2_mode(q) == QCOW2_RO))
+		return DM_MAPIO_KILL;
+	/* Whatever the data device reads as then, the guest does, too. */
+	if (q->raw)
+		return qcow2_remap(q, bio);
+	/* It may be long: not here */
+	if (bio_sectors(bio) >> (q->md->unit_shift + q->md->slice_shift) >
+	    QCOW2_MAP_SLICES)
+		return qcow2_defer(q, io, bio);
+	nr = qcow2_lookup(q->md, bio->bi_iter.bi_sector, bio_sectors(bio),
+			  &state);
+	if (nr != bio_sectors(bio) || (bio->bi_opf & REQ_FUA) ||
+	    (state != QCOW2_ZERO &&
+	     (state != QCOW2_UNALLOCATED ||
+	      bio->bi_iter.bi_sector < q->backing_end)))
+		return qcow2_defer(q, io, bio);
+	bio_endio(bio);
+	return DM_MAPIO_SUBMITTED;
+}
+
 static int qcow2_map(struct dm_target *ti, struct bio *bio)
 {
 	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
@@ -1073,6 +1501,9 @@ static int qcow2_map(struct dm_target *ti, struct bio *bio)
 		return qcow2_map_read(q, io, bio);
 	case REQ_OP_WRITE:
 		return qcow2_map_write(q, io, bio);
+	case REQ_OP_DISCARD:
+	case REQ_OP_WRITE_ZEROES:
+		return qcow2_map_zeroes(q, io, bio);
 	default:
 		return DM_MAPIO_KILL;
 	}
@@ -1083,6 +1514,12 @@ static int qcow2_map(struct dm_target *ti, struct bio *bio)
  *----------------------------------------------------------------
  */
 
+static void qcow2_wait_slow(struct qcow2_target *q)
+{
+	while (atomic_read(&q->slow))
+		fsleep(1000);
+}
+
 static void qcow2_postsuspend(struct dm_target *ti)
 {
 	struct qcow2_target *q = ti->private;
@@ -1092,8 +1529,7 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	 * nobody has the device open; wait for what a last opener may have
 	 * left behind.
 	 */
-	while (atomic_read(&q->slow))
-		fsleep(1000);
+	qcow2_wait_slow(q);
 	cancel_delayed_work_sync(&q->waker);
 	flush_workqueue(q->io_wq);
 	flush_workqueue(q->commit_wq);
@@ -1104,6 +1540,9 @@ static void qcow2_postsuspend(struct dm_target *ti)
 		cancel_delayed_work_sync(&q->waker);
 		qcow2_set_mode(q, QCOW2_FAIL);
 	}
+	/* What it allows to discard is discarded now, or never. */
+	flush_work(&q->trimmer);
+	qcow2_wait_slow(q);
 	/* What could not be written is in core only. */
 	if (qcow2_mode(q) != QCOW2_FAIL)
 		qcow2_metadata_suspend(q->md);
@@ -1120,7 +1559,7 @@ static int qcow2_preresume(struct dm_target *ti)
 		      q->md->name);
 		return 0;
 	}
-	r = qcow2_metadata_check_header(q->md, q->raw, qcow2_mode(q) != QCOW2_RW,
+	r = qcow2_metadata_check_header(q->md, qcow2_mode(q) != QCOW2_RW,
 					&error);
 	if (r) {
 		DMERR("%s: cannot resume: %s", q->md->name, error);
@@ -1139,6 +1578,44 @@ static int qcow2_preresume(struct dm_target *ti)
  *----------------------------------------------------------------
  */
 
+static int qcow2_parse_feature(struct qcow2_target *q, const char *name,
+			       const char *value)
+{
+	struct dm_target *ti = q->ti;
+	bool *flag = NULL, given;
+
+	if (!strcasecmp(name, "read_only"))
+		flag = &q->read_only_arg;
+	else if (!strcasecmp(name, "data_file_raw"))
+		flag = &q->raw;
+	else if (!strcasecmp(name, "extended_l2"))
+		flag = &q->ext_l2;
+	else if (!strcasecmp(name, "no_discard_passdown"))
+		flag = &q->no_passdown_arg;
+
+	if (flag) {
+		given = *flag;
+		*flag = true;
+	} else if (!strcasecmp(name, "backing_dev")) {
+		given = q->backing_name;
+		q->backing_name = value;
+	} else if (!strcasecmp(name, "cache_limit")) {
+		given = q->cache_limit;
+		if (kstrtou64(value, 10, &q->cache_limit) || !q->cache_limit) {
+			ti->error = "Invalid cache limit";
+			return -EINVAL;
+		}
+	} else {
+		ti->error = "Unknown feature argument";
+		return -EINVAL;
+	}
+	if (given) {
+		ti->error = "Feature argument given twice";
+		return -EINVAL;
+	}
+	return 0;
+}
+
 static int qcow2_parse_features(struct qcow2_target *q, struct dm_arg_set *as)
 {
 	static const struct dm_arg args[] = {
@@ -1154,24 +1631,19 @@ static int qcow2_parse_features(struct qcow2_target *q, struct dm_arg_set *as)
 	if (r)
 		return r;
 	while (n--) {
-		const char *name = dm_shift_arg(as);
-		bool *flag = NULL;
+		const char *name = dm_shift_arg(as), *value = NULL;
 
-		if (!strcasecmp(name, "read_only"))
-			flag = &q->read_only_arg;
-		else if (!strcasecmp(name, "data_file_raw"))
-			flag = &q->raw;
-		else if (!strcasecmp(name, "extended_l2") ||
-			 !strcasecmp(name, "backing_dev") ||
-			 !strcasecmp(name, "no_discard_passdown"))
-			ti->error = "Feature argument is not supported yet";
-		else
-			ti->error = "Unknown feature argument";
-		if (flag && *flag)
-			ti->error = "Feature argument given twice";
-		if (!flag || *flag)
-			return -EINVAL;
-		*flag = true;
+		if (!strcasecmp(name, "backing_dev") ||
+		    !strcasecmp(name, "cache_limit")) {
+			if (!n--) {
+				ti->error = "Feature argument lacks its value";
+				return -EINVAL;
+			}
+			value = dm_shift_arg(as);
+		}
+		r = qcow2_parse_feature(q, name, value);
+		if (r)
+			return r;
 	}
 	if (as->argc) {
 		ti->error = "Too many arguments";
@@ -1185,6 +1657,7 @@ static int qcow2_parse_args(struct qcow2_target *q, unsigned int argc,
 {
 	struct dm_target *ti = q->ti;
 	struct dm_arg_set as;
+	int r;
 
 	if (argc < QCOW2_NR_ARGS) {
 		ti->error = "Not enough arguments";
@@ -1201,7 +1674,6 @@ static int qcow2_parse_args(struct qcow2_target *q, unsigned int argc,
 		return -EINVAL;
 	}
 	geo->size = (u64)ti->len << SECTOR_SHIFT;
-	geo->ext_l2 = false;
 	if (kstrtou32(argv[2], 10, &geo->cluster_bits)) {
 		ti->error = "Invalid cluster_bits";
 		return -EINVAL;
@@ -1226,7 +1698,15 @@ static int qcow2_parse_args(struct qcow2_target *q, unsigned int argc,
 		ti->error = "Invalid refcount order";
 		return -EINVAL;
 	}
-	return qcow2_parse_features(q, &as);
+	r = qcow2_parse_features(q, &as);
+	if (r)
+		return r;
+	if (q->raw && q->backing_name) {
+		ti->error = "data_file_raw and backing_dev exclude each other";
+		return -EINVAL;
+	}
+	geo->ext_l2 = q->ext_l2;
+	return 0;
 }
 
 /* Open the devices, and check that they fit the geometry. */
@@ -1280,9 +1760,11 @@ static int qcow2_get_devices(struct qcow2_target *q, char **argv,
 		ti->error = "Metadata device's logical block is larger than a cluster or 4 KiB";
 		return -EINVAL;
 	}
-	/* Requests are cut, and units filled, at clusters' borders. */
-	if (bdev_logical_block_size(data) > 1U << geo->cluster_bits) {
-		ti->error = "Data device's logical block is larger than a cluster";
+	/* Requests are cut, and units filled, at units' borders. */
+	if (bdev_logical_block_size(data) > 1U << qcow2_unit_bits(geo)) {
+		ti->error = geo->ext_l2 ?
+			    "Data device's logical block is larger than a subcluster" :
+			    "Data device's logical block is larger than a cluster";
 		return -EINVAL;
 	}
 	l1_len = round_up((u64)geo->l1_entries * 8,
@@ -1294,19 +1776,86 @@ static int qcow2_get_devices(struct qcow2_target *q, char **argv,
 	return 0;
 }
 
+/* The backing device is only read, whatever the mode of the table is. */
+static int qcow2_get_backing(struct qcow2_target *q,
+			     const struct qcow2_geometry *geo)
+{
+	struct dm_target *ti = q->ti;
+	struct block_device *bdev;
+	u64 size;
+	int r;
+
+	if (!q->backing_name)
+		return 0;
+	r = dm_get_device(ti, q->backing_name, BLK_OPEN_READ, &q->backing_dev);
+	if (r) {
+		ti->error = "Cannot open the backing device";
+		return r;
+	}
+	bdev = q->backing_dev->bdev;
+	if (bdev == q->meta_dev->bdev || bdev == q->data_bdev) {
+		ti->error = "Backing device is the metadata or the data device";
+		return -EINVAL;
+	}
+	size = bdev_nr_bytes(bdev);
+	if (bdev_logical_block_size(bdev) > 1U << qcow2_unit_bits(geo)) {
+		ti->error = "Backing device's logical block is larger than a unit";
+		return -EINVAL;
+	}
+	/* The zeros behind it are written to the data device. */
+	if (size < geo->size && size % bdev_logical_block_size(q->data_bdev)) {
+		ti->error = "Backing device ends inside a block of the data device";
+		return -EINVAL;
+	}
+	q->kcopyd = dm_kcopyd_client_create(NULL);
+	if (IS_ERR(q->kcopyd)) {
+		r = PTR_ERR(q->kcopyd);
+		q->kcopyd = NULL;
+		ti->error = "Cannot create a kcopyd client";
+		return r;
+	}
+	q->backing_bdev = bdev;
+	q->backing_end = size >> SECTOR_SHIFT;
+	return 0;
+}
+
+static unsigned long qcow2_shrink_count(struct shrinker *shrinker,
+					struct shrink_control *sc)
+{
+	struct qcow2_target *q = qcow2_shrinker_private(shrinker);
+
+	return qcow2_metadata_droppable(q->md);
+}
+
+static unsigned long qcow2_shrink_scan(struct shrinker *shrinker,
+				       struct shrink_control *sc)
+{
+	struct qcow2_target *q = qcow2_shrinker_private(shrinker);
+	unsigned long dropped = qcow2_metadata_drop(q->md, sc->nr_to_scan);
+
+	return dropped ? dropped : SHRINK_STOP;
+}
+
 static void qcow2_dtr(struct dm_target *ti)
 {
 	struct qcow2_target *q = ti->private;
 
+	if (q->shrinker)
+		qcow2_shrinker_free(q->shrinker);
 	if (q->commit_wq)
 		destroy_workqueue(q->commit_wq);
 	if (q->io_wq)
 		destroy_workqueue(q->io_wq);
 	if (q->md)
 		qcow2_metadata_destroy(q->md);
+	if (q->kcopyd)
+		dm_kcopyd_client_destroy(q->kcopyd);
+	bioset_exit(&q->trim_bs);
 	bioset_exit(&q->fill_bs);
 	bioset_exit(&q->bs);
 	free_percpu(q->stats);
+	if (q->backing_dev)
+		dm_put_device(ti, q->backing_dev);
 	if (q->data_dev)
 		dm_put_device(ti, q->data_dev);
 	if (q->meta_dev)
@@ -1328,6 +1877,10 @@ static int qcow2_create_pools(struct qcow2_target *q)
 			offsetof(struct qcow2_part, bio), 0);
 	if (r)
 		return r;
+	r = bioset_init(&q->trim_bs, QCOW2_BIO_RESERVE,
+			offsetof(struct qcow2_passdown, bio), 0);
+	if (r)
+		return r;
 	return bioset_init(&q->fill_bs, QCOW2_BIO_RESERVE, 0, BIOSET_NEED_BVECS);
 }
 
@@ -1341,7 +1894,7 @@ static int qcow2_create_pools(struct qcow2_target *q)
  */
 static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 {
-	struct qcow2_geometry geo;
+	struct qcow2_config config = {};
 	struct qcow2_target *q;
 	int r;
 
@@ -1357,35 +1910,59 @@ static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	INIT_LIST_HEAD(&q->waiters);
 	INIT_WORK(&q->worker, qcow2_worker);
 	INIT_DELAYED_WORK(&q->waker, qcow2_waker);
+	INIT_WORK(&q->trimmer, qcow2_trimmer);
+	init_waitqueue_head(&q->room);
 
-	r = qcow2_parse_args(q, argc, argv, &geo);
+	r = qcow2_parse_args(q, argc, argv, &config.geo);
 	if (r)
 		goto bad;
 	q->read_only = q->read_only_arg ||
 		       !(dm_table_get_mode(ti->table) & BLK_OPEN_WRITE);
 	q->mode = q->read_only ? QCOW2_RO : QCOW2_RW;
-	r = qcow2_get_devices(q, argv, &geo);
+	r = qcow2_get_devices(q, argv, &config.geo);
+	if (!r)
+		r = qcow2_get_backing(q, &config.geo);
 	if (r)
 		goto bad;
+	q->passdown = !q->no_passdown_arg && !q->raw &&
+		      bdev_max_discard_sectors(q->data_bdev);
 	r = qcow2_create_pools(q);
 	if (r) {
 		ti->error = "Cannot allocate work queues and pools";
 		goto bad;
 	}
+	config.raw = q->raw;
+	config.backing = q->backing_bdev;
+	config.read_only = q->read_only;
+	config.cache_limit = q->cache_limit ? q->cache_limit : QCOW2_CACHE_LIMIT;
 	q->md = qcow2_metadata_create(q->meta_dev->bdev, q->data_bdev,
-				      dm_table_device_name(ti->table), &geo,
-				      q->read_only);
+				      dm_table_device_name(ti->table), &config);
 	if (IS_ERR(q->md)) {
 		r = PTR_ERR(q->md);
 		q->md = NULL;
 		ti->error = "Cannot allocate the map";
 		goto bad;
 	}
-	r = qcow2_metadata_check_header(q->md, q->raw, q->read_only, &ti->error);
+	r = qcow2_metadata_check_header(q->md, q->read_only, &ti->error);
 	if (r)
 		goto bad;
+	q->shrinker = qcow2_shrinker_alloc(q, qcow2_shrink_count,
+					   qcow2_shrink_scan,
+					   dm_table_device_name(ti->table));
+	if (!q->shrinker) {
+		ti->error = "Cannot register a shrinker";
+		r = -ENOMEM;
+		goto bad;
+	}
 
 	ti->num_flush_bios = 1;
+	if (!q->read_only) {
+		/* with data_file_raw: if the data device does */
+		ti->num_discard_bios = 1;
+		ti->discards_supported = !q->raw;
+		/* if the data device does */
+		ti->num_write_zeroes_bios = 1;
+	}
 	/* the metadata device may have a cache where the data device has none */
 	ti->flush_supported = true;
 	ti->accounts_remapped_io = true;
@@ -1396,21 +1973,36 @@ bad:
 	return r;
 }
 
+static unsigned int qcow2_nr_features(struct qcow2_target *q)
+{
+	return q->read_only_arg + q->raw + q->ext_l2 +
+	       (q->backing_dev ? 2 : 0) + q->no_passdown_arg +
+	       (q->cache_limit ? 2 : 0);
+}
+
 static unsigned int qcow2_emit_features(struct qcow2_target *q, char *result,
 					unsigned int maxlen, unsigned int sz)
 {
-	DMEMIT("%u", q->read_only_arg + q->raw);
+	DMEMIT("%u", qcow2_nr_features(q));
 	if (q->read_only_arg)
 		DMEMIT(" read_only");
 	if (q->raw)
 		DMEMIT(" data_file_raw");
+	if (q->ext_l2)
+		DMEMIT(" extended_l2");
+	if (q->backing_dev)
+		DMEMIT(" backing_dev %s", q->backing_dev->name);
+	if (q->no_passdown_arg)
+		DMEMIT(" no_discard_passdown");
+	if (q->cache_limit)
+		DMEMIT(" cache_limit %llu", q->cache_limit);
 	return sz;
 }
 
 /*
  * Info: <cluster size, sectors> <L2 tables>/<L1 entries> <slices in core>
  * <bytes of states> <dirty slices> <hits> <misses> <first writes> <commits>
- * <drops> <#feature args> <feature arg>* <mode>
+ * <drops> <refused> <#feature args> <feature arg>* <mode>
  */
 static void qcow2_status(struct dm_target *ti, status_type_t type,
 			 unsigned int status_flags, char *result,
@@ -1432,12 +2024,13 @@ static void qcow2_status(struct dm_target *ti, status_type_t type,
 			sum.misses += stats->misses;
 			sum.first_writes += stats->first_writes;
 		}
-		DMEMIT("%u %lu/%u %lu %lu %lu %llu %llu %llu %lu 0 ",
-		       1U << md->unit_shift, READ_ONCE(md->l1_used),
+		DMEMIT("%u %lu/%u %lu %llu %lu %llu %llu %llu %lu %lu %lu ",
+		       1U << (geo->cluster_bits - SECTOR_SHIFT), READ_ONCE(md->l1_used),
 		       geo->l1_entries, READ_ONCE(md->nr_slices_cached),
 		       READ_ONCE(md->state_bytes), READ_ONCE(md->nr_dirty),
 		       sum.hits, sum.misses, sum.first_writes,
-		       READ_ONCE(q->commits));
+		       READ_ONCE(q->commits), READ_ONCE(md->drops),
+		       READ_ONCE(q->refused));
 		sz = qcow2_emit_features(q, result, maxlen, sz);
 		DMEMIT(" %s", qcow2_mode_name(qcow2_mode(q)));
 		break;
@@ -1446,7 +2039,7 @@ static void qcow2_status(struct dm_target *ti, status_type_t type,
 		       q->data_dev->name, geo->cluster_bits, geo->l1_offset,
 		       geo->l1_entries, geo->reftable_offset,
 		       geo->reftable_clusters, geo->refcount_order);
-		if (q->read_only_arg || q->raw) {
+		if (qcow2_nr_features(q)) {
 			DMEMIT(" ");
 			sz = qcow2_emit_features(q, result, maxlen, sz);
 		}
@@ -1455,8 +2048,11 @@ static void qcow2_status(struct dm_target *ti, status_type_t type,
 		DMEMIT_TARGET_NAME_VERSION(ti->type);
 		DMEMIT(",metadata_device=%s,data_device=%s,cluster_bits=%u",
 		       q->meta_dev->name, q->data_dev->name, geo->cluster_bits);
-		DMEMIT(",read_only=%c,data_file_raw=%c;",
-		       q->read_only ? 'y' : 'n', q->raw ? 'y' : 'n');
+		DMEMIT(",read_only=%c,data_file_raw=%c,extended_l2=%c",
+		       q->read_only ? 'y' : 'n', q->raw ? 'y' : 'n',
+		       q->ext_l2 ? 'y' : 'n');
+		DMEMIT(",backing_device=%s;",
+		       q->backing_dev ? q->backing_dev->name : "-");
 		break;
 	}
 }
@@ -1470,15 +2066,41 @@ static int qcow2_iterate_devices(struct dm_target *ti,
 	return fn(ti, q->data_dev, 0, ti->len, data);
 }
 
+/* Requests that are remapped to the backing device have to suit it, too. */
+static void qcow2_stack_backing(struct qcow2_target *q,
+				struct queue_limits *limits)
+{
+	unsigned int max_write_zeroes = limits->max_write_zeroes_sectors;
+
+	blk_stack_limits(limits, &bdev_get_queue(q->backing_bdev)->limits, 0);
+	/* These never get there. */
+	limits->max_write_zeroes_sectors = max_write_zeroes;
+}
+
 static void qcow2_io_hints(struct dm_target *ti, struct queue_limits *limits)
 {
 	struct qcow2_target *q = ti->private;
 	unsigned int cluster = 1U << q->md->geo.cluster_bits;
+	unsigned int unit = 1U << q->md->unit_shift;	/* sectors */
+	unsigned int max = round_down(UINT_MAX >> SECTOR_SHIFT, unit);
+
+	if (q->backing_bdev)
+		qcow2_stack_backing(q, limits);
 
 	/* Writes of whole clusters need no fill; keep a stripe's size. */
 	if (cluster >= limits->physical_block_size &&
 	    (limits->io_opt < cluster || limits->io_opt % cluster))
 		limits->io_opt = cluster;
+
+	if (q->read_only || q->raw)
+		return;
+	limits->discard_granularity = unit << SECTOR_SHIFT;
+	limits->discard_alignment = 0;
+	limits->max_discard_sectors = max;
+	limits->max_hw_discard_sectors = max;
+	/* At most parts of two units are written, the rest is metadata. */
+	if (limits->max_write_zeroes_sectors)
+		limits->max_write_zeroes_sectors = max;
 }
 
 static struct target_type qcow2_target = {
