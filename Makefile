@@ -108,6 +108,7 @@ clean:
 	rm -f driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c \
 		driver/modules.order driver/Module.symvers modules.order Module.symvers .*.cmd
 	$(MAKE) -C tools clean
+	$(MAKE) -C selftests/dm-qcow2 clean
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 deps:
@@ -119,6 +120,7 @@ vm-build:
 	@rel=$$(selftests/vm/run --kernel-release) && \
 	$(MAKE) --no-print-directory all KDIR=/lib/modules/$$rel/build
 	@$(LOCK) $(MAKE) --no-print-directory -C tools tests/inject-lib
+	@$(LOCK) $(MAKE) --no-print-directory -C selftests/dm-qcow2
 
 vm-shell:
 	@selftests/vm/deps check

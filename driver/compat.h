@@ -9,9 +9,9 @@
 
 #include <linux/blkdev.h>
 #include <linux/device-mapper.h>
+#include <linux/falloc.h>
 #include <linux/shrinker.h>
 #include <linux/slab.h>
-#include <linux/version.h>
 
 /* 6.5 renamed the open modes of block devices */
 #ifndef BLK_OPEN_READ
@@ -21,7 +21,34 @@
 #endif
 
 /* 6.7 allocates shrinkers, and lets them have private data */
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+#ifdef SHRINKER_ALLOCATED
+static inline void *qcow2_shrinker_private(struct shrinker *shrinker)
+{
+	return shrinker->private_data;
+}
+
+static inline void qcow2_shrinker_free(struct shrinker *shrinker)
+{
+	shrinker_free(shrinker);
+}
+
+static inline struct shrinker *
+qcow2_shrinker_alloc(void *private_data,
+		     unsigned long (*count)(struct shrinker *, struct shrink_control *),
+		     unsigned long (*scan)(struct shrinker *, struct shrink_control *),
+		     const char *name)
+{
+	struct shrinker *s = shrinker_alloc(0, "dm-qcow2:%s", name);
+
+	if (!s)
+		return NULL;
+	s->private_data = private_data;
+	s->count_objects = count;
+	s->scan_objects = scan;
+	shrinker_register(s);
+	return s;
+}
+#else
 struct qcow2_shrinker {
 	struct shrinker shrinker;
 	void *private_data;
@@ -59,33 +86,17 @@ qcow2_shrinker_alloc(void *private_data,
 	}
 	return &s->shrinker;
 }
-#else
-static inline void *qcow2_shrinker_private(struct shrinker *shrinker)
-{
-	return shrinker->private_data;
-}
-
-static inline void qcow2_shrinker_free(struct shrinker *shrinker)
-{
-	shrinker_free(shrinker);
-}
-
-static inline struct shrinker *
-qcow2_shrinker_alloc(void *private_data,
-		     unsigned long (*count)(struct shrinker *, struct shrink_control *),
-		     unsigned long (*scan)(struct shrinker *, struct shrink_control *),
-		     const char *name)
-{
-	struct shrinker *s = shrinker_alloc(0, "dm-qcow2:%s", name);
-
-	if (!s)
-		return NULL;
-	s->private_data = private_data;
-	s->count_objects = count;
-	s->scan_objects = scan;
-	shrinker_register(s);
-	return s;
-}
 #endif
+
+/*
+ * 6.17 knows devices whose write zeroes unmap, so that later writes to the range
+ * are cheap.  Ours need metadata, whatever those below do.
+ */
+static inline void qcow2_no_wzeroes_unmap(struct queue_limits *limits)
+{
+#ifdef FALLOC_FL_WRITE_ZEROES
+	limits->max_hw_wzeroes_unmap_sectors = 0;
+#endif
+}
 
 #endif /* DM_QCOW2_COMPAT_H */

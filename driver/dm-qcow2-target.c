@@ -1803,7 +1803,8 @@ static int qcow2_get_backing(struct qcow2_target *q,
 		return -EINVAL;
 	}
 	/* The zeros behind it are written to the data device. */
-	if (size < geo->size && size % bdev_logical_block_size(q->data_bdev)) {
+	if (size < geo->size &&
+	    size & (bdev_logical_block_size(q->data_bdev) - 1)) {
 		ti->error = "Backing device ends inside a block of the data device";
 		return -EINVAL;
 	}
@@ -2092,7 +2093,10 @@ static void qcow2_io_hints(struct dm_target *ti, struct queue_limits *limits)
 	    (limits->io_opt < cluster || limits->io_opt % cluster))
 		limits->io_opt = cluster;
 
-	if (q->read_only || q->raw)
+	if (q->raw)
+		return;
+	qcow2_no_wzeroes_unmap(limits);
+	if (q->read_only)
 		return;
 	limits->discard_granularity = unit << SECTOR_SHIFT;
 	limits->discard_alignment = 0;
