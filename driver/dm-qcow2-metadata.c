@@ -25,6 +25,8 @@
 #define QCOW2_STATE_RESERVE	16
 /* What the limit leaves for slices, at least. */
 #define QCOW2_MIN_CACHE		(256U << 10)
+/* What it is without one: states of 16 TiB at 64 KiB clusters */
+#define QCOW2_DEFAULT_CACHE	(64U << 20)
 
 /*
  * The allocator looks no further than this: beyond it lies nothing that an
@@ -366,23 +368,38 @@ void qcow2_slot_publish(struct qcow2_metadata *md, unsigned long index,
 	spin_unlock(&md->lock);
 }
 
+/*
+ * Is there an L2 table that may be written, or a cluster reserved for it?  What
+ * was reserved has to be seen here: the slice that was there then may have been
+ * dropped since, and would be so again and again until the table is there.
+ */
+static bool qcow2_has_l2(struct qcow2_metadata *md, unsigned long index)
+{
+	unsigned long i = index >> md->slices_per_l2_shift;
+	u64 entry;
+
+	if (!READ_ONCE(md->reftable_read))
+		return false;
+	spin_lock(&md->l1_lock);
+	entry = be64_to_cpu(md->l1[i]);
+	spin_unlock(&md->l1_lock);
+	if (entry & QCOW2_OFFSET_MASK)
+		return entry & QCOW2_OFLAG_COPIED;
+	/* It goes after the entry has come: then we ask once more, in vain. */
+	return READ_ONCE(md->reserved[i]);
+}
+
 void qcow2_slot_expand(struct qcow2_metadata *md, unsigned long index)
 {
 	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
 	struct qcow2_slice *slice = qcow2_slice_alloc(md, index), *slot;
-	u64 entry;
 
 	spin_lock_irq(&bucket->lock);
 	slot = qcow2_slot(md, index);
 	if (slot && qcow2_is_tag(slot)) {
 		qcow2_set_states(slice, 0, (1U << md->slice_shift) - 1,
 				 qcow2_tag_state(slot));
-		spin_lock(&md->l1_lock);
-		entry = be64_to_cpu(md->l1[index >> md->slices_per_l2_shift]);
-		spin_unlock(&md->l1_lock);
-		slice->has_l2 = (entry & QCOW2_OFFSET_MASK) &&
-				(entry & QCOW2_OFLAG_COPIED) &&
-				READ_ONCE(md->reftable_read);
+		slice->has_l2 = qcow2_has_l2(md, index);
 		qcow2_slot_publish(md, index, slice);
 		slice = NULL;
 	}
@@ -444,11 +461,12 @@ static unsigned long qcow2_bucket_drop(struct qcow2_metadata *md,
 
 unsigned long qcow2_metadata_drop(struct qcow2_metadata *md, unsigned long nr)
 {
-	unsigned long dropped = 0;
-	unsigned int i;
+	unsigned long slices = READ_ONCE(md->nr_slice_structs);
+	unsigned long visits = 2 * (slices / QCOW2_DROP_SCAN + QCOW2_BUCKETS);
+	unsigned long dropped = 0, i;
 
 	/* Twice around: what the first turn spared, the second takes. */
-	for (i = 0; i < 2 * QCOW2_BUCKETS && dropped < nr; i++) {
+	for (i = 0; i < visits && dropped < nr; i++) {
 		unsigned int hand = atomic_inc_return(&md->drop_hand);
 
 		dropped += qcow2_bucket_drop(md, md->buckets +
@@ -585,26 +603,31 @@ static bool qcow2_trim_run(struct qcow2_metadata *md, struct qcow2_trim *trim,
 	enum qcow2_state state;
 
 	*later = false;
-	for (;;) {
+	for (;; first = last + 1) {
 		first = find_next_bit(trim->taken, n, first);
 		if (first >= n)
 			return false;
 		last = first | (md->units_per_block - 1);
-		if (!(slice->dirty & BIT(first / md->units_per_block +
-					 QCOW2_MAX_BLOCKS)))
+		if (slice->dirty & BIT(first / md->units_per_block +
+				       QCOW2_MAX_BLOCKS)) {
+			/* A commit that has taken it is not at its end. */
+			*later = true;
+			continue;
+		}
+		last = min_t(unsigned int, last,
+			     first + (QCOW2_MAX_TRIM >> md->unit_shift) - 1);
+		last = find_next_zero_bit(trim->taken, last + 1, first) - 1;
+		run = qcow2_words_run(slice->words, first, last, &state);
+		last = first + run - 1;
+		if (!WARN_ON_ONCE(state != QCOW2_ZERO))
 			break;
-		/* A commit that has taken the block is not at its end. */
-		*later = true;
-		first = last + 1;
+		/* Whatever it is, it is not to be discarded. */
+		bitmap_clear(trim->taken, first, run);
 	}
-	last = min_t(unsigned int, last,
-		     first + (QCOW2_MAX_TRIM >> md->unit_shift) - 1);
-	last = find_next_zero_bit(trim->taken, last + 1, first) - 1;
-	run = qcow2_words_run(slice->words, first, last, &state);
 	w->slice = slice;
 	w->first = first;
-	w->last = first + run - 1;
-	w->prev = state;
+	w->last = last;
+	w->prev = QCOW2_ZERO;
 	return true;
 }
 
@@ -1059,7 +1082,7 @@ int qcow2_metadata_reserve(struct qcow2_metadata *md, unsigned long index)
 		r = qcow2_alloc_cluster(md, &cluster);
 		if (r)
 			return r;
-		md->reserved[i] = cluster;
+		WRITE_ONCE(md->reserved[i], cluster);
 	}
 
 	spin_lock_irq(&bucket->lock);
@@ -1197,7 +1220,7 @@ static void qcow2_commit_l1(struct qcow2_metadata *md, struct qcow2_ios *ios)
 		md->l1[l1_index] = cpu_to_be64(offset | QCOW2_OFLAG_COPIED);
 		md->l1_used++;
 		spin_unlock_irq(&md->l1_lock);
-		md->reserved[l1_index] = 0;
+		WRITE_ONCE(md->reserved[l1_index], 0);
 	}
 	for (i = 0; i < batch->nr_fresh; i++) {
 		unsigned long block = batch->fresh[i] / per_block;
@@ -1476,7 +1499,7 @@ static int qcow2_patch_entry(struct qcow2_metadata *md,
 		old = qcow2_get_entry(md, entry, 0);
 		/* it was sane when it was loaded */
 		if (qcow2_check_entry(md, &old, guest, &disk))
-			return -EIO;
+			return -EUCLEAN;
 		if (md->geo.ext_l2)
 			qcow2_patch_ext(entry, guest, old, e->words, unit,
 					min_t(u64, per_entry,
@@ -1770,8 +1793,9 @@ static int qcow2_create_caches(struct qcow2_metadata *md)
 	if (!md->dir || !md->buckets || !md->l1)
 		return -ENOMEM;
 	md->state_bytes = md->nr_slices * sizeof(*md->dir);
-	md->cache_limit = max(md->cache_limit,
-			      md->state_bytes + QCOW2_MIN_CACHE);
+	md->cache_limit = md->cache_limit ?
+			  max(md->cache_limit, md->state_bytes + QCOW2_MIN_CACHE) :
+			  md->state_bytes + QCOW2_DEFAULT_CACHE;
 	r = bioset_init(&md->bs, QCOW2_BATCH_RESERVE, 0, BIOSET_NEED_BVECS);
 	if (r)
 		return r;

@@ -152,7 +152,7 @@ struct qcow2_config {
 	bool raw;			/* data_file_raw */
 	bool backing;			/* there is a backing device */
 	bool read_only;			/* nothing is written */
-	u64 cache_limit;		/* bytes of states */
+	u64 cache_limit;		/* bytes of states; 0 = the default */
 };
 
 struct qcow2_metadata {
@@ -222,7 +222,8 @@ struct qcow2_metadata {
 	u64 cursor;			/* no free cluster below */
 	void *refblock;			/* one block of refcounts */
 	u64 refblock_offset;		/* where it is from; 0 = nowhere */
-	u32 *reserved;			/* L1 index -> cluster, 0 = none */
+	/* L1 index -> cluster, 0 = none; WRITE_ONCE, others may look at it */
+	u32 *reserved;
 
 	struct qcow2_batch *batch;
 

@@ -38,8 +38,8 @@
 #define QCOW2_NR_ARGS		8
 #define QCOW2_MAX_FEATURES	8	/* words */
 
-/* Memory for states, unless the table says otherwise: 16 TiB at 64 KiB clusters */
-#define QCOW2_CACHE_LIMIT	(64U << 20)
+/* Discards that are passed down at a time: writes to their units have to wait. */
+#define QCOW2_MAX_PASSDOWNS	64
 
 struct page *qcow2_zeros;
 
@@ -106,9 +106,10 @@ struct qcow2_target {
 	bool set_corrupt;		/* header bit is to be set; @lock */
 
 	unsigned long commits;		/* written by the commit worker */
-	unsigned long commit_tries;	/* likewise */
 	unsigned long refused;		/* for want of space; likewise */
-	wait_queue_head_t room;		/* for @commit_tries to change */
+	unsigned long commit_tries;	/* likewise */
+	atomic_t passdowns;		/* in flight */
+	wait_queue_head_t room;		/* for the last two to change */
 	/* ios that are more than a remap; for suspend, see there */
 	atomic_t slow;
 };
@@ -1149,6 +1150,13 @@ static void qcow2_process(struct work_struct *work)
  *----------------------------------------------------------------
  */
 
+/* Let those go on who wait for room, whatever came of it. */
+static void qcow2_commit_tried(struct qcow2_target *q)
+{
+	WRITE_ONCE(q->commit_tries, q->commit_tries + 1);
+	wake_up_all(&q->room);
+}
+
 static int qcow2_commit(struct qcow2_target *q)
 {
 	bool fatal = false;
@@ -1167,12 +1175,13 @@ static int qcow2_commit(struct qcow2_target *q)
 	} else if (fatal) {
 		qcow2_set_mode(q, QCOW2_FAIL);
 	} else {
+		if (r == -EUCLEAN)
+			qcow2_corrupt(q);
 		queue_delayed_work(q->commit_wq, &q->waker,
 				   QCOW2_COMMIT_PERIOD);
 	}
 out:
-	WRITE_ONCE(q->commit_tries, q->commit_tries + 1);
-	wake_up_all(&q->room);
+	qcow2_commit_tried(q);
 	return r;
 }
 
@@ -1194,6 +1203,8 @@ static void qcow2_passdown_endio(struct bio *bio)
 
 	qcow2_queue_list(&waiters);
 	bio_put(bio);
+	atomic_dec(&q->passdowns);
+	wake_up_all(&q->room);
 	atomic_dec(&q->slow);
 }
 
@@ -1208,6 +1219,8 @@ static void qcow2_trimmer(struct work_struct *work)
 		struct qcow2_passdown *p;
 		struct bio *bio;
 
+		/* What has not begun is given up when a write comes. */
+		wait_event(q->room, atomic_read(&q->passdowns) < QCOW2_MAX_PASSDOWNS);
 		bio = bio_alloc_bioset(q->data_bdev, 0, REQ_OP_DISCARD, GFP_NOIO,
 				       &q->trim_bs);
 		p = container_of(bio, struct qcow2_passdown, bio);
@@ -1216,6 +1229,7 @@ static void qcow2_trimmer(struct work_struct *work)
 			return;
 		}
 		atomic_inc(&q->slow);
+		atomic_inc(&q->passdowns);
 		p->q = q;
 		bio->bi_iter.bi_sector = sector;
 		bio->bi_iter.bi_size = nr << SECTOR_SHIFT;
@@ -1301,7 +1315,10 @@ static void qcow2_waker(struct work_struct *work)
 	struct qcow2_target *q = container_of(to_delayed_work(work),
 					      struct qcow2_target, waker);
 
-	if (!qcow2_metadata_clean(q->md))
+	/* Who asked for it may have seen an older state of affairs. */
+	if (qcow2_metadata_clean(q->md))
+		qcow2_commit_tried(q);
+	else
 		qcow2_commit(q);
 }
 
@@ -1540,6 +1557,7 @@ static void qcow2_postsuspend(struct dm_target *ti)
 		cancel_delayed_work_sync(&q->waker);
 		qcow2_set_mode(q, QCOW2_FAIL);
 	}
+	flush_workqueue(q->commit_wq);
 	/* What it allows to discard is discarded now, or never. */
 	flush_work(&q->trimmer);
 	qcow2_wait_slow(q);
@@ -1935,7 +1953,7 @@ static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	config.raw = q->raw;
 	config.backing = q->backing_bdev;
 	config.read_only = q->read_only;
-	config.cache_limit = q->cache_limit ? q->cache_limit : QCOW2_CACHE_LIMIT;
+	config.cache_limit = q->cache_limit;
 	q->md = qcow2_metadata_create(q->meta_dev->bdev, q->data_bdev,
 				      dm_table_device_name(ti->table), &config);
 	if (IS_ERR(q->md)) {
@@ -1958,8 +1976,8 @@ static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 
 	ti->num_flush_bios = 1;
 	if (!q->read_only) {
-		/* with data_file_raw: if the data device does */
-		ti->num_discard_bios = 1;
+		/* with data_file_raw: passed down as they are, if at all */
+		ti->num_discard_bios = !q->raw || !q->no_passdown_arg;
 		ti->discards_supported = !q->raw;
 		/* if the data device does */
 		ti->num_write_zeroes_bios = 1;
