@@ -26,9 +26,16 @@ static void wait_step(void)
 	nanosleep(&ts, NULL);
 }
 
-/* What has to be known before the device is gone. */
+/* One device, and what it is made of. */
+struct layer {
+	char name[128];
+	struct device metadata, data, backing;
+};
+
+/* What has to be known before the device is gone: it, and the chain below. */
 struct below {
-	struct device metadata, data;
+	struct layer layer[1 + MAX_BACKING_FILES];
+	unsigned int layers;
 	struct node image;	/* the file to trim, if it is open */
 };
 
@@ -38,16 +45,17 @@ struct below {
  */
 static void open_image(struct below *b)
 {
+	const struct device *metadata = &b->layer[0].metadata;
 	dev_t dev;
 	ino_t ino;
 	int fd;
 	bool same;
 
-	if (node_open(&b->image, AT_FDCWD, b->metadata.file, 0)) {
+	if (node_open(&b->image, AT_FDCWD, metadata->file, 0)) {
 		node_close(&b->image);
 		return;
 	}
-	fd = open(b->metadata.node, O_RDONLY | O_CLOEXEC);
+	fd = open(metadata->node, O_RDONLY | O_CLOEXEC);
 	same = fd >= 0 && loop_backing(fd, &dev, &ino) &&
 	       dev == b->image.dev && ino == b->image.ino &&
 	       !b->image.bdev;
@@ -55,29 +63,52 @@ static void open_image(struct below *b)
 		close(fd);
 	if (!same) {
 		note("%s: not trimmed: it is not the open image any more",
-		     esc(b->metadata.file));
+		     esc(metadata->file));
 		node_close(&b->image);
 	}
 }
 
-static void look_below(const char *name, bool trim, struct below *b)
+/*
+ * Look at one device.  If it has one of ours below it, set @next to its name,
+ * else to nothing.
+ */
+static void look_at(struct layer *l, char *next, size_t size)
 {
 	char *type = NULL, *params = NULL;
 	struct target_table table;
 	uint64_t sectors;
 
-	*b = (struct below){ .image = NODE_CLOSED };
+	*next = 0;
 	/* Without a table there is nothing below, but the device can go. */
-	if (dm_params(name, false, &type, &params, &sectors))
+	if (dm_params(l->name, false, &type, &params, &sectors))
 		return;
 	if (!strcmp(type, DM_TARGET) && target_parse_table(params, &table)) {
-		device_look_up(table.data_dev, &b->data);
-		if (device_look_up(table.metadata_dev, &b->metadata) &&
-		    b->metadata.loop && trim)
-			open_image(b);
+		device_look_up(table.data_dev, &l->data);
+		device_look_up(table.metadata_dev, &l->metadata);
+		if (table.f.backing_dev &&
+		    device_look_up(table.f.backing_dev, &l->backing) &&
+		    l->backing.qcow2)
+			snprintf(next, size, "%s", l->backing.dm_name);
 	}
 	free(type);
 	free(params);
+}
+
+static void look_below(const char *name, bool trim, struct below *b)
+{
+	char next[128];
+
+	memset(b, 0, sizeof(*b));
+	b->image = (struct node)NODE_CLOSED;
+	snprintf(next, sizeof(next), "%s", name);
+	while (*next && b->layers < ARRAY_SIZE(b->layer)) {
+		struct layer *l = &b->layer[b->layers++];
+
+		snprintf(l->name, sizeof(l->name), "%s", next);
+		look_at(l, next, sizeof(next));
+	}
+	if (trim && b->layer[0].metadata.loop)
+		open_image(b);
 }
 
 /*
@@ -133,38 +164,40 @@ static int remove_device(const char *name, bool deferred)
 	}
 }
 
-/*
- * The loop devices, and with them the locks, go when their last user goes: a
- * moment later if udev looks at them.
- */
-static void wait_for_loops(const struct below *b)
+static void wait_for_loop(const struct device *d)
 {
 	int i;
 
-	for (i = 0; i < WAIT_STEPS; i++) {
-		if (!(b->metadata.loop && device_attached(&b->metadata)) &&
-		    !(b->data.loop && device_attached(&b->data)))
-			return;
+	for (i = 0; i < WAIT_STEPS && d->autoclear && device_attached(d); i++)
 		wait_step();
-	}
 }
 
 /*
- * The helper of a read-only image goes by itself with its last user, if it
- * could be told so when it was made.
+ * The loop devices, and with them the locks, go when their last user goes: a
+ * moment later if udev looks at them.  Devices that were made for this one go,
+ * too, unless others share them.
  */
-static void remove_tail(const char *name)
+static void wait_for_layers(const struct below *b)
 {
-	char tail[DM_NAME_MAX + 16];
 	struct dm_dev_info info;
+	unsigned int i;
 
-	snprintf(tail, sizeof(tail), "%s" DM_TAIL_SUFFIX, name);
-	if (!dm_query(tail, &info) && info.exists &&
-	    !strncmp(info.uuid, DM_UUID_TAIL_PREFIX,
-		     strlen(DM_UUID_TAIL_PREFIX)) &&
-	    dm_remove(tail, false) == -EBUSY)
-		warning("%s: helper device is in use; remove it with dmsetup remove",
-			esc(tail));
+	for (i = 0; i < b->layers; i++) {
+		const struct layer *l = &b->layer[i];
+
+		if (i) {
+			if (strncmp(l->name, DM_BACKING_PREFIX,
+				    strlen(DM_BACKING_PREFIX)))
+				return;
+			dm_wait_gone(l->name);
+			if (dm_query(l->name, &info) || info.exists)
+				return;
+		}
+		dm_remove_tails(l->name);
+		wait_for_loop(&l->metadata);
+		wait_for_loop(&l->data);
+		wait_for_loop(&l->backing);
+	}
 }
 
 static int trim(struct node *node)
@@ -199,7 +232,7 @@ int cmd_close(const struct options *opt, char **args)
 {
 	const char *name = device_name(args[0]);
 	struct dm_dev_info info;
-	struct below below;
+	static struct below below;	/* large */
 	int ret;
 
 	ret = dm_check_name(name);
@@ -226,8 +259,7 @@ int cmd_close(const struct options *opt, char **args)
 	look_below(name, !info.read_only && !opt->deferred, &below);
 	ret = remove_device(name, opt->deferred);
 	if (!ret && !opt->deferred) {
-		remove_tail(name);
-		wait_for_loops(&below);
+		wait_for_layers(&below);
 		if (below.image.fd >= 0)
 			ret = trim(&below.image);
 	}

@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #include "commands.h"
-#include "header.h"
+#include "image.h"
 #include "interrupt.h"
 #include "node.h"
 #include "plan.h"
@@ -55,12 +55,22 @@ static const struct feature_name feature_names[] = {
 	{ 2, 1, "raw external data" },
 };
 
-/* Fill the first cluster; false if the name of the data file does not fit. */
+/* What the new image is to have below it. */
+struct new_backing {
+	struct node node;
+	uint64_t size;		/* of the disk that it is */
+	char *name;		/* for the header; NULL: no backing file */
+	const char *format;
+};
+
+/* Fill the first cluster; false if the names do not fit. */
 static bool make_header(uint8_t *p, const struct qcow2_geometry *g,
-			const char *data_file, bool raw)
+			const char *data_file, bool raw,
+			const struct new_backing *backing)
 {
 	size_t cluster = 1UL << g->cluster_bits, at = sizeof(struct qcow2_header);
 	size_t name_len = strlen(data_file);
+	size_t backing_len = backing->name ? strlen(backing->name) : 0;
 	struct qcow2_header h = {
 		.magic = cpu_to_be32(QCOW2_MAGIC),
 		.version = cpu_to_be32(3),
@@ -70,22 +80,34 @@ static bool make_header(uint8_t *p, const struct qcow2_geometry *g,
 		.l1_table_offset = cpu_to_be64(g->l1_offset),
 		.refcount_table_offset = cpu_to_be64(g->reftable_offset),
 		.refcount_table_clusters = cpu_to_be32(g->reftable_clusters),
-		.incompatible_features = cpu_to_be64(QCOW2_INCOMPAT_DATA_FILE),
+		.incompatible_features = cpu_to_be64(QCOW2_INCOMPAT_DATA_FILE |
+			(g->ext_l2 ? QCOW2_INCOMPAT_EXT_L2 : 0)),
 		.autoclear_features = cpu_to_be64(raw ? QCOW2_AUTOCLEAR_RAW_DATA : 0),
 		.refcount_order = cpu_to_be32(g->refcount_order),
 		.header_length = cpu_to_be32(sizeof(h)),
 	};
+	/* names, format, and the end marker */
+	size_t need = at + 8 + ((name_len + 7) & ~7UL) + 8 +
+		      (backing->name ? 16 + backing_len : 0);
 
 	memset(p, 0, cluster);
-	memcpy(p, &h, sizeof(h));
-	/* name, and the end marker */
-	if (name_len > cluster ||
-	    at + 8 + ((name_len + 7) & ~7UL) + 8 > cluster)
+	if (name_len > cluster || need > cluster)
 		return false;
+	if (backing->name)
+		at += put_extension(p + at, QCOW2_EXT_BACKING_FORMAT,
+				    backing->format, strlen(backing->format));
 	at += put_extension(p + at, QCOW2_EXT_DATA_FILE, data_file, name_len);
-	if (at + 8 + sizeof(feature_names) + 8 <= cluster)
-		put_extension(p + at, QCOW2_EXT_FEATURE_NAMES, feature_names,
-			      sizeof(feature_names));
+	if (need + 8 + sizeof(feature_names) <= cluster)
+		at += put_extension(p + at, QCOW2_EXT_FEATURE_NAMES,
+				    feature_names, sizeof(feature_names));
+	if (backing->name) {
+		/* behind the end marker */
+		at += sizeof(struct qcow2_extension);
+		memcpy(p + at, backing->name, backing_len);
+		h.backing_file_offset = cpu_to_be64(at);
+		h.backing_file_size = cpu_to_be32(backing_len);
+	}
+	memcpy(p, &h, sizeof(h));
 	return true;
 }
 
@@ -142,10 +164,15 @@ static __be64 l1_entry(const struct qcow2_geometry *g, const struct plan_new *p,
 static __be64 l2_entry(const struct qcow2_geometry *g, const struct plan_new *p,
 		       uint64_t i)
 {
+	uint64_t cluster = g->ext_l2 ? i / 2 : i;
+
 	(void)p;
-	if (i << g->cluster_bits >= g->size)
+	if (cluster << g->cluster_bits >= g->size)
 		return 0;
-	return cpu_to_be64(qcow2_l2_data_entry(i << g->cluster_bits));
+	/* Behind each extended entry: all subclusters are allocated. */
+	if (g->ext_l2 && i % 2)
+		return cpu_to_be64(0xffffffff);
+	return cpu_to_be64(qcow2_l2_data_entry(cluster << g->cluster_bits));
 }
 
 static int write_refcounts(const struct target_file *t,
@@ -294,16 +321,21 @@ static int open_device(struct target_file *t)
 	return ret ? ret : node_check_unused(&t->node, true);
 }
 
-/* Take the size from the data file, and see that both fit together. */
+/* Take the size from the backing or data file, and see that both fit together. */
 static int choose_size(const struct options *opt, const struct node *data,
+		       const struct new_backing *backing,
 		       struct qcow2_geometry *g)
 {
-	g->size = (opt->size ? opt->size : data->size) & ~511ULL;
+	uint64_t size = opt->size ? opt->size :
+			backing->name ? backing->size : data->size;
+
+	g->size = size & ~511ULL;
 	if (!g->size)
 		return fail(EX_WRONG,
 			    "%s: is smaller than a sector (%llu bytes); give a larger --size and data file",
-			    esc(data->path),
-			    (unsigned long long)(opt->size ? opt->size : data->size));
+			    esc(opt->size || !backing->name ? data->path :
+				backing->node.path),
+			    (unsigned long long)size);
 	if (g->size > data->size)
 		return fail(EX_WRONG,
 			    "%s: data %s has %llu bytes, less than the size of %llu; enlarge it, or give a smaller --size",
@@ -324,6 +356,10 @@ static int choose_layout(const struct options *opt, struct qcow2_geometry *g,
 	uint64_t l1;
 
 	g->cluster_bits = __builtin_ctzll(cluster);
+	g->ext_l2 = opt->extended_l2;
+	if (g->ext_l2 && g->cluster_bits < QCOW2_MIN_CLUSTER_BITS_EXT_L2)
+		return fail(EX_PARAMETER,
+			    "--extended-l2 needs clusters of 16K or more; give a larger --cluster-size");
 	g->refcount_order = __builtin_ctzll(bits);
 	l1 = qcow2_l1_entries_needed(g);
 	if (l1 > QCOW2_MAX_L1_ENTRIES)
@@ -343,6 +379,7 @@ static int choose_layout(const struct options *opt, struct qcow2_geometry *g,
 }
 
 static int check_device(const struct target_file *t, const struct node *data,
+			const struct node *backing,
 			const struct qcow2_geometry *g,
 			const struct plan_new *p)
 {
@@ -351,6 +388,10 @@ static int check_device(const struct target_file *t, const struct node *data,
 	if (node_same(&t->node, data))
 		return fail(EX_WRONG,
 			    "%s: image and data are the same device; name two devices",
+			    esc(t->path));
+	if (backing->fd >= 0 && node_same(&t->node, backing))
+		return fail(EX_WRONG,
+			    "%s: image and backing are the same device; name two devices",
 			    esc(t->path));
 	if (t->node.block_size > cs)
 		return fail(EX_WRONG,
@@ -368,11 +409,74 @@ static int check_device(const struct target_file *t, const struct node *data,
 	return 0;
 }
 
+/*
+ * The name for the header.  There a relative one starts in the folder of the
+ * image, but here, as all names do, in that of the caller.
+ */
+static int backing_name(struct new_backing *b, const char *arg,
+			const char *image)
+{
+	b->name = *arg == '/' || !strchr(image, '/') ? strdup(arg) :
+						       realpath(arg, NULL);
+	if (!b->name)
+		return errno == ENOMEM ? fail_nomem() :
+		       fail_errno("%s: cannot find its full name", esc(arg));
+	if (strlen(b->name) > 1023)
+		return fail(EX_WRONG, "%s: name is longer than 1023 bytes; use a shorter path",
+			    esc(b->name));
+	return 0;
+}
+
+static int open_backing(const struct options *opt, const char *image,
+			const struct node *data, struct new_backing *b)
+{
+	const char *arg = opt->backing_file[0];
+	struct image img;
+	int ret;
+
+	if (!opt->backing_files) {
+		if (opt->backing_format)
+			return fail(EX_PARAMETER,
+				    "--backing-format is given, but no backing file; give --backing-file, too");
+		return 0;
+	}
+	if (opt->backing_files > 1)
+		return fail(EX_PARAMETER,
+			    "an image has one backing file, which may have one itself; give --backing-file once");
+	if (opt->data_file_raw)
+		return fail(EX_PARAMETER,
+			    "%s; leave --backing-file or --data-file-raw out",
+			    qcow2_fault_str(QCOW2_FAULT_RAW_BACKING));
+	/* A guest can write what looks like an image into its raw disk. */
+	if (!opt->backing_format)
+		return fail(EX_PARAMETER,
+			    "%s: format of the backing file is not guessed; give --backing-format raw or qcow2",
+			    esc(arg));
+	b->format = opt->backing_format == BACKING_FORMAT_RAW ? "raw" : "qcow2";
+	ret = node_open(&b->node, AT_FDCWD, arg, NODE_READ_ONLY);
+	if (ret)
+		return ret;
+	if (node_same(&b->node, data))
+		return fail(EX_WRONG,
+			    "%s: data and backing file are the same; name two files",
+			    esc(arg));
+	b->size = align_up(b->node.size, 512);
+	if (opt->backing_format == BACKING_FORMAT_QCOW2) {
+		ret = image_open(&img, AT_FDCWD, arg, NODE_READ_ONLY);
+		b->size = img.h.size & ~511ULL;
+		image_close(&img);
+		if (ret)
+			return ret;
+	}
+	return backing_name(b, arg, image);
+}
+
 int cmd_create(const struct options *opt, char **args)
 {
 	struct target_file t = {
 		.path = args[0], .node = NODE_CLOSED, .dir = -1,
 	};
+	struct new_backing backing = { .node = NODE_CLOSED };
 	struct node data = NODE_CLOSED;
 	struct qcow2_geometry g = { 0 };
 	struct plan_new p;
@@ -385,7 +489,9 @@ int cmd_create(const struct options *opt, char **args)
 	/* Read only: nothing here can ever write to it. */
 	ret = node_open(&data, AT_FDCWD, opt->data_file, NODE_READ_ONLY);
 	if (!ret)
-		ret = choose_size(opt, &data, &g);
+		ret = open_backing(opt, args[0], &data, &backing);
+	if (!ret)
+		ret = choose_size(opt, &data, &backing, &g);
 	if (!ret)
 		ret = choose_layout(opt, &g, &p);
 	if (ret)
@@ -396,16 +502,17 @@ int cmd_create(const struct options *opt, char **args)
 		ret = fail_nomem();
 		goto out;
 	}
-	if (!make_header(header, &g, opt->data_file, opt->data_file_raw)) {
+	if (!make_header(header, &g, opt->data_file, opt->data_file_raw,
+			 &backing)) {
 		ret = fail(EX_WRONG,
 			   "%s: name is too long for a header of %s; use a shorter path, or a larger --cluster-size",
-			   esc(opt->data_file), human_size(1ULL << g.cluster_bits));
+			   esc(backing.name ? backing.name : opt->data_file), human_size(1ULL << g.cluster_bits));
 		goto out;
 	}
 	interrupt_catch();
 	ret = opt->overwrite_device ? open_device(&t) : make_file(&t);
 	if (!ret && !t.made)
-		ret = check_device(&t, &data, &g, &p);
+		ret = check_device(&t, &data, &backing.node, &g, &p);
 	if (!ret)
 		ret = write_image(&t, &g, &p, header, opt->data_file_raw);
 	if (ret && t.made && unlinkat(t.dir, t.name, 0))
@@ -415,6 +522,8 @@ out:
 	free(header);
 	node_close(&t.node);
 	node_close(&data);
+	node_close(&backing.node);
+	free(backing.name);
 	if (t.dir >= 0)
 		close(t.dir);
 	return interrupt_result(ret);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include <ctype.h>
 #include <dirent.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 
 #include "device.h"
 #include "dm.h"
+#include "loop.h"
 #include "node.h"
 #include "util.h"
 
@@ -20,6 +22,25 @@ const char *device_name(const char *name)
 
 	if (!strncmp(name, prefix, sizeof(prefix) - 1))
 		return name + sizeof(prefix) - 1;
+	return name;
+}
+
+const char *device_live_name(const char *arg, char *name, size_t size)
+{
+	char uuid[160];
+	struct stat st;
+
+	if (stat(arg, &st)) {
+		snprintf(name, size, "/dev/mapper/%s", arg);
+		return !strchr(arg, '/') && !stat(name, &st) ? arg : NULL;
+	}
+	if (!S_ISBLK(st.st_mode) ||
+	    !sysfs_read(uuid, sizeof(uuid), "/sys/dev/block/%u:%u/dm/uuid",
+			major(st.st_rdev), minor(st.st_rdev)) ||
+	    strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) ||
+	    !sysfs_read(name, size, "/sys/dev/block/%u:%u/dm/name",
+			major(st.st_rdev), minor(st.st_rdev)))
+		return NULL;
 	return name;
 }
 
@@ -38,36 +59,45 @@ static bool sysfs_link(char *out, size_t size, const char *path)
 	       (int)size;
 }
 
-/* The loop device of the image below a helper that completes its last sector. */
-static void look_below_tail(struct device *d)
+/*
+ * The loop device of the file below a helper that completes its last sector:
+ * its name, and the file.
+ */
+static bool look_below_tail(const char *kernel_name, char *loop, size_t loop_size,
+			    char *file, size_t file_size)
 {
-	char path[300], uuid[160], file[PATH_MAX];
+	char path[300], uuid[160], name[PATH_MAX];
 	struct dirent *e;
+	bool found = false;
 	DIR *dir;
 
 	if (!sysfs_read(uuid, sizeof(uuid), "/sys/block/%s/dm/uuid",
-			d->kernel_name) ||
+			kernel_name) ||
 	    strncmp(uuid, DM_UUID_TAIL_PREFIX, strlen(DM_UUID_TAIL_PREFIX)))
-		return;
-	snprintf(path, sizeof(path), "/sys/block/%s/slaves", d->kernel_name);
+		return false;
+	snprintf(path, sizeof(path), "/sys/block/%s/slaves", kernel_name);
 	dir = opendir(path);
 	if (!dir)
-		return;
+		return false;
 	while ((e = readdir(dir))) {
 		if (strncmp(e->d_name, "loop", 4))
 			continue;
 		/* the other one is a piece of memory */
-		if (sysfs_read(file, sizeof(file),
+		if (sysfs_read(name, sizeof(name),
 			       "/sys/block/%s/loop/backing_file", e->d_name) &&
-		    strncmp(file, "/memfd:", 7))
-			snprintf(d->file, sizeof(d->file), "%s", file);
+		    strncmp(name, "/memfd:", 7)) {
+			snprintf(loop, loop_size, "%.30s", e->d_name);
+			snprintf(file, file_size, "%s", name);
+			found = true;
+		}
 	}
 	closedir(dir);
+	return found;
 }
 
 bool device_look_up(const char *number, struct device *d)
 {
-	char path[64], name[128];
+	char path[64], uuid[160], flag[8];
 
 	memset(d, 0, sizeof(*d));
 	if (strlen(number) > 24)
@@ -75,16 +105,66 @@ bool device_look_up(const char *number, struct device *d)
 	snprintf(path, sizeof(path), "/sys/dev/block/%s", number);
 	if (!sysfs_link(d->kernel_name, sizeof(d->kernel_name), path))
 		return false;
-	if (sysfs_read(name, sizeof(name), "%s/dm/name", path)) {
-		snprintf(d->node, sizeof(d->node), "/dev/mapper/%s", name);
-		look_below_tail(d);
+	if (sysfs_read(d->dm_name, sizeof(d->dm_name), "%s/dm/name", path)) {
+		snprintf(d->node, sizeof(d->node), "/dev/mapper/%s",
+			 d->dm_name);
+		d->qcow2 = sysfs_read(uuid, sizeof(uuid), "%s/dm/uuid", path) &&
+			   !strncmp(uuid, DM_UUID_PREFIX,
+				    strlen(DM_UUID_PREFIX));
+		look_below_tail(d->kernel_name, d->loop_name,
+				sizeof(d->loop_name), d->file,
+				sizeof(d->file));
 	} else {
 		snprintf(d->node, sizeof(d->node), "/dev/%s", d->kernel_name);
+		d->loop = sysfs_read(d->file, sizeof(d->file),
+				     "%s/loop/backing_file", path);
+		if (d->loop)
+			snprintf(d->loop_name, sizeof(d->loop_name), "%.30s",
+				 d->kernel_name);
 	}
-	d->loop = sysfs_read(d->file[0] ? name : d->file,
-			     d->file[0] ? sizeof(name) : sizeof(d->file),
-			     "%s/loop/backing_file", path);
+	d->autoclear = d->loop_name[0] &&
+		       sysfs_read(flag, sizeof(flag),
+				  "/sys/block/%s/loop/autoclear",
+				  d->loop_name) && !strcmp(flag, "1");
 	return true;
+}
+
+/* Is the file behind the loop device that which @node has open? */
+static bool loop_is_node(const char *kernel_name, const struct node *node)
+{
+	char path[300];
+	bool same;
+	dev_t dev;
+	ino_t ino;
+	int fd;
+
+	snprintf(path, sizeof(path), "/dev/%s", kernel_name);
+	fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	if (fd < 0)
+		return false;
+	same = loop_backing(fd, &dev, &ino) && dev == node->dev &&
+	       ino == node->ino;
+	close(fd);
+	return same;
+}
+
+bool device_is_node(const char *number, const struct node *node)
+{
+	char want[32], loop[32], file[PATH_MAX];
+	struct device d;
+
+	if (node->bdev) {
+		snprintf(want, sizeof(want), "%u:%u", major(node->rdev),
+			 minor(node->rdev));
+		return !strcmp(number, want);
+	}
+	if (!device_look_up(number, &d))
+		return false;
+	if (d.loop)
+		return loop_is_node(d.kernel_name, node);
+	return look_below_tail(d.kernel_name, loop, sizeof(loop), file,
+			       sizeof(file)) &&
+	       loop_is_node(loop, node);
 }
 
 bool device_attached(const struct device *d)
@@ -92,7 +172,7 @@ bool device_attached(const struct device *d)
 	char file[8];
 
 	return sysfs_read(file, sizeof(file), "/sys/block/%s/loop/backing_file",
-			  d->kernel_name);
+			  d->loop_name);
 }
 
 /* A list of users, as it grows. */

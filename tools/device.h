@@ -8,11 +8,17 @@
 #include <stddef.h>
 #include <sys/types.h>
 
+#include "node.h"
+
 /* A block device that a table names. */
 struct device {
 	char node[300];			/* "/dev/loop3", "/dev/mapper/vg-lv" */
 	char kernel_name[256];		/* "loop3" */
+	char dm_name[128];		/* "vg-lv"; empty: not device-mapper's */
+	bool qcow2;			/* a device of ours */
 	bool loop;
+	char loop_name[32];		/* it, or the one below a helper */
+	bool autoclear;			/* goes when its last user goes */
 	char file[PATH_MAX];		/* behind the loop device */
 };
 
@@ -20,9 +26,17 @@ struct device {
 bool device_look_up(const char *number, struct device *d);
 /* Is it still attached to a file? */
 bool device_attached(const struct device *d);
+/* Is @number this file or device, also through a loop device or a helper? */
+bool device_is_node(const char *number, const struct node *node);
 
 /* The name of our device, also if it was given as a path below /dev/mapper. */
 const char *device_name(const char *name);
+
+/*
+ * The name of one of our devices, or NULL if @arg is an image.  A file goes
+ * before a device of the same name: say /dev/mapper/NAME then.
+ */
+const char *device_live_name(const char *arg, char *name, size_t size);
 
 /*
  * Who keeps a device busy, as a phrase: mounts, swap, other devices,

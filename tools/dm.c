@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sysmacros.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "dm.h"
@@ -277,12 +278,23 @@ out:
 	return ret;
 }
 
+static int refused(int log, const char *name, int err)
+{
+	char why[1100];
+
+	if (kmsg_reason(log, why, sizeof(why)))
+		return fail(errno_to_exit(err), "%s: the kernel refused the image: %s",
+			    esc(name), why);
+	return fail(errno_to_exit(err),
+		    "%s: the kernel refused the image: %s; see dmesg for the reason",
+		    esc(name), dm_reason(err));
+}
+
 int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
 	    unsigned int count, bool read_only, bool helper)
 {
 	uint16_t flags = helper ? DM_UDEV_DISABLE_DISK_RULES_FLAG |
 				  DM_UDEV_DISABLE_OTHER_RULES_FLAG : 0;
-	char why[1100];
 	int ret, log;
 
 	log = kmsg_open();
@@ -303,17 +315,51 @@ int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
 	if (!ret)
 		goto out;
 
-	if (kmsg_reason(log, why, sizeof(why)))
-		ret = fail(errno_to_exit(-ret), "%s: the kernel refused the image: %s",
-			   esc(name), why);
-	else
-		ret = fail(errno_to_exit(-ret),
-			   "%s: the kernel refused the image: %s; see dmesg for the reason",
-			   esc(name), dm_reason(-ret));
+	ret = refused(log, name, -ret);
 	if (simple(DM_DEVICE_REMOVE, name, NULL, 0))
 		warning("%s: cannot remove the device again; try dmsetup remove",
 			esc(name));
 out:
+	if (log >= 0)
+		close(log);
+	return ret;
+}
+
+int dm_suspend(const char *name)
+{
+	struct dm_task *dmt = task_new(DM_DEVICE_SUSPEND, name);
+	int ret = -ENOMEM;
+
+	if (dmt && dm_task_skip_lockfs(dmt))
+		ret = task_run(dmt);
+	if (dmt)
+		dm_task_destroy(dmt);
+	if (ret)
+		return fail(errno_to_exit(-ret),
+			    "%s: cannot suspend the device: %s; see dmesg",
+			    esc(name), dm_reason(-ret));
+	return 0;
+}
+
+int dm_load(const char *name, const struct dm_line *line)
+{
+	int log = kmsg_open();
+	int ret = load_table(name, line, 1, false);
+
+	if (ret)
+		ret = refused(log, name, -ret);
+	if (log >= 0)
+		close(log);
+	return ret;
+}
+
+int dm_resume(const char *name)
+{
+	int log = kmsg_open();
+	int ret = simple(DM_DEVICE_RESUME, name, NULL, 0);
+
+	if (ret)
+		ret = refused(log, name, -ret);
 	if (log >= 0)
 		close(log);
 	return ret;
@@ -332,10 +378,57 @@ int dm_remove(const char *name, bool deferred)
 	}
 	ret = task_run_cookie(dmt, 0);
 	dm_task_destroy(dmt);
+	/* Somebody was quicker, or it went by itself. */
+	if (ret == -ENXIO)
+		return 0;
 	if (ret && ret != -EBUSY)
 		return fail(errno_to_exit(-ret), "%s: cannot remove the device: %s",
 			    esc(name), dm_reason(-ret));
 	return ret;
+}
+
+/* Wait a few seconds for a device to go; @used: also while it is in use. */
+static bool wait_gone(const char *name, bool used)
+{
+	const struct timespec step = { .tv_nsec = 20 * 1000 * 1000 };
+	struct dm_dev_info info;
+	int i;
+
+	for (i = 0; i < 150; i++) {
+		if (dm_query(name, &info) || !info.exists)
+			return true;
+		if (info.open_count && !used)
+			break;
+		nanosleep(&step, NULL);
+	}
+	return false;
+}
+
+void dm_wait_gone(const char *name)
+{
+	wait_gone(name, false);
+}
+
+void dm_remove_tails(const char *name)
+{
+	static const char * const suffixes[] = {
+		DM_TAIL_SUFFIX, DM_BACKING_TAIL_SUFFIX
+	};
+	char tail[DM_NAME_MAX + 32];
+	struct dm_dev_info info;
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(suffixes); i++) {
+		snprintf(tail, sizeof(tail), "%s%s", name, suffixes[i]);
+		if (dm_query(tail, &info) || !info.exists ||
+		    strncmp(info.uuid, DM_UUID_TAIL_PREFIX,
+			    strlen(DM_UUID_TAIL_PREFIX)))
+			continue;
+		/* Its user has no name any more, but may not be gone yet. */
+		if (dm_remove(tail, true) || !wait_gone(tail, true))
+			warning("%s: helper device is in use; remove it with dmsetup remove",
+				esc(tail));
+	}
 }
 
 int dm_params(const char *name, bool status, char **type, char **params,

@@ -10,9 +10,12 @@
 
 #define DM_TARGET		"qcow2"
 #define DM_UUID_PREFIX		"QCOW2-"
-/* Helpers that vanish with the device they serve; see dm_make_tail(). */
+/* Helpers that vanish with the device they serve. */
 #define DM_UUID_TAIL_PREFIX	"QCOW2TAIL-"
 #define DM_TAIL_SUFFIX		"-tail"
+#define DM_BACKING_TAIL_SUFFIX	"-backing-tail"
+/* Images that were opened for those above them, and go with the last of them. */
+#define DM_BACKING_PREFIX	"qcow2-backing-"
 /* So that name, prefix, a hash and a suffix fit the kernel's limits. */
 #define DM_NAME_MAX		100
 
@@ -40,8 +43,23 @@ int dm_query(const char *name, struct dm_dev_info *info);
  */
 int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
 	    unsigned int count, bool read_only, bool helper);
+/*
+ * Hold back all requests, and let the target write what it has in core; file
+ * systems on the device are not asked to come to rest.
+ */
+int dm_suspend(const char *name);
+/* Load another table; it becomes live with dm_resume(). */
+int dm_load(const char *name, const struct dm_line *line);
+int dm_resume(const char *name);
+/* Wait a few seconds for a device that is unused to go by itself. */
+void dm_wait_gone(const char *name);
 /* -EBUSY is returned without a message; @deferred: when the last user goes */
 int dm_remove(const char *name, bool deferred);
+/*
+ * Remove the helpers of a device that is gone.  They go by themselves with their
+ * last user, if they could be told so when they were made.
+ */
+void dm_remove_tails(const char *name);
 /* Table or status of a device with one target; free() what it returns. */
 int dm_params(const char *name, bool status, char **type, char **params,
 	      uint64_t *sectors);

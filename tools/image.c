@@ -127,6 +127,24 @@ static void add_unknown_features(struct reasons *r, const struct header *h)
 		   "unknown incompatible features: %s", list);
 }
 
+/* A format that is not recorded would have to be guessed, which is unsafe. */
+static void add_backing_reasons(struct reasons *r, const struct header *h)
+{
+	const struct span *f = &h->backing_format;
+
+	if (!h->backing_file.len)
+		add_reason(r, "record it with qemu-img rebase -u, or remove it with qemu-img rebase -u -b \"\" IMAGE",
+			   "the name of the backing file is empty");
+	else if (!f->s)
+		add_reason(r, "record it: qemu-img rebase -u -F raw|qcow2 -b BACKING IMAGE",
+			   "the format of the backing file is not recorded, and is not guessed");
+	else if (!(f->len == 3 && !memcmp(f->s, "raw", 3)) &&
+		 !(f->len == 5 && !memcmp(f->s, "qcow2", 5)))
+		add_reason(r, "make it a device with qemu-nbd, and record that: qemu-img rebase -u -F raw -b DEV IMAGE",
+			   "the backing file is of format %s",
+			   escn(f->s, f->len));
+}
+
 static const char *remedy_for(enum qcow2_fault fault)
 {
 	switch (fault) {
@@ -162,20 +180,16 @@ void image_reasons(struct image *img, bool read_only, struct reasons *r)
 	if (h->snapshots)
 		add_reason(r, "remove them with qemu-img snapshot -d, or convert the image",
 			   "image has %u internal snapshots", h->snapshots);
-	if (h->incompatible & QCOW2_INCOMPAT_EXT_L2)
-		add_reason(r, "convert it with qemu-img convert -o extended_l2=off",
-			   "image has extended L2 entries, which are not supported yet");
 	if (h->backing_file.s && h->autoclear & QCOW2_AUTOCLEAR_RAW_DATA)
 		add_reason(r, "convert it with qemu-img convert",
 			   "%s", qcow2_fault_str(QCOW2_FAULT_RAW_BACKING));
 	else if (h->backing_file.s)
-		add_reason(r, "merge it with qemu-img rebase -b \"\" IMAGE",
-			   "image has a backing file, which is not supported yet");
+		add_backing_reasons(r, h);
 	if (!read_only && h->incompatible & QCOW2_INCOMPAT_CORRUPT)
 		add_reason(r, "repair it with qemu-img check -r all, or use --readonly",
 			   "%s", qcow2_fault_str(QCOW2_FAULT_CORRUPT));
 	if (!read_only && h->incompatible & QCOW2_INCOMPAT_DIRTY)
-		add_reason(r, "repair it with qemu-img check -r all, or use --readonly",
+		add_reason(r, "repair it with qcow2setup check --repair all, or use --readonly",
 			   "%s", qcow2_fault_str(QCOW2_FAULT_DIRTY));
 	if (r->n)
 		return;
@@ -188,11 +202,12 @@ void image_reasons(struct image *img, bool read_only, struct reasons *r)
 		add_reason(r, remedy_for(fault), "%s", qcow2_fault_str(fault));
 		return;
 	}
-	if (img->node.bdev && img->node.block_size > cluster_size(img))
+	if (img->node.bdev &&
+	    img->node.block_size > min_u64(cluster_size(img), 4 * KIB))
 		add_reason(r, "put the image on a device with smaller blocks, or in a file",
-			   "clusters of %llu bytes are smaller than the device's blocks of %u bytes",
-			   (unsigned long long)cluster_size(img),
-			   img->node.block_size);
+			   "the device's blocks of %u bytes are larger than what is written of clusters of %llu bytes",
+			   img->node.block_size,
+			   (unsigned long long)cluster_size(img));
 }
 
 /* Where a metadata cluster is that a table names. */
@@ -290,6 +305,8 @@ int image_load_tables(struct image *img, bool strict)
 	size_t rt_bytes = (size_t)g->reftable_clusters << g->cluster_bits;
 	int ret;
 
+	free(img->l1);
+	free(img->reftable);
 	img->l1 = malloc(l1_bytes + 1);
 	img->reftable = malloc(rt_bytes);
 	if (!img->l1 || !img->reftable)
@@ -489,29 +506,41 @@ static uint64_t refcounts_used(const uint8_t *block, uint64_t n,
 	return n;
 }
 
+/*
+ * Read the refcount block that entry @i of @table names; *off is where it is,
+ * or 0 if it names none: then @block is not touched.
+ */
+static int read_refblock(const struct image *img, const __be64 *table,
+			 uint64_t i, uint8_t *block, uint64_t *off)
+{
+	int ret;
+
+	*off = be64_to_cpu(table[i]) & QCOW2_REFTABLE_OFFSET_MASK;
+	if (!*off)
+		return 0;
+	ret = read_at(img->node.fd, block, cluster_size(img), *off);
+	return ret ? read_failed(img, ret) : 0;
+}
+
 /* First cluster from which on all refcounts below cluster @limit are 0. */
 static int counted_end(const struct image *img, uint64_t limit, uint64_t *end)
 {
 	uint64_t per_block = refcounts_per_block(&img->geo);
 	uint64_t i = min_u64(div_up(limit, per_block), reftable_entries(img));
 	uint8_t *block = malloc(cluster_size(img));
-	int ret;
+	int ret = 0;
 
 	*end = 0;
 	if (!block)
 		return fail_nomem();
 	while (i--) {
-		uint64_t off = be64_to_cpu(img->reftable[i]) &
-			       QCOW2_REFTABLE_OFFSET_MASK;
-		uint64_t n;
+		uint64_t off, n;
 
+		ret = read_refblock(img, img->reftable, i, block, &off);
+		if (ret)
+			break;
 		if (!off)
 			continue;
-		ret = read_at(img->node.fd, block, cluster_size(img), off);
-		if (ret) {
-			free(block);
-			return read_failed(img, ret);
-		}
 		n = refcounts_used(block, min_u64(per_block,
 						  limit - i * per_block),
 				   img->geo.refcount_order);
@@ -521,7 +550,7 @@ static int counted_end(const struct image *img, uint64_t limit, uint64_t *end)
 		}
 	}
 	free(block);
-	return 0;
+	return ret;
 }
 
 /* How many clusters in [@from, @to) have a refcount that is not 0? */
@@ -531,23 +560,20 @@ static int count_used(const struct image *img, uint64_t from, uint64_t to,
 	uint64_t per_block = refcounts_per_block(&img->geo);
 	uint8_t *block = malloc(cluster_size(img));
 	uint64_t i, c;
-	int ret;
+	int ret = 0;
 
 	*used = 0;
 	if (!block)
 		return fail_nomem();
 	for (i = from / per_block; i < reftable_entries(img) &&
 	     i * per_block < to; i++) {
-		uint64_t off = be64_to_cpu(img->reftable[i]) &
-			       QCOW2_REFTABLE_OFFSET_MASK;
+		uint64_t off;
 
+		ret = read_refblock(img, img->reftable, i, block, &off);
+		if (ret)
+			break;
 		if (!off)
 			continue;
-		ret = read_at(img->node.fd, block, cluster_size(img), off);
-		if (ret) {
-			free(block);
-			return read_failed(img, ret);
-		}
 		for (c = max_u64(from, i * per_block);
 		     c < min_u64(to, (i + 1) * per_block); c++)
 			if (qcow2_refcount_get(block, c - i * per_block,
@@ -555,7 +581,7 @@ static int count_used(const struct image *img, uint64_t from, uint64_t to,
 				++*used;
 	}
 	free(block);
-	return 0;
+	return ret;
 }
 
 int image_end(struct image *img, uint64_t *end)
@@ -602,7 +628,7 @@ static int write_failed(const struct image *img, int err)
 	return fail_errno("%s: cannot write its metadata", esc(img->node.path));
 }
 
-static int change(struct image *img, const void *buf, size_t len, uint64_t off)
+int image_change(struct image *img, const void *buf, size_t len, uint64_t off)
 {
 	int ret = undo_add(img, off, len);
 
@@ -612,7 +638,7 @@ static int change(struct image *img, const void *buf, size_t len, uint64_t off)
 	return ret ? write_failed(img, -ret) : 0;
 }
 
-static int sync_changes(struct image *img)
+int image_sync(struct image *img)
 {
 	int ret = undo_add(img, 0, 0);
 
@@ -655,14 +681,14 @@ void image_undo(struct image *img)
 }
 
 /* All header fields that change lie in the first sector: one atomic write. */
-static int change_header(struct image *img)
+int image_change_header(struct image *img)
 {
 	int ret;
 
 	memcpy(img->first, &img->h.raw,
 	       min_u64(img->h.header_length, sizeof(img->h.raw)));
-	ret = change(img, img->first, SECTOR, 0);
-	return ret ? ret : sync_changes(img);
+	ret = image_change(img, img->first, SECTOR, 0);
+	return ret ? ret : image_sync(img);
 }
 
 /* Set the refcounts of clusters [@from, @to) that @block counts. */
@@ -675,8 +701,95 @@ static void set_refcounts(uint8_t *block, uint64_t first, uint64_t per_block,
 		qcow2_refcount_set(block, c - first, order, 1);
 }
 
+/*
+ * Write the entries [@from, @to) of the refcount table that are new.  A block
+ * may be counted by one that follows it, so that the last ones come first; a
+ * sector is written as a whole.
+ */
+static int name_refblocks(struct image *img, uint64_t from, uint64_t to,
+			  const __be64 *table)
+{
+	const uint64_t per_sector = SECTOR / 8;
+	uint64_t first;
+	int ret = 0;
+
+	while (!ret && to > from) {
+		first = max_u64(from, (to - 1) / per_sector * per_sector);
+		if (memcmp(table + first - from, img->reftable + first,
+			   (to - first) * 8)) {
+			memcpy(img->reftable + first, table + first - from,
+			       (to - first) * 8);
+			ret = image_change(img, img->reftable + first,
+					   (to - first) * 8,
+					   img->geo.reftable_offset + first * 8);
+			if (!ret)
+				ret = image_sync(img);
+		}
+		to = first;
+	}
+	return ret;
+}
+
+int image_take_clusters(struct image *img, uint64_t at, uint64_t n)
+{
+	const struct qcow2_geometry *g = &img->geo;
+	uint64_t per_block = refcounts_per_block(g), cs = cluster_size(img);
+	uint64_t next = at + n, end = next, last, i, off;
+	uint64_t from = at / per_block, to;
+	uint8_t *block = malloc(cs);
+	__be64 *table = NULL;
+	int ret = 0;
+
+	if (!block)
+		return fail_nomem();
+	/* Behind them go the refcount blocks that these need, and those. */
+	do {
+		last = end;
+		end = next;
+		for (i = from; i <= (last - 1) / per_block; i++)
+			if (i < reftable_entries(img) && !img->reftable[i])
+				end++;
+	} while (end != last);
+	to = (end - 1) / per_block + 1;
+	if (to > reftable_entries(img) || end * cs > img->node.size) {
+		ret = fail(EX_WRONG,
+			   "%s: no room for %llu more clusters of metadata; enlarge the device",
+			   esc(img->node.path), (unsigned long long)n);
+		goto out;
+	}
+	table = calloc(to - from, sizeof(*table));
+	if (!table) {
+		ret = fail_nomem();
+		goto out;
+	}
+	for (i = from; i < to; i++) {
+		table[i - from] = img->reftable[i];
+		ret = read_refblock(img, img->reftable, i, block, &off);
+		if (ret)
+			goto out;
+		if (!off) {
+			memset(block, 0, cs);
+			off = next++ * cs;
+			table[i - from] = cpu_to_be64(off);
+		}
+		set_refcounts(block, i * per_block, per_block, at, end,
+			      g->refcount_order);
+		ret = image_change(img, block, cs, off);
+		if (ret)
+			goto out;
+	}
+	/* Named only when they say what they have to say. */
+	ret = image_sync(img);
+	if (!ret)
+		ret = name_refblocks(img, from, to, table);
+out:
+	free(table);
+	free(block);
+	return ret;
+}
+
 /* Take one from the refcounts of @n clusters from cluster @from on. */
-static int put_clusters(struct image *img, uint64_t from, uint64_t n)
+int image_put_clusters(struct image *img, uint64_t from, uint64_t n)
 {
 	uint64_t per_block = refcounts_per_block(&img->geo), c = from;
 	unsigned int order = img->geo.refcount_order;
@@ -691,16 +804,12 @@ static int put_clusters(struct image *img, uint64_t from, uint64_t n)
 		uint64_t off = 0;
 
 		if (i < reftable_entries(img))
-			off = be64_to_cpu(img->reftable[i]) &
-			      QCOW2_REFTABLE_OFFSET_MASK;
+			ret = read_refblock(img, img->reftable, i, block, &off);
+		if (ret)
+			break;
 		if (!off) {
 			c = to;
 			continue;
-		}
-		ret = read_at(img->node.fd, block, cluster_size(img), off);
-		if (ret) {
-			ret = read_failed(img, ret);
-			break;
 		}
 		for (; c < to; c++) {
 			uint64_t v = qcow2_refcount_get(block, c - i * per_block,
@@ -710,10 +819,10 @@ static int put_clusters(struct image *img, uint64_t from, uint64_t n)
 				qcow2_refcount_set(block, c - i * per_block,
 						   order, v - 1);
 		}
-		ret = change(img, block, cluster_size(img), off);
+		ret = image_change(img, block, cluster_size(img), off);
 	}
 	free(block);
-	return ret ? ret : sync_changes(img);
+	return ret ? ret : image_sync(img);
 }
 
 /*
@@ -757,35 +866,31 @@ static int grow_reftable(struct image *img, uint64_t at, uint32_t clusters)
 	}
 
 	for (i = at / per_block; i <= (end - 1) / per_block; i++) {
-		uint64_t off = be64_to_cpu(table[i]) &
-			       QCOW2_REFTABLE_OFFSET_MASK;
+		uint64_t off;
 
-		if (off) {
-			ret = read_at(img->node.fd, block, cs, off);
-			if (ret) {
-				ret = read_failed(img, ret);
-				goto out;
-			}
-		} else {
+		ret = read_refblock(img, table, i, block, &off);
+		if (ret)
+			goto out;
+		if (!off) {
 			memset(block, 0, cs);
 			off = next++ * cs;
 			table[i] = cpu_to_be64(off);
 		}
 		set_refcounts(block, i * per_block, per_block, at, end,
 			      g->refcount_order);
-		ret = change(img, block, cs, off);
+		ret = image_change(img, block, cs, off);
 		if (ret)
 			goto out;
 	}
-	ret = change(img, table, clusters * cs, at * cs);
+	ret = image_change(img, table, clusters * cs, at * cs);
 	if (!ret)
-		ret = sync_changes(img);
+		ret = image_sync(img);
 	if (ret)
 		goto out;
 
 	img->h.raw.refcount_table_offset = cpu_to_be64(at * cs);
 	img->h.raw.refcount_table_clusters = cpu_to_be32(clusters);
-	ret = change_header(img);
+	ret = image_change_header(img);
 	if (ret)
 		goto out;
 	free(img->reftable);
@@ -794,29 +899,71 @@ static int grow_reftable(struct image *img, uint64_t at, uint32_t clusters)
 	g->reftable_offset = at * cs;
 	g->reftable_clusters = clusters;
 
-	ret = put_clusters(img, old_at, old);
+	ret = image_put_clusters(img, old_at, old);
 out:
 	free(block);
 	free(table);
 	return ret;
 }
 
-/* Make room for all the metadata that the image can come to need. */
-static int make_room(struct image *img)
+/* Make the file longer, or what stands for it. */
+static int extend(struct image *img, uint64_t size)
 {
-	uint64_t cs = cluster_size(img), end, missing = 0, leaked = 0, found;
-	uint64_t limit = UINT64_MAX / cs, size;
-	uint32_t needed = qcow2_l1_entries_needed(&img->geo), i;
+	int ret;
+
+	if (img->extend)
+		return img->extend(img, size);
+	if (ftruncate(img->node.fd, size))
+		return fail_errno("%s: cannot extend it to %s",
+				  esc(img->node.path), human_size(size));
+	img->node.size = size;
+	ret = image_sync(img);
+	if (!ret)
+		note("%s: extended to %s", esc(img->node.path),
+		     human_size(size));
+	return ret;
+}
+
+/* A device that cannot get longer has only so much room. */
+static int check_limit(const struct image *img, const struct room *room,
+		       const struct plan *plan, uint64_t limit)
+{
+	uint64_t need = plan->clusters * cluster_size(img);
+
+	if (plan->clusters <= limit)
+		return 0;
+	if (room->required)
+		return fail(EX_WRONG,
+			    "%s: device has %llu bytes, the metadata of an image of %s can need %llu; enlarge the device",
+			    esc(img->node.path),
+			    (unsigned long long)img->node.size,
+			    human_size(room->size), (unsigned long long)need);
+	warning("%s: device of %s may become too small for the metadata, which can need %s: enlarge it, or allocating writes can fail",
+		esc(img->node.path), human_size(img->node.size),
+		human_size(need));
+	return 0;
+}
+
+int image_make_room(struct image *img, const struct room *room)
+{
+	struct qcow2_geometry geo = img->geo;
+	uint64_t cs = cluster_size(img), end, missing = room->more, leaked = 0;
+	uint64_t unlimited = UINT64_MAX / cs, limit = unlimited, found, size;
+	bool fixed = img->node.bdev && !img->extend;
 	struct plan plan;
+	uint32_t needed, i;
 	int ret, tries;
 
+	geo.size = room->size;
+	needed = qcow2_l1_entries_needed(&geo);
 	ret = image_end(img, &end);
 	if (ret)
 		return ret;
-	if (img->node.bdev)
+	if (fixed)
 		limit = img->node.size / cs;
 	for (i = 0; i < needed; i++)
-		if (!(be64_to_cpu(img->l1[i]) & QCOW2_OFFSET_MASK))
+		if (i >= img->geo.l1_entries ||
+		    !(be64_to_cpu(img->l1[i]) & QCOW2_OFFSET_MASK))
 			missing++;
 	end /= cs;
 
@@ -825,7 +972,7 @@ static int make_room(struct image *img)
 	 * they will not be handed out, so the file must be longer for it.
 	 */
 	for (tries = 0; tries < 8; tries++) {
-		plan = plan_worst_case(&img->geo, img->reftable, end, leaked,
+		plan = plan_worst_case(&geo, img->reftable, end, leaked,
 				       missing, limit);
 		ret = count_used(img, end, plan.clusters, &found);
 		if (ret)
@@ -834,17 +981,20 @@ static int make_room(struct image *img)
 			break;
 		leaked = found;
 	}
+	if (!plan.addressable && room->required)
+		return fail(EX_WRONG,
+			    "%s: no refcount table could count the metadata of an image of %s; convert it with qemu-img to larger clusters",
+			    esc(img->node.path), human_size(room->size));
 	if (!plan.addressable)
 		warning("%s: no refcount table could count all the metadata that the image may need: allocating writes can fail",
 			esc(img->node.path));
-	if (img->node.bdev) {
-		plan = plan_worst_case(&img->geo, img->reftable, end, leaked,
-				       missing, UINT64_MAX / cs);
-		if (plan.clusters > limit)
-			warning("%s: device of %s may become too small for the metadata, which can need %s: enlarge it, or allocating writes can fail",
-				esc(img->node.path), human_size(img->node.size),
-				human_size(plan.clusters * cs));
-		plan = plan_worst_case(&img->geo, img->reftable, end, leaked,
+	if (fixed) {
+		plan = plan_worst_case(&geo, img->reftable, end, leaked,
+				       missing, unlimited);
+		ret = check_limit(img, room, &plan, limit);
+		if (ret)
+			return ret;
+		plan = plan_worst_case(&geo, img->reftable, end, leaked,
 				       missing, limit);
 		/* A larger table must itself find room, with its blocks. */
 		if (plan.reftable_clusters &&
@@ -853,18 +1003,9 @@ static int make_room(struct image *img)
 	} else {
 		size = max_u64(align_up(img->node.size, cs),
 			       plan.clusters * cs);
-		if (size != img->node.size) {
-			if (ftruncate(img->node.fd, size))
-				return fail_errno("%s: cannot extend it to %s",
-						  esc(img->node.path),
-						  human_size(size));
-			img->node.size = size;
-			ret = sync_changes(img);
-			if (ret)
-				return ret;
-			note("%s: extended to %s", esc(img->node.path),
-			     human_size(size));
-		}
+		ret = size != img->node.size ? extend(img, size) : 0;
+		if (ret)
+			return ret;
 	}
 	if (!plan.reftable_clusters)
 		return 0;
@@ -883,7 +1024,7 @@ static int mark_bitmap(const struct bitmap *b, void *arg)
 		return 0;
 	warning("%s: bitmap %s does not record what is written now: it is marked as in use (invalid)",
 		esc(img->node.path), escn(b->name.s, b->name.len));
-	return change(img, &flags, sizeof(flags),
+	return image_change(img, &flags, sizeof(flags),
 		      img->h.bitmap_dir_offset + b->flags_at);
 }
 
@@ -901,10 +1042,10 @@ static int mark_bitmaps(struct image *img)
 	ret = bitmaps_parse(img->bitmap_dir, img->h.bitmap_dir_size,
 			    img->h.bitmap_count, img->h.cluster_bits,
 			    mark_bitmap, img, &why);
-	return ret ? ret : sync_changes(img);
+	return ret ? ret : image_sync(img);
 }
 
-static int clear_autoclear(struct image *img)
+int image_clear_autoclear(struct image *img)
 {
 	uint64_t keep = QCOW2_AUTOCLEAR_KNOWN;
 
@@ -918,18 +1059,19 @@ static int clear_autoclear(struct image *img)
 		return 0;
 	img->h.autoclear &= keep;
 	img->h.raw.autoclear_features = cpu_to_be64(img->h.autoclear);
-	return change_header(img);
+	return image_change_header(img);
 }
 
 int image_prepare(struct image *img)
 {
+	const struct room room = { .size = img->geo.size };
 	int ret;
 
-	ret = make_room(img);
+	ret = image_make_room(img, &room);
 	if (!ret)
 		ret = mark_bitmaps(img);
 	if (!ret)
-		ret = clear_autoclear(img);
+		ret = image_clear_autoclear(img);
 	return ret;
 }
 

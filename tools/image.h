@@ -26,6 +26,9 @@ struct image {
 	__be64 *reftable;
 	uint8_t *bitmap_dir;		/* image_load_bitmaps() */
 	struct undo *undo;		/* newest first */
+	/* How a device gets longer; NULL if it cannot. */
+	int (*extend)(struct image *img, uint64_t size);
+	void *extend_arg;
 };
 
 #define IMAGE_CLOSED	{ .node = NODE_CLOSED }
@@ -70,6 +73,45 @@ int image_end(struct image *img, uint64_t *end);
 int image_prepare(struct image *img);
 /* Does not print anything unless it fails. */
 void image_undo(struct image *img);
+
+/*
+ * The steps of such changes, for those who make others (grow.c).  What
+ * image_change() overwrites can be put back by image_undo(), in the same order
+ * backwards; image_sync() makes all before it durable.
+ */
+int image_change(struct image *img, const void *buf, size_t len, uint64_t off);
+int image_sync(struct image *img);
+/* Write h.raw: one sector, and so all of it or nothing; then image_sync(). */
+int image_change_header(struct image *img);
+/* Count @n clusters from cluster @at on, which nothing uses, as used. */
+int image_take_clusters(struct image *img, uint64_t at, uint64_t n);
+/* Take one from the refcounts of @n clusters from cluster @from on. */
+int image_put_clusters(struct image *img, uint64_t from, uint64_t n);
+int image_clear_autoclear(struct image *img);
+
+struct room {
+	uint64_t size;		/* virtual size that room is made for */
+	uint64_t more;		/* clusters besides L2 tables */
+	bool required;		/* refuse, and do not only warn, if it is not there */
+};
+
+int image_make_room(struct image *img, const struct room *room);
+
+/* What image_grow() has to know; see grow.c. */
+struct growth {
+	uint64_t size;			/* the new one */
+	const struct node *data;	/* NULL: not at hand */
+	/* What the backing file is as a disk; NULL: none, or not at hand. */
+	const struct node *backing;
+	uint64_t backing_size;		/* 0: none; UINT64_MAX: not known */
+};
+
+/*
+ * Give the image a larger virtual size: the new area reads as zeros, or with a
+ * raw data file as that.  After image_load_tables(); durable when this returns
+ * 0.  The same size makes room only.
+ */
+int image_grow(struct image *img, const struct growth *g);
 
 /*
  * Cut the unused end off a file that is not in use.  Does nothing if there is

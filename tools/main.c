@@ -28,6 +28,12 @@ enum {
 	OPT_RAW			= 1U << 8,
 	OPT_PREALLOCATION	= 1U << 9,
 	OPT_OVERWRITE		= 1U << 10,
+	OPT_EXTENDED_L2		= 1U << 11,
+	OPT_NO_PASSDOWN		= 1U << 12,
+	OPT_CACHE_LIMIT		= 1U << 13,
+	OPT_BACKING_FILE	= 1U << 14,
+	OPT_REPAIR		= 1U << 15,
+	OPT_BACKING_FORMAT	= 1U << 16,
 	/* everywhere */
 	OPT_HELP		= 1U << 29,
 	OPT_VERSION		= 1U << 30,
@@ -45,16 +51,32 @@ static const struct action {
 	  "IMAGE", "show what an image is, and whether it can be opened" },
 	{ "create", cmd_create, 1, 1,
 	  OPT_DATA_FILE | OPT_SIZE | OPT_CLUSTER_SIZE | OPT_REFCOUNT_BITS |
-	  OPT_RAW | OPT_PREALLOCATION | OPT_OVERWRITE,
+	  OPT_RAW | OPT_PREALLOCATION | OPT_OVERWRITE | OPT_EXTENDED_L2 |
+	  OPT_BACKING_FILE | OPT_BACKING_FORMAT,
 	  "IMAGE --data-file DEV|FILE", "make an image for a data file or device" },
-	{ "open", cmd_open, 2, 2, OPT_DATA_FILE | OPT_READ_ONLY | OPT_TRUST,
+	{ "open", cmd_open, 2, 2,
+	  OPT_DATA_FILE | OPT_READ_ONLY | OPT_TRUST | OPT_BACKING_FILE |
+	  OPT_NO_PASSDOWN | OPT_CACHE_LIMIT,
 	  "IMAGE NAME --data-file DEV|FILE", "make an image the device /dev/mapper/NAME" },
 	{ "close", cmd_close, 1, 1, OPT_DEFERRED,
 	  "NAME", "remove a device" },
 	{ "status", cmd_status, 0, 1, OPT_JSON,
 	  "[NAME]", "list devices, or show one" },
-	{ "table", cmd_table, 1, 1, OPT_DATA_FILE | OPT_READ_ONLY,
+	{ "table", cmd_table, 1, 1,
+	  OPT_DATA_FILE | OPT_READ_ONLY | OPT_BACKING_FILE | OPT_NO_PASSDOWN |
+	  OPT_CACHE_LIMIT,
 	  "IMAGE --data-file DEV", "print the table line for dmsetup" },
+	{ "map", cmd_map, 1, 1, OPT_JSON,
+	  "IMAGE|NAME", "list what is data, zero and unallocated" },
+	{ "check", cmd_check, 1, 1, OPT_REPAIR | OPT_JSON,
+	  "IMAGE", "check an image's metadata, and repair it" },
+	{ "measure", cmd_measure, 0, 0,
+	  OPT_SIZE | OPT_CLUSTER_SIZE | OPT_REFCOUNT_BITS | OPT_EXTENDED_L2 |
+	  OPT_JSON,
+	  "--size SIZE", "tell how much metadata an image can need" },
+	{ "resize", cmd_resize, 1, 1,
+	  OPT_SIZE | OPT_DATA_FILE | OPT_BACKING_FILE,
+	  "IMAGE|NAME --size SIZE|auto", "give an image another size" },
 };
 
 static const struct opt_desc {
@@ -65,13 +87,19 @@ static const struct opt_desc {
 } opt_descs[] = {
 	{ OPT_DATA_FILE, "data-file", "DEV|FILE", "where the guest's data is" },
 	{ OPT_READ_ONLY, "readonly", NULL, "do not change image or data" },
-	{ OPT_TRUST, "trust-image-paths", NULL, "use the data file that the image names" },
+	{ OPT_TRUST, "trust-image-paths", NULL, "use the files that the image names" },
 	{ OPT_DEFERRED, "deferred", NULL, "remove the device when it is unused" },
 	{ OPT_SIZE, "size", "SIZE", "virtual size (default: that of the data file)" },
 	{ OPT_CLUSTER_SIZE, "cluster-size", "SIZE", "512 to 2M (default: 64K)" },
 	{ OPT_REFCOUNT_BITS, "refcount-bits", "N", "1 to 64 (default: 16)" },
 	{ OPT_RAW, "data-file-raw", NULL, "the data file is a raw image: keep its content" },
 	{ OPT_PREALLOCATION, "preallocation", "MODE", "off, or metadata: make all L2 tables now" },
+	{ OPT_EXTENDED_L2, "extended-l2", NULL, "divide each cluster into 32 subclusters" },
+	{ OPT_BACKING_FILE, "backing-file", "DEV|FILE", "what unallocated clusters read as; see the manual" },
+	{ OPT_BACKING_FORMAT, "backing-format", "FORMAT", "of the backing file: raw or qcow2" },
+	{ OPT_NO_PASSDOWN, "no-discard-passdown", NULL, "keep discarded blocks of the data device" },
+	{ OPT_CACHE_LIMIT, "cache-limit", "SIZE", "memory for the map (default: 64M)" },
+	{ OPT_REPAIR, "repair", "WHAT", "leaks, or all: everything that can be repaired" },
 	{ OPT_OVERWRITE, "overwrite-device", NULL, "IMAGE is a block device: overwrite it" },
 	{ OPT_JSON, "json", NULL, "print JSON" },
 };
@@ -145,7 +173,45 @@ static int parse_option(unsigned int flag, const char *arg, struct options *opt)
 	case OPT_DATA_FILE:
 		opt->data_file = arg;
 		return 0;
+	case OPT_EXTENDED_L2:
+		opt->extended_l2 = true;
+		return 0;
+	case OPT_NO_PASSDOWN:
+		opt->no_discard_passdown = true;
+		return 0;
+	case OPT_BACKING_FILE:
+		if (opt->backing_files == MAX_BACKING_FILES)
+			return fail(EX_PARAMETER,
+				    "more than %d backing files; merge some with qemu-img commit or rebase",
+				    MAX_BACKING_FILES);
+		opt->backing_file[opt->backing_files++] = arg;
+		return 0;
+	case OPT_BACKING_FORMAT:
+		if (!strcmp(arg, "raw"))
+			opt->backing_format = BACKING_FORMAT_RAW;
+		else if (!strcmp(arg, "qcow2"))
+			opt->backing_format = BACKING_FORMAT_QCOW2;
+		else
+			return fail(EX_PARAMETER,
+				    "--backing-format %s is not possible; use raw or qcow2",
+				    esc(arg));
+		return 0;
+	case OPT_CACHE_LIMIT:
+		if (!parse_size(arg, &opt->cache_limit) || !opt->cache_limit)
+			return fail(EX_PARAMETER, "--cache-limit %s is not a size; use a number such as 64M",
+				    esc(arg));
+		return 0;
+	case OPT_REPAIR:
+		if (strcmp(arg, "leaks") && strcmp(arg, "all"))
+			return fail(EX_PARAMETER,
+				    "--repair %s is not known; use leaks or all",
+				    esc(arg));
+		opt->repair = strcmp(arg, "all") ? REPAIR_LEAKS : REPAIR_ALL;
+		return 0;
 	case OPT_SIZE:
+		opt->size_auto = !strcmp(arg, "auto");
+		if (opt->size_auto)
+			return 0;
 		if (!parse_size(arg, &opt->size) || !opt->size)
 			return fail(EX_PARAMETER, "--size %s is not a size; use a number such as 10G",
 				    esc(arg));

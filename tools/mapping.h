@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * An image and its data, opened, locked and found to fit together: what open
- * and table have in common.
+ * An image and its data, and the chain of backing files below it: opened,
+ * locked and found to fit together.  What open and table have in common.
  */
 #ifndef QCOW2SETUP_MAPPING_H
 #define QCOW2SETUP_MAPPING_H
@@ -10,10 +10,19 @@
 #include "image.h"
 #include "node.h"
 
+/* What the clusters read as that an image has not allocated. */
+struct backing {
+	struct node node;	/* a device, or a raw file */
+	struct mapping *image;	/* else: an image to be opened read-only */
+	char *arg;		/* what node.path points into */
+};
+
 struct mapping {
 	struct image img;
 	struct node data;
-	char *data_path;	/* if it was taken from the image */
+	char *data_path;		/* if it was taken from the image */
+	struct backing *backing;	/* NULL: none */
+	const struct mapping *above;	/* that this one is the backing of */
 };
 
 #define MAPPING_CLOSED	{ .img = IMAGE_CLOSED, .data = NODE_CLOSED }
@@ -27,8 +36,18 @@ int mapping_open(struct mapping *m, const struct options *opt,
 void mapping_close(struct mapping *m);
 /* The guest sees the data file as it is. */
 bool mapping_raw(const struct mapping *m);
+/* Bytes that a device on top must be a multiple of. */
+unsigned int mapping_block_size(const struct mapping *m);
+
+/*
+ * "PATH[,data-file=PATH]", what --backing-file takes, cut in place; returns the
+ * second path, or NULL.
+ */
+char *backing_arg_split(char *arg);
 
 /* Is @name a plain path that may be opened?  @why: what it is instead. */
 bool plain_path(const struct span *name, const char **why);
+/* The folder that @path is in, where relative names in an image start; or -1 */
+int open_folder_of(const char *path);
 
 #endif

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -12,7 +11,6 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
-#include "dm.h"
 #include "loop.h"
 #include "node.h"
 #include "util.h"
@@ -27,7 +25,7 @@ static int open_failed(const char *path, unsigned int flags, int err)
 			    esc(path), strerror(err));
 	if (err == ELOOP)
 		return fail(EX_WRONG,
-			    "%s: symbolic link in a name that was taken from an image; name the file with --data-file",
+			    "%s: symbolic link in a name that was taken from an image; name the file on the command line",
 			    esc(path));
 	if (err == ENOENT)
 		return fail(EX_WRONG, "%s: no such file or device; check the name",
@@ -225,77 +223,4 @@ bool sysfs_read(char *buf, size_t size, const char *fmt, ...)
 		n--;
 	buf[n] = 0;
 	return true;
-}
-
-/*
- * Devices on top of a block device.  Those that are qcow2 devices themselves
- * and cannot write share it with a reader.  Returns the number of holders.
- */
-static int check_holders(const struct node *node, bool write, int *holders)
-{
-	char path[64], uuid[160], name[160], ro[8];
-	struct dirent *d;
-	int ret = 0;
-	DIR *dir;
-
-	*holders = 0;
-	snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/holders",
-		 major(node->rdev), minor(node->rdev));
-	dir = opendir(path);
-	if (!dir)
-		return 0;
-	while (!ret && (d = readdir(dir))) {
-		if (d->d_name[0] == '.')
-			continue;
-		++*holders;
-		if (!write &&
-		    sysfs_read(uuid, sizeof(uuid), "/sys/block/%s/dm/uuid",
-			       d->d_name) &&
-		    !strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) &&
-		    sysfs_read(ro, sizeof(ro), "/sys/block/%s/ro", d->d_name) &&
-		    !strcmp(ro, "1"))
-			continue;
-		if (!sysfs_read(name, sizeof(name), "/sys/block/%s/dm/name",
-				d->d_name))
-			snprintf(name, sizeof(name), "%.100s", d->d_name);
-		ret = fail(EX_BUSY, "%s: in use by device %s; close that first",
-			   esc(node->path), esc(name));
-	}
-	closedir(dir);
-	return ret;
-}
-
-static int check_bdev_unused(const struct node *node, bool write)
-{
-	char self[40];
-	int holders, fd, ret;
-
-	ret = check_holders(node, write, &holders);
-	/* The kernel lets only one kind of user claim a device. */
-	if (ret || holders)
-		return ret;
-	snprintf(self, sizeof(self), "/proc/self/fd/%d", node->fd);
-	fd = open(self, O_RDONLY | O_EXCL | O_CLOEXEC | O_NONBLOCK);
-	if (fd >= 0) {
-		close(fd);
-		return 0;
-	}
-	if (errno == EBUSY)
-		return fail(EX_BUSY,
-			    "%s: device, or a partition of it, is mounted or in use; unmount or release it first",
-			    esc(node->path));
-	return fail_errno("%s: cannot open it exclusively", esc(node->path));
-}
-
-int node_check_unused(const struct node *node, bool write)
-{
-	char name[24];
-
-	if (node->bdev)
-		return check_bdev_unused(node, write);
-	if (loop_find(node->dev, node->ino, !write, name, sizeof(name)))
-		return fail(EX_BUSY,
-			    "%s: attached to /dev/%s; detach it first (losetup --detach /dev/%s)",
-			    esc(node->path), name, name);
-	return 0;
 }

@@ -53,7 +53,8 @@ int node_try_lock(int fd, bool write);
 
 /*
  * Refuse what is in use in a way that locks do not show: a mounted or claimed
- * block device, a file behind somebody's loop device.
+ * block device, a file behind somebody's loop device.  What others only read,
+ * a reader may have, too.  (claim.c)
  */
 int node_check_unused(const struct node *node, bool write);
 

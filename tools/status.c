@@ -20,8 +20,35 @@ struct open_device {
 	bool has_table, has_status;
 	struct target_table table;
 	struct target_status status;
-	struct device metadata, data;
+	struct device metadata, data, backing;
+	struct open_device *below;	/* the backing device, if it is ours */
 };
+
+static void free_below(struct open_device *d)
+{
+	while (d->below) {
+		struct open_device *next = d->below;
+
+		d->below = next->below;
+		free(next);
+	}
+}
+
+static int get_device(const char *name, struct open_device *d);
+
+static int get_below(struct open_device *d)
+{
+	if (!d->table.f.backing_dev ||
+	    !device_look_up(d->table.f.backing_dev, &d->backing) ||
+	    !d->backing.qcow2)
+		return 0;
+	d->below = calloc(1, sizeof(*d->below));
+	if (!d->below)
+		return fail_nomem();
+	snprintf(d->below->name, sizeof(d->below->name), "%s",
+		 d->backing.dm_name);
+	return get_device(d->backing.dm_name, d->below);
+}
 
 static int get_device(const char *name, struct open_device *d)
 {
@@ -42,6 +69,9 @@ static int get_device(const char *name, struct open_device *d)
 		return 0;
 	device_look_up(d->table.metadata_dev, &d->metadata);
 	device_look_up(d->table.data_dev, &d->data);
+	ret = get_below(d);
+	if (ret)
+		return ret;
 
 	ret = dm_params(name, true, &type, &params, &sectors);
 	if (ret)
@@ -62,16 +92,6 @@ static const char *origin(const struct device *d)
 static const char *mode(const struct open_device *d)
 {
 	return d->has_status ? d->status.mode : "unknown";
-}
-
-static bool has_feature(const struct open_device *d, const char *feature)
-{
-	unsigned int i;
-
-	for (i = 0; i < d->table.features; i++)
-		if (!strcmp(d->table.feature[i], feature))
-			return true;
-	return false;
 }
 
 /*
@@ -96,6 +116,7 @@ static size_t numbers(const struct target_status *s, struct number *n)
 		{ "first-writes", s->first_writes },
 		{ "commits", s->commits },
 		{ "drops", s->drops },
+		{ "refused", s->refused },
 	};
 
 	memcpy(n, list, sizeof(list));
@@ -103,6 +124,24 @@ static size_t numbers(const struct target_status *s, struct number *n)
 }
 
 #define MAX_NUMBERS	16
+
+/* What a device reads below it, and so on down. */
+static void print_json_backing(struct json *j, const struct open_device *d)
+{
+	if (!d->table.f.backing_dev)
+		return;
+	json_object(j, "backing");
+	json_string(j, "device", d->backing.node);
+	if (d->below && d->below->has_table) {
+		json_string(j, "filename", origin(&d->below->metadata));
+		json_string(j, "data-file", origin(&d->below->data));
+		json_number(j, "virtual-size", d->below->size);
+		print_json_backing(j, d->below);
+	} else {
+		json_string(j, "filename", origin(&d->backing));
+	}
+	json_object_end(j);
+}
 
 static void print_json(struct json *j, const struct open_device *d)
 {
@@ -126,12 +165,18 @@ static void print_json(struct json *j, const struct open_device *d)
 		json_number(j, "refcount-bits", 1ULL << d->table.refcount_order);
 		json_string(j, "filename", origin(&d->metadata));
 		json_string(j, "data-file", origin(&d->data));
-		json_bool(j, "data-file-raw", has_feature(d, "data_file_raw"));
+		json_bool(j, "data-file-raw", d->table.f.data_file_raw);
 		json_string(j, "metadata-device", d->metadata.node);
 		json_string(j, "data-device", d->data.node);
+		json_bool(j, "extended-l2", d->table.f.extended_l2);
+		json_bool(j, "no-discard-passdown",
+			  d->table.f.no_discard_passdown);
+		if (d->table.f.cache_limit)
+			json_number(j, "cache-limit", d->table.f.cache_limit);
+		print_json_backing(j, d);
 		json_array(j, "features");
-		for (f = 0; f < d->table.features; f++)
-			json_string(j, NULL, d->table.feature[f]);
+		for (f = 0; f < d->table.f.count; f++)
+			json_string(j, NULL, d->table.f.name[f]);
 		json_array_end(j);
 	}
 	if (d->has_status) {
@@ -153,6 +198,34 @@ static void print_path(const char *what, const struct device *d)
 	putchar('\n');
 }
 
+/* One line for each that is below, from top to bottom. */
+static void print_backing(const struct open_device *d)
+{
+	for (; d && d->table.f.backing_dev; d = d->below) {
+		if (!d->below || !d->below->has_table) {
+			print_path("backing:", &d->backing);
+			continue;
+		}
+		printf("  backing:       %s (%s), data ",
+		       esc(origin(&d->below->metadata)),
+		       esc(d->backing.node));
+		put_escaped(stdout, origin(&d->below->data),
+			    strlen(origin(&d->below->data)));
+		putchar('\n');
+	}
+}
+
+static void print_options(const struct target_features *f)
+{
+	printf("  data file raw: %s\n", f->data_file_raw ? "yes" : "no");
+	if (f->extended_l2)
+		puts("  extended L2:   yes");
+	if (f->no_discard_passdown)
+		puts("  discards:      not passed down");
+	if (f->cache_limit)
+		printf("  cache limit:   %s\n", human_size(f->cache_limit));
+}
+
 static void print_text(const struct open_device *d)
 {
 	struct number n[MAX_NUMBERS];
@@ -169,8 +242,8 @@ static void print_text(const struct open_device *d)
 		       human_size(1ULL << d->table.cluster_bits));
 		print_path("image:", &d->metadata);
 		print_path("data:", &d->data);
-		printf("  data file raw: %s\n",
-		       has_feature(d, "data_file_raw") ? "yes" : "no");
+		print_backing(d);
+		print_options(&d->table.f);
 	}
 	if (!d->has_status)
 		return;
@@ -184,6 +257,10 @@ static void print_text(const struct open_device *d)
 				*p = ' ';
 		printf("  %-15s%" PRIu64 "\n", label, n[i].value);
 	}
+	if (d->status.refused)
+		printf("  The space for metadata is used up, and writes were refused: enlarge %s,\n"
+		       "  then let the device use it: qcow2setup resize %s --size %" PRIu64 "\n",
+		       esc(d->metadata.node), esc(d->name), d->size);
 }
 
 /* All devices, as they are found. */
@@ -310,6 +387,8 @@ static int status_all(const struct options *opt)
 	} else if (!ret) {
 		ret = print_table(&list);
 	}
+	for (i = 0; i < list.n; i++)
+		free_below(&list.d[i]);
 	free(list.d);
 	return ret;
 }
@@ -328,20 +407,19 @@ static int status_one(const struct options *opt, const char *name)
 		return fail(EX_WRONG, "/dev/mapper/%s is inactive; open it first",
 			    esc(name));
 	ret = get_device(name, &d);
-	if (ret)
-		return ret;
-	if (!d.has_table)
-		return fail(EX_WRONG,
-			    "%s: not a qcow2 device; qcow2setup status lists those that are open",
-			    esc(name));
-	if (opt->json) {
+	if (!ret && !d.has_table)
+		ret = fail(EX_WRONG,
+			   "%s: not a qcow2 device; qcow2setup status lists those that are open",
+			   esc(name));
+	if (!ret && opt->json) {
 		json_start(&j, stdout);
 		print_json(&j, &d);
 		json_end(&j);
-	} else {
+	} else if (!ret) {
 		print_text(&d);
 	}
-	return 0;
+	free_below(&d);
+	return ret;
 }
 
 int cmd_status(const struct options *opt, char **args)

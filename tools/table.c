@@ -35,7 +35,12 @@ static const char *table_name(const struct node *node, char *buf, size_t size)
 
 int cmd_table(const struct options *opt, char **args)
 {
-	char params[1024], meta[32], data[32];
+	char params[1024], meta[32], data[32], backing[32];
+	struct target_features f = {
+		.read_only = opt->read_only,
+		.no_discard_passdown = opt->no_discard_passdown,
+		.cache_limit = opt->cache_limit,
+	};
 	struct mapping m = MAPPING_CLOSED;
 	/* To look at an image that is to be written needs no write access. */
 	struct options look = *opt;
@@ -54,16 +59,27 @@ int cmd_table(const struct options *opt, char **args)
 		ret = need_device(&m.img.node, "image");
 	if (!ret)
 		ret = need_device(&m.data, "data");
+	if (!ret && m.backing && m.backing->image)
+		ret = fail(EX_WRONG,
+			   "%s: backing file is an image, and a table names block devices; open it first (qcow2setup open IMAGE NAME --readonly ...), and give --backing-file /dev/mapper/NAME",
+			   esc(m.backing->image->img.node.path));
+	else if (!ret && m.backing)
+		ret = need_device(&m.backing->node, "backing file");
 	if (!ret && !opt->read_only &&
 	    m.img.h.autoclear & ~QCOW2_AUTOCLEAR_KNOWN)
 		ret = fail(EX_WRONG,
 			   "%s: image has autoclear bits that must be cleared before it is written; use qcow2setup open, or --readonly",
 			   esc(args[0]));
+	if (!ret) {
+		f.data_file_raw = mapping_raw(&m);
+		if (m.backing)
+			f.backing_dev = table_name(&m.backing->node, backing,
+						   sizeof(backing));
+	}
 	if (!ret && !target_format_table(params, sizeof(params),
 					 table_name(&m.img.node, meta, sizeof(meta)),
 					 table_name(&m.data, data, sizeof(data)),
-					 &m.img.geo, opt->read_only,
-					 mapping_raw(&m)))
+					 &m.img.geo, &f))
 		ret = fail(EX_WRONG, "%s: table line is too long", esc(args[0]));
 	if (!ret)
 		printf("0 %llu %s %s\n",

@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# open takes back everything it did, whichever step fails or is interrupted.
+# open and resize take back everything they did, whichever step fails or is
+# interrupted.
 # Needs root, the kernel module, "make -C tools unit" before, and a folder to
 # work in (TMPDIR) that loop devices can use.  Prints KTAP.
 
@@ -37,10 +38,11 @@ left() {
 
 	loops=$(losetup -n -O NAME,BACK-FILE | grep -F -e "$work" -e memfd)
 	[ -z "$loops" ] || echo "loop devices: $loops"
-	if dmsetup info -c --noheadings -o name 2>/dev/null | grep -q "^$name"; then
+	if dmsetup info -c --noheadings -o name 2>/dev/null |
+		grep -q -e "^$name" -e '^qcow2-backing-'; then
 		echo "devices"
 	fi
-	[ -z "$(find /dev/mapper -name "$name*")" ] || echo "nodes"
+	[ -z "$(find /dev/mapper -name "$name*" -o -name 'qcow2-backing-*')" ] || echo "nodes"
 	cmp image original || echo "a changed image"
 }
 
@@ -120,6 +122,84 @@ rm image
 qemu-img create -q -f qcow2 -o data_file=data image 1G || exit 1
 each_step "read-only, with half a sector" --readonly
 
+rm image
+truncate -s 1000001 base
+qemu-img create -q -f qcow2 -b base -F raw -o data_file=mid.data mid 1000448 || exit 1
+truncate -s 1000448 mid.data
+qemu-img create -q -f qcow2 -b mid -F qcow2 -o data_file=data image 1G || exit 1
+each_step "chain" --backing-file mid,data-file=mid.data --backing-file base
+
+# resize_step ENVIRONMENT...: of the open device, to 2 GiB
+resize_step() {
+	env "$@" LD_PRELOAD="$inject" "$tool" resize $name --size 2G >said 2>&1
+}
+
+# What must be as before after a failure, and never suspended.
+device_state() {
+	dmsetup table $name
+	dmsetup info -c --noheadings -o suspended $name
+	od -An -tx1 -N 112 image
+	stat -c %s data
+}
+
+each_resize_step() {
+	local what=$1 calls k sig status wrong before
+
+	"$tool" open image $name --data-file data
+	resize_step INJECT_COUNT=calls
+	status=$?
+	"$tool" close $name
+	cp original image
+	truncate -s 1G data
+	calls=$(cat calls)
+	if [ $status -eq 0 ] && [ "$calls" -gt 15 ]; then
+		report "$what: with $calls calls"
+	else
+		report "$what: with $calls calls" "exit code $status"
+		return
+	fi
+	for sig in "" INJECT_SIGNAL=15; do
+		wrong=
+		for ((k = 1; k <= calls && !${#wrong}; k++)); do
+			"$tool" open image $name --data-file data
+			before=$(device_state)
+			resize_step INJECT_AT=$k ${sig:+"$sig"} 2>/dev/null
+			status=$?
+			if [ $status -eq 0 ]; then
+				[ "$(blockdev --getsize64 /dev/mapper/$name)" -eq $((2 << 30)) ] ||
+					wrong="call $k: said to be done, but is not"
+			elif [ "$before" != "$(device_state)" ]; then
+				wrong="call $k: not as before: $(device_state)"
+			elif [ -z "$sig" ] && [ "$(grep -vc warning: said)" -ne 1 ]; then
+				wrong="call $k: not one line is said"
+			fi
+			dmsetup resume $name
+			"$tool" close $name || wrong="call $k: cannot be closed"
+			qemu-img check -q image || wrong="call $k: image is damaged"
+			cp original image
+			truncate -s 1G data
+			status=$(left)
+			[ -z "$status" ] || wrong="call $k: left: $status"
+		done
+		if [ -n "$sig" ]; then
+			report "$what: all is as before if it is interrupted" "$wrong"
+		else
+			report "$what: all is as before if a call fails" "$wrong"
+		fi
+	done
+}
+
+rm image
+qemu-img create -q -f qcow2 -o data_file=data,cluster_size=4k image 1G || exit 1
+qemu-io -c 'write -q 0 1M' image
+truncate -s 1G data
+# open and close leave a whole last cluster
+"$tool" open image $name --data-file data && "$tool" close $name
+cp image original
+each_resize_step "resize"
+
+rm image
+qemu-img create -q -f qcow2 -o data_file=data image 1G || exit 1
 # The kernel's own reason is quoted.
 cp image original
 with_injection INJECT_COUNT=calls --

@@ -8,8 +8,15 @@
  *	image-steps crash IMAGE N SEED	prepare, with a power cut after N writes:
  *					of what was not yet made durable only a
  *					part, chosen by SEED, is kept
+ *	image-steps grow IMAGE SIZE BACKING
+ *					give it another size; BACKING is that of
+ *					its backing file, 0 if there is none
+ *	image-steps undo-grow IMAGE SIZE BACKING
+ *	image-steps crash-grow IMAGE SIZE BACKING N SEED
+ *	image-steps crash-repair IMAGE N SEED
+ *					repair it as check --repair all does
  *
- * Exits with 9 if there are no N writes.
+ * Exits with 9 if there are no N writes; crash-grow then prints how many there are.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -19,7 +26,9 @@
 #include <unistd.h>
 
 #include "image.h"
+#include "repair.h"
 #include "util.h"
+#include "verify.h"
 
 #define NO_SUCH_WRITE	9
 #define BYTES_KEPT	512	/* what a disk writes as a whole */
@@ -106,6 +115,44 @@ static int prepare(struct image *img)
 	return ret ? ret : image_prepare(img);
 }
 
+static int grow(struct image *img, const char *size, const char *backing)
+{
+	struct growth g = {
+		.size = strtoull(size, NULL, 10),
+		.backing_size = strtoull(backing, NULL, 10),
+	};
+	struct reasons reasons;
+	int ret;
+
+	image_reasons(img, false, &reasons);
+	if (reasons.n)
+		return fail(EX_WRONG, "%s", reasons.r[0].cause);
+	ret = image_load_tables(img, true);
+	return ret ? ret : image_grow(img, &g);
+}
+
+static int repair(struct image *img)
+{
+	struct verify v = { .img = img };
+	int ret;
+
+	ret = verify_image(&v, img);
+	if (!ret)
+		ret = repair_all(&v);
+	if (!ret)
+		ret = repair_marks(img);
+	verify_free(&v);
+	return ret;
+}
+
+/* Let the power fail after @n writes. */
+static void set_power_cut(const char *n, const char *seed)
+{
+	verbose = false;
+	writes_left = atol(n);
+	srandom(atol(seed));
+}
+
 int main(int argc, char **argv)
 {
 	struct image img;
@@ -126,10 +173,27 @@ int main(int argc, char **argv)
 	} else if (!strcmp(argv[1], "trim")) {
 		ret = image_trim(&img, &cut);
 	} else if (!strcmp(argv[1], "crash") && argc == 5) {
-		verbose = false;
-		writes_left = atol(argv[3]);
-		srandom(atol(argv[4]));
+		set_power_cut(argv[3], argv[4]);
 		ret = prepare(&img);
+		if (!ret)
+			ret = NO_SUCH_WRITE;
+		forget_pending();
+	} else if (!strcmp(argv[1], "grow") && argc == 5) {
+		ret = grow(&img, argv[3], argv[4]);
+	} else if (!strcmp(argv[1], "undo-grow") && argc == 5) {
+		ret = grow(&img, argv[3], argv[4]);
+		image_undo(&img);
+	} else if (!strcmp(argv[1], "crash-grow") && argc == 7) {
+		set_power_cut(argv[5], argv[6]);
+		ret = grow(&img, argv[3], argv[4]);
+		if (!ret) {
+			printf("%ld\n", atol(argv[5]) - writes_left);
+			ret = NO_SUCH_WRITE;
+		}
+		forget_pending();
+	} else if (!strcmp(argv[1], "crash-repair") && argc == 5) {
+		set_power_cut(argv[3], argv[4]);
+		ret = repair(&img);
 		if (!ret)
 			ret = NO_SUCH_WRITE;
 		forget_pending();

@@ -90,6 +90,7 @@ int ioctl(int fd, unsigned long request, ...)
 	arg = va_arg(ap, void *);
 	va_end(ap);
 	if ((request == LOOP_CONFIGURE || request == LOOP_CTL_GET_FREE ||
+	     request == LOOP_SET_CAPACITY ||
 	     _IOC_TYPE(request) == DM_IOCTL) && goes_wrong())
 		return -1;
 	return REAL(ioctl)(fd, request, arg);

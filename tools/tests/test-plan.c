@@ -40,11 +40,12 @@ static uint64_t allocate(const struct qcow2_geometry *g, const __be64 *table,
 }
 
 static void check_worst_case(unsigned int cluster_bits, unsigned int order,
-			     uint64_t size)
+			     uint64_t size, bool ext_l2)
 {
 	struct qcow2_geometry g = {
 		.size = size, .cluster_bits = cluster_bits,
 		.refcount_order = order, .reftable_clusters = 1,
+		.ext_l2 = ext_l2,
 	};
 	uint64_t entries = blocks_per_reftable_cluster(&g), need, used, end;
 	__be64 *table = calloc(entries, 8);
@@ -80,7 +81,8 @@ static void test_worst_case(void **state)
 	for (bits = 9; bits <= 21; bits++)
 		for (order = 0; order <= 6; order++)
 			for (i = 0; i < ARRAY_SIZE(sizes); i++)
-				check_worst_case(bits, order, sizes[i]);
+				check_worst_case(bits, order, sizes[i],
+						 bits >= 14 && order % 2);
 }
 
 /* The figures of a case that can be done by hand. */
@@ -149,10 +151,11 @@ static void test_not_addressable(void **state)
 }
 
 static void check_new(unsigned int bits, unsigned int order, uint64_t size,
-		      bool with_l2)
+		      bool with_l2, bool ext_l2)
 {
 	struct qcow2_geometry g = {
 		.size = size, .cluster_bits = bits, .refcount_order = order,
+		.ext_l2 = ext_l2,
 	};
 	uint64_t l2 = qcow2_l1_entries_needed(&g);
 	struct plan_new p;
@@ -189,9 +192,30 @@ static void test_new(void **state)
 	for (bits = 9; bits <= 21; bits++)
 		for (order = 0; order <= 6; order++)
 			for (i = 0; i < ARRAY_SIZE(sizes); i++) {
-				check_new(bits, order, sizes[i], false);
-				check_new(bits, order, sizes[i], true);
+				bool ext = bits >= 14 && order % 2;
+
+				check_new(bits, order, sizes[i], false, ext);
+				check_new(bits, order, sizes[i], true, ext);
 			}
+}
+
+/* Extended entries are twice as long: twice as many tables, and no more. */
+static void test_extended(void **state)
+{
+	struct qcow2_geometry g = {
+		.size = 10ULL << 40, .cluster_bits = 16, .refcount_order = 4,
+		.reftable_clusters = 1,
+	};
+	struct plan_new std, ext;
+
+	(void)state;
+	assert_true(plan_new(&g, true, &std));
+	g.ext_l2 = true;
+	assert_true(plan_new(&g, true, &ext));
+	assert_int_equal(std.l2_tables, 10 * 2048);
+	assert_int_equal(ext.l2_tables, 2 * std.l2_tables);
+	assert_true(ext.worst_case > std.worst_case + std.l2_tables);
+	assert_true(ext.worst_case <= 2 * std.worst_case);
 }
 
 int main(void)
@@ -202,6 +226,7 @@ int main(void)
 		cmocka_unit_test(test_limit),
 		cmocka_unit_test(test_not_addressable),
 		cmocka_unit_test(test_new),
+		cmocka_unit_test(test_extended),
 	};
 
 	return cmocka_run_group_tests_name("plan", tests, NULL, NULL);

@@ -1,0 +1,655 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * qcow2setup resize: give an image another size, or a device that is open.
+ *
+ * A live one is suspended meanwhile: the kernel has then written all that it
+ * knows, and reads header and L1 table again when it is resumed.  Whatever goes
+ * wrong, the old image and the old table come back.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <linux/loop.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "commands.h"
+#include "device.h"
+#include "dm.h"
+#include "image.h"
+#include "interrupt.h"
+#include "loop.h"
+#include "mapping.h"
+#include "node.h"
+#include "target.h"
+#include "util.h"
+
+#define SECTOR		512
+#define LOCK_TRIES	60
+
+/* @size: of the data; @old: of the image; sets *@new */
+static int choose_size(const struct options *opt, const char *path,
+		       uint64_t old, uint64_t size, unsigned int block,
+		       uint64_t *new)
+{
+	*new = opt->size_auto ? size / block * block : opt->size;
+	if (*new % block)
+		return fail(EX_PARAMETER,
+			    "%s: size of %llu bytes is no multiple of %u; give --size %llu",
+			    esc(path), (unsigned long long)*new, block,
+			    (unsigned long long)align_up(*new, block));
+	if (*new >= old)
+		return 0;
+	if (opt->size_auto)
+		return fail(EX_WRONG,
+			    "%s: data has %llu bytes, the image %llu, and an image is not made smaller; enlarge the data",
+			    esc(path), (unsigned long long)*new,
+			    (unsigned long long)old);
+	return fail(EX_WRONG,
+		    "%s: has %llu bytes and is not made smaller; close it, and use qemu-img resize --shrink",
+		    esc(path), (unsigned long long)old);
+}
+
+/* A file that is made longer, and can be put back. */
+struct grown_file {
+	int fd;			/* -1: none */
+	const char *path;
+	uint64_t before;
+	bool grown;
+};
+
+static int grow_file(struct grown_file *f, uint64_t size)
+{
+	struct stat st;
+
+	if (fstat(f->fd, &st))
+		return fail_errno("%s: cannot stat it", esc(f->path));
+	f->before = st.st_size;
+	if (f->before >= size)
+		return 0;
+	/* Durable before an image says that it is there. */
+	if (ftruncate(f->fd, size) || fsync(f->fd)) {
+		int ret = fail_errno("%s: cannot extend it to %s",
+				     esc(f->path), human_size(size));
+
+		if (ftruncate(f->fd, f->before))
+			warning("%s: cannot cut it off again", esc(f->path));
+		return ret;
+	}
+	f->grown = true;
+	note("%s: extended to %s", esc(f->path), human_size(size));
+	return 0;
+}
+
+static void shrink_file(struct grown_file *f)
+{
+	if (f->grown && ftruncate(f->fd, f->before))
+		warning("%s: cannot cut it off again: %s", esc(f->path),
+			strerror(errno));
+	f->grown = false;
+}
+
+/*
+ * An image that nobody has open
+ */
+
+struct offline {
+	struct image img;
+	struct node data;
+	struct node backing;
+	char *backing_arg;
+};
+
+static int open_image(struct offline *o, const char *path)
+{
+	struct reasons reasons;
+	struct node node;
+	int ret;
+
+	ret = node_open(&node, AT_FDCWD, path, 0);
+	if (!ret)
+		ret = node_lock(&node, true);
+	if (!ret)
+		ret = node_check_unused(&node, true);
+	if (ret) {
+		node_close(&node);
+		return ret;
+	}
+	ret = image_attach(&o->img, &node);
+	if (ret)
+		return ret;
+	image_reasons(&o->img, false, &reasons);
+	if (reasons.n)
+		return fail(EX_WRONG, "%s: %s; %s", esc(path),
+			    reasons.r[0].cause, reasons.r[0].remedy);
+	return image_load_tables(&o->img, true);
+}
+
+static int open_offline_data(struct offline *o, const struct options *opt)
+{
+	int ret;
+
+	if (!opt->data_file && opt->size_auto)
+		return fail(EX_PARAMETER,
+			    "%s: --size auto is the size of the data; give --data-file DEV|FILE, too",
+			    esc(o->img.node.path));
+	if (!opt->data_file)
+		return 0;
+	ret = node_open(&o->data, AT_FDCWD, opt->data_file, 0);
+	if (!ret && node_same(&o->img.node, &o->data))
+		return fail(EX_WRONG,
+			    "%s: image and data are the same file or device; give the data file of the image with --data-file",
+			    esc(o->data.path));
+	if (!ret)
+		ret = node_lock(&o->data, true);
+	return ret ? ret : node_check_unused(&o->data, true);
+}
+
+/*
+ * How long is what shows where nothing is allocated?  It need not be known:
+ * more is written to be zero then.
+ */
+static int open_offline_backing(struct offline *o, const struct options *opt,
+				struct growth *g)
+{
+	const struct span *format = &o->img.h.backing_format;
+	struct image img;
+	int ret;
+
+	if (!o->img.h.backing_file.s && opt->backing_files)
+		return fail(EX_PARAMETER,
+			    "%s: image has no backing file; leave --backing-file out",
+			    esc(o->img.node.path));
+	if (!o->img.h.backing_file.s)
+		return 0;
+	g->backing_size = UINT64_MAX;
+	if (!opt->backing_files)
+		return 0;
+	if (opt->backing_files > 1)
+		return fail(EX_PARAMETER,
+			    "only the backing file of the image itself is of use; give --backing-file once");
+	o->backing_arg = strdup(opt->backing_file[0]);
+	if (!o->backing_arg)
+		return fail_nomem();
+	backing_arg_split(o->backing_arg);
+	ret = node_open(&o->backing, AT_FDCWD, o->backing_arg, NODE_READ_ONLY);
+	if (!ret)
+		ret = node_lock(&o->backing, false);
+	if (ret)
+		return ret;
+	g->backing_size = o->backing.size;
+	g->backing = &o->backing;
+	if (o->backing.bdev || format->len != 5 ||
+	    memcmp(format->s, "qcow2", 5))
+		return 0;
+	/* An image: what it holds cannot be read here, only how much it is. */
+	g->backing = NULL;
+	ret = image_open(&img, AT_FDCWD, o->backing_arg, NODE_READ_ONLY);
+	g->backing_size = img.h.size;
+	image_close(&img);
+	return ret;
+}
+
+static int check_offline_data(const struct offline *o, uint64_t size)
+{
+	const struct node *data = &o->data;
+
+	if (!data->bdev || data->size >= size)
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: data device has %llu bytes, less than the new size of %llu; enlarge the device",
+		    esc(data->path), (unsigned long long)data->size,
+		    (unsigned long long)size);
+}
+
+static int grow_offline(struct offline *o, struct growth *g)
+{
+	struct grown_file file = { .fd = -1, .path = o->data.path };
+	uint64_t cut;
+	int ret = 0;
+
+	if (o->data.fd >= 0 && !o->data.bdev) {
+		file.fd = o->data.fd;
+		ret = grow_file(&file, g->size);
+	}
+	/* The format wants this of all who write. */
+	if (!ret)
+		ret = image_clear_autoclear(&o->img);
+	if (!ret && interrupted())
+		ret = EX_WRONG;
+	if (!ret)
+		ret = image_grow(&o->img, g);
+	if (ret) {
+		image_undo(&o->img);
+		shrink_file(&file);
+		return ret;
+	}
+	/* It is done; a longer file would do no harm. */
+	image_trim(&o->img, &cut);
+	return 0;
+}
+
+static int resize_image(const struct options *opt, const char *path)
+{
+	struct offline o = {
+		.img = IMAGE_CLOSED, .data = NODE_CLOSED,
+		.backing = NODE_CLOSED,
+	};
+	struct growth g = { 0 };
+	unsigned int block;
+	int ret;
+
+	ret = open_image(&o, path);
+	if (!ret)
+		ret = open_offline_data(&o, opt);
+	if (!ret)
+		ret = open_offline_backing(&o, opt, &g);
+	block = o.data.bdev ? o.data.block_size : SECTOR;
+	if (!ret)
+		ret = choose_size(opt, path, o.img.geo.size, o.data.size,
+				  block, &g.size);
+	if (!ret)
+		ret = check_offline_data(&o, g.size);
+	if (!ret && g.size > o.img.geo.size) {
+		if (o.data.fd >= 0)
+			g.data = &o.data;
+		ret = grow_offline(&o, &g);
+	}
+	free(o.backing_arg);
+	node_close(&o.backing);
+	node_close(&o.data);
+	image_close(&o.img);
+	return ret;
+}
+
+/*
+ * A device that is open
+ */
+
+/* A block device below it, and the file if it is a loop device. */
+struct part {
+	struct device d;
+	struct node node;
+	struct grown_file file;		/* fd -1: no file that could grow */
+	char path[300];			/* what node.path points to */
+};
+
+#define PART_CLOSED	{ .node = NODE_CLOSED, .file.fd = -1 }
+
+struct live {
+	const char *name;
+	uint64_t sectors;
+	char *params;			/* of the table that is live */
+	struct target_table table;
+	struct part meta, data, backing;
+	struct image img;
+	int lock;
+};
+
+static int part_open(struct part *p, const char *number, unsigned int flags)
+{
+	char now[32];
+	int ret;
+
+	if (!device_look_up(number, &p->d))
+		return fail(EX_WRONG, "device %s: cannot be found; check /sys/dev/block",
+			    esc(number));
+	/* The kernel's own name is there without udev, too. */
+	snprintf(p->path, sizeof(p->path), "/dev/%s", p->d.kernel_name);
+	ret = node_open(&p->node, AT_FDCWD, p->path, flags);
+	if (ret)
+		return ret;
+	snprintf(now, sizeof(now), "%u:%u", major(p->node.rdev),
+		 minor(p->node.rdev));
+	if (!p->node.bdev || strcmp(now, number))
+		return fail(EX_WRONG, "%s: is not device %s; check /dev",
+			    esc(p->path), esc(number));
+	p->node.path = p->d.file[0] ? p->d.file : p->d.node;
+	return 0;
+}
+
+/* The file behind a loop device, if it is still what its name says. */
+static void part_open_file(struct part *p)
+{
+	dev_t dev;
+	ino_t ino;
+	struct stat st;
+	int fd;
+
+	if (!p->d.loop || !loop_backing(p->node.fd, &dev, &ino))
+		return;
+	fd = open(p->d.file, O_RDWR | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+	if (fd < 0)
+		return;
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_dev != dev ||
+	    st.st_ino != ino) {
+		close(fd);
+		return;
+	}
+	p->file.fd = fd;
+	p->file.path = p->d.file;
+	p->file.before = st.st_size;
+}
+
+static void part_close(struct part *p)
+{
+	node_close(&p->node);
+	if (p->file.fd >= 0)
+		close(p->file.fd);
+	p->file.fd = -1;
+}
+
+/* Let a loop device see how long its file is; its size may stay less. */
+static int part_update(struct part *p)
+{
+	if (p->d.loop && ioctl(p->node.fd, LOOP_SET_CAPACITY, 0))
+		return fail_errno("%s: cannot update its size", esc(p->path));
+	if (ioctl(p->node.fd, BLKGETSIZE64, &p->node.size))
+		return fail_errno("%s: cannot get its size", esc(p->path));
+	return 0;
+}
+
+/* Make the device of a file longer. */
+static int part_extend(struct part *p, uint64_t size)
+{
+	int ret = 0;
+
+	if (p->file.fd >= 0)
+		ret = grow_file(&p->file, size);
+	if (!ret && p->d.loop)
+		ret = part_update(p);
+	if (ret || p->node.size >= size)
+		return ret;
+	return fail(EX_WRONG,
+		    "%s: device has %llu bytes, less than the %llu that are needed; enlarge the device",
+		    esc(p->node.path), (unsigned long long)p->node.size,
+		    (unsigned long long)size);
+}
+
+/* For image_make_room(); the node in the image is a copy. */
+static int extend_metadata(struct image *img, uint64_t size)
+{
+	struct part *p = img->extend_arg;
+	int ret = part_extend(p, size);
+
+	img->node.size = p->node.size;
+	return ret;
+}
+
+/* Two at once must not do this to one device. */
+static int live_lock(struct live *l)
+{
+	const struct timespec step = { .tv_nsec = 50 * 1000 * 1000 };
+	int i;
+
+	l->lock = open(l->meta.path, O_RDONLY | O_CLOEXEC);
+	if (l->lock < 0)
+		return fail_errno("%s: cannot open it", esc(l->meta.path));
+	/* udev takes such a lock, too, for moments. */
+	for (i = 0; flock(l->lock, LOCK_EX | LOCK_NB); i++) {
+		if (i == LOCK_TRIES || interrupted())
+			return fail(EX_BUSY,
+				    "%s: is being resized, or locked by another program; try again later",
+				    esc(l->name));
+		nanosleep(&step, NULL);
+	}
+	return 0;
+}
+
+/* Is there such a device, and is it ours?  Before it is locked. */
+static int check_device(const struct live *l)
+{
+	struct dm_dev_info info;
+	int ret;
+
+	ret = dm_query(l->name, &info);
+	if (ret)
+		return ret;
+	if (!info.exists)
+		return fail(EX_WRONG,
+			    "%s: no such device; qcow2setup status lists those that are open",
+			    esc(l->name));
+	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+		return fail(EX_WRONG,
+			    "%s: not opened by qcow2setup; resize the image when it is closed",
+			    esc(l->name));
+	if (info.read_only)
+		return fail(EX_WRONG,
+			    "%s: is open read-only; close it, and resize the image",
+			    esc(l->name));
+	return 0;
+}
+
+static int read_table(struct live *l)
+{
+	char *type;
+	int ret;
+
+	free(l->params);
+	l->params = NULL;
+	ret = dm_params(l->name, false, &type, &l->params, &l->sectors);
+	if (ret)
+		return ret;
+	free(type);
+	if (!target_parse_table(l->params, &l->table))
+		return fail(EX_WRONG,
+			    "%s: table is not understood; use a newer qcow2setup",
+			    esc(l->name));
+	return 0;
+}
+
+/* Can it be suspended and changed?  When nobody else does that. */
+static int check_state(const struct live *l)
+{
+	struct target_status status;
+	struct dm_dev_info info;
+	char *type, *params;
+	uint64_t sectors;
+	bool parsed;
+	int ret;
+
+	ret = dm_query(l->name, &info);
+	if (ret)
+		return ret;
+	if (info.suspended)
+		return fail(EX_BUSY,
+			    "%s: is suspended; resume it first (dmsetup resume %s)",
+			    esc(l->name), esc(l->name));
+	ret = dm_params(l->name, true, &type, &params, &sectors);
+	if (ret)
+		return ret;
+	parsed = !strcmp(type, DM_TARGET) &&
+		 target_parse_status(params, &status);
+	if (!parsed || strcmp(status.mode, "rw"))
+		ret = fail(EX_WRONG,
+			   "%s: is in mode %s; close it, and check the image",
+			   esc(l->name), parsed ? esc(status.mode) : "unknown");
+	free(type);
+	free(params);
+	return ret;
+}
+
+static int open_live(struct live *l)
+{
+	int ret;
+
+	ret = check_device(l);
+	if (!ret)
+		ret = read_table(l);
+	if (!ret)
+		ret = part_open(&l->meta, l->table.metadata_dev, 0);
+	if (!ret)
+		ret = live_lock(l);
+	/* Another one may have been at it until now. */
+	if (!ret)
+		ret = check_state(l);
+	if (!ret)
+		ret = read_table(l);
+	if (!ret &&
+	    !device_is_node(l->table.metadata_dev, &l->meta.node))
+		ret = fail(EX_BUSY, "%s: has just been given another table; try again",
+			   esc(l->name));
+	if (!ret)
+		ret = part_open(&l->data, l->table.data_dev, 0);
+	if (!ret && l->table.f.backing_dev)
+		ret = part_open(&l->backing, l->table.f.backing_dev,
+				NODE_READ_ONLY);
+	if (ret)
+		return ret;
+	part_open_file(&l->meta);
+	part_open_file(&l->data);
+	return 0;
+}
+
+/* Everything that is done while nothing can be read or written. */
+static int change_suspended(struct live *l, const struct growth *g)
+{
+	struct dm_line line = { .type = DM_TARGET };
+	struct target_features f = l->table.f;
+	struct reasons reasons;
+	char params[1024];
+	int ret;
+
+	/* The kernel wrote behind whatever was read of it before. */
+	node_drop_cache(&l->meta.node);
+	ret = image_attach(&l->img, &l->meta.node);
+	/* It is the image's now, and closed with it. */
+	l->meta.node.fd = dup(l->img.node.fd);
+	if (!ret && l->meta.node.fd < 0)
+		ret = fail_errno("%s: cannot duplicate it", esc(l->meta.path));
+	if (ret)
+		return ret;
+	if (l->meta.file.fd >= 0) {
+		l->img.extend = extend_metadata;
+		l->img.extend_arg = &l->meta;
+	}
+	image_reasons(&l->img, false, &reasons);
+	if (reasons.n)
+		return fail(EX_WRONG, "%s: %s; %s", esc(l->name),
+			    reasons.r[0].cause, reasons.r[0].remedy);
+	ret = image_load_tables(&l->img, true);
+	if (!ret && interrupted())
+		ret = EX_WRONG;
+	if (!ret)
+		ret = image_grow(&l->img, g);
+	if (ret)
+		return ret;
+
+	line.sectors = l->img.geo.size / SECTOR;
+	line.params = params;
+	if (!target_format_table(params, sizeof(params), l->table.metadata_dev,
+				 l->table.data_dev, &l->img.geo, &f))
+		return fail(EX_WRONG, "%s: table line is too long; close it, and resize the image",
+			    esc(l->name));
+	note("%s: 0 %llu %s %s", esc(l->name), (unsigned long long)line.sectors,
+	     DM_TARGET, params);
+	ret = dm_load(l->name, &line);
+	if (!ret)
+		ret = dm_resume(l->name);
+	return ret;
+}
+
+/* The image is as it was: so shall be the device. */
+static void bring_back(struct live *l)
+{
+	struct dm_line line = {
+		.sectors = l->sectors, .type = DM_TARGET, .params = l->params,
+	};
+	struct dm_dev_info info;
+
+	image_undo(&l->img);
+	/* If the new table did not come to be live, it must not do so now. */
+	if (dm_load(l->name, &line))
+		warning("%s: old table is not loaded again; it may still be live",
+			esc(l->name));
+	if (!dm_resume(l->name) && !dm_query(l->name, &info) &&
+	    !info.suspended)
+		return;
+	warning("%s: device stays suspended; see dmesg, then try dmsetup resume %s",
+		esc(l->name), esc(l->name));
+}
+
+static int resize_live(struct live *l, const struct options *opt)
+{
+	uint64_t old = l->sectors * SECTOR, have = l->data.node.size;
+	unsigned int block = l->data.node.block_size;
+	struct growth g = { .data = &l->data.node };
+	int ret;
+
+	/* A file may have grown without its loop device knowing. */
+	if (l->data.file.fd >= 0)
+		have = max_u64(have, l->data.file.before);
+	ret = choose_size(opt, l->name, old, have, block, &g.size);
+	if (!ret && g.size > l->data.node.size)
+		ret = part_extend(&l->data, g.size);
+	if (ret)
+		goto out;
+	if (l->table.f.backing_dev) {
+		g.backing = &l->backing.node;
+		g.backing_size = l->backing.node.size;
+	}
+	if (interrupted()) {
+		ret = EX_WRONG;
+		goto out;
+	}
+	ret = dm_suspend(l->name);
+	if (ret)
+		goto out;
+	ret = change_suspended(l, &g);
+	if (ret)
+		bring_back(l);
+out:
+	if (ret && l->data.file.grown) {
+		shrink_file(&l->data.file);
+		part_update(&l->data);
+	}
+	return ret;
+}
+
+static int resize_device(const struct options *opt, const char *name)
+{
+	struct live l = {
+		.name = name, .lock = -1, .img = IMAGE_CLOSED,
+		.meta = PART_CLOSED, .data = PART_CLOSED,
+		.backing = PART_CLOSED,
+	};
+	int ret;
+
+	if (opt->data_file || opt->backing_files)
+		return fail(EX_PARAMETER,
+			    "%s: is open and has its data; leave --data-file and --backing-file out",
+			    esc(name));
+	ret = dm_check(true);
+	if (!ret)
+		ret = open_live(&l);
+	if (!ret)
+		ret = resize_live(&l, opt);
+	image_close(&l.img);
+	part_close(&l.meta);
+	part_close(&l.data);
+	part_close(&l.backing);
+	if (l.lock >= 0)
+		close(l.lock);
+	free(l.params);
+	return ret;
+}
+
+int cmd_resize(const struct options *opt, char **args)
+{
+	char buf[160];
+	const char *name = device_live_name(args[0], buf, sizeof(buf));
+	int ret;
+
+	if (!opt->size && !opt->size_auto)
+		return fail(EX_PARAMETER,
+			    "resize needs to know the new size; give --size SIZE|auto");
+	interrupt_catch();
+	ret = name ? resize_device(opt, name) : resize_image(opt, args[0]);
+	return interrupt_result(ret);
+}
