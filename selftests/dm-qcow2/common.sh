@@ -18,9 +18,13 @@ export LC_ALL=C
 # Without udevd nobody would answer libdevmapper's cookies.
 [ -e /run/udev/control ] || export DM_DISABLE_UDEV=1
 
+# Array devices are made by mdadm itself then, too.
+[ -e /run/udev/control ] || export MDADM_NO_UDEV=1
+
 prefix=qcow2test$$
 dir=''
 checks=()
+undo=()
 
 note()
 {
@@ -71,6 +75,11 @@ start()
 	trap 'exit 1' INT TERM HUP
 }
 
+our_devices()
+{
+	dmsetup ls | awk -v p="$prefix" 'index($1, p) == 1 { print $1 }'
+}
+
 loops_here()
 {
 	losetup -n -l -O NAME,BACK-FILE | awk -v d="$dir/" 'index($2, d) == 1 { print $1 }'
@@ -84,7 +93,11 @@ sweep()
 	for _ in 1 2; do
 		awk -v d="$dir" 'index($2, d) == 1 { print $2 }' /proc/mounts |
 			while read -r d; do umount "$d"; done
-		for d in $(dmsetup ls | awk -v p="$prefix" 'index($1, p) == 1 { print $1 }'); do
+		# Those that others lie on are still in use the first time.
+		for d in $(our_devices); do
+			dmsetup remove "$d"
+		done
+		for d in $(our_devices); do
 			dmsetup remove --retry "$d" || dmsetup remove --force "$d"
 		done
 	done > /dev/null 2>&1
@@ -122,6 +135,7 @@ run_check()
 	(
 		set -eE
 		trap 'note "$__name: line $LINENO: $BASH_COMMAND"' ERR
+		trap 'set +eE; trap - ERR; unwind > /dev/null 2>&1' EXIT
 		"$@"
 	) < /dev/null 2>&1
 	__rc=$?
@@ -210,6 +224,160 @@ poll()
 	done
 }
 
+# later COMMAND...: to be done by unwind, which goes backwards; at the latest
+# when the check ends, whatever its end
+later()
+{
+	undo+=("$(printf '%q ' "$@")")
+}
+
+# unwind [N]: until N are left
+unwind()
+{
+	local c
+
+	while [ ${#undo[@]} -gt "${1:-0}" ]; do
+		c=${undo[-1]}
+		unset 'undo[-1]'
+		eval "$c"
+	done
+}
+
+# lower KIND NAME BYTES: make a device of just that size, for an image or its data
+# to lie on; its path is in $lower
+lower()
+{
+	local name=$prefix-$2 size=$3 file=$dir/$2.lower
+
+	case $1 in
+	loop)	new_loop "$file" "$size" ;;
+	loop4k)	new_loop "$file" "$size" --sector-size 4096 ;;
+	linear)	new_loop "$file" $((size + (4 << 20)))
+		dmsetup create "$name" --table "0 $((size / 512)) linear $lower 2056"
+		later dmsetup remove --retry "$name"
+		lower=/dev/mapper/$name ;;
+	thin)	# A pool with little more than is needed: discards must be good for something.
+		new_loop "$file" $(((size + (1 << 20) - 1 >> 20 << 20) + (4 << 20)))
+		local pool_data=$lower pool_size
+		new_loop "$file-meta" $((4 << 20))
+		pool_size=$(blockdev --getsz "$pool_data")
+		dmsetup create "$name-pool" --table "0 $pool_size thin-pool $lower $pool_data 128 0"
+		later dmsetup remove --retry "$name-pool"
+		dmsetup message "$name-pool" 0 "create_thin 0"
+		dmsetup create "$name" --table "0 $((size / 512)) thin /dev/mapper/$name-pool 0"
+		later dmsetup remove --retry "$name"
+		lower=/dev/mapper/$name ;;
+	lv)	new_loop "$file" $((size + (8 << 20)))
+		volume "$2" "$size" "$lower" ;;
+	nvme)	[ -n "$nvme" ] || fault "no scratch NVMe disk"
+		blkdiscard -f "$nvme" 2> /dev/null
+		dmsetup create "$name" --table "0 $((size / 512)) linear $nvme 0"
+		later dmsetup remove --retry "$name"
+		lower=/dev/mapper/$name ;;
+	*)	fault "lower $1?" ;;
+	esac
+}
+
+# new_loop FILE BYTES [OPTION...]: $lower
+new_loop()
+{
+	local file=$1
+
+	truncate -s "$2" "$file"
+	shift 2
+	lower=$(losetup -f --show "$@" "$file")
+	later losetup -d "$lower"
+}
+
+# lvm_do DEVICE COMMAND [ARG...]: no other device is looked at (those below it have
+# the same content), and nothing is kept
+lvm_do()
+{
+	local device=$1 command=$2 sync=1
+
+	shift 2
+	[ -e /run/udev/control ] || sync=0
+	LVM_SYSTEM_DIR=$dir "$command" -qq --config "
+		devices { use_devicesfile=0 obtain_device_list_from_udev=0
+			external_device_info_source=none hints=none
+			global_filter=[ \"a|^$device\$|\", \"r|.*|\" ] }
+		activation { udev_sync=$sync udev_rules=$sync monitoring=0 }
+		backup { backup=0 archive=0 }
+		global { event_activation=0 use_lvmpolld=0 locking_dir=\"$dir\" }" "$@" 2>> "$dir/lvm.log" ||
+		fault "$command: $(tail -n 3 "$dir/lvm.log")"
+}
+
+# volume NAME BYTES DEVICE: a volume group on the device, and a volume in it; $lower
+volume()
+{
+	local group=$prefix${1//-/}
+
+	lvm_do "$3" vgcreate -s 1m "$group" "$3"
+	later lvm_do "$3" vgchange -a n "$group"
+	lvm_do "$3" lvcreate -y -W n -Z n -n v -L "$2b" "$group"
+	lower=/dev/mapper/$group-v
+}
+
+# The VM's NVMe disk, which may be overwritten; $nvme, empty if there is none
+find_nvme()
+{
+	local c
+
+	nvme=''
+	modprobe -q nvme
+	sleep 1
+	for c in /sys/class/nvme/nvme*; do
+		[[ -e $c && $(< "$c/serial") =~ ^dm-qcow2-scratch\ *$ ]] && nvme=/dev/${c##*/}n1
+	done
+	[ -z "$nvme" ] || poll 10 test -b "$nvme"
+}
+
+# stack NAME META_KIND DATA_KIND BYTES [OPTION,...]: as image and map, on devices that
+# lower makes. $dev; unwind takes all down again, unwind $below only the image
+stack()
+{
+	local name=$1 size
+
+	image "$name" "$4" "${5-}"
+	python3 "$here/qcow2image.py" extend "$dir/$name.qcow2"
+	size=$((($(stat -c %s "$dir/$name.qcow2") + (1 << 20) - 1) >> 20 << 20))
+	truncate -s "$size" "$dir/$name.qcow2"
+	lower "$2" "$name-meta" "$size"
+	meta=$lower
+	dd if="$dir/$name.qcow2" of="$meta" bs=1M conv=nocreat,sparse oflag=direct status=none
+	lower "$3" "$name-data" "$4"
+	data=$lower
+	dd if="$dir/$name.data" of="$data" bs=1M count=4 conv=nocreat oflag=direct status=none
+	# QEMU finds the image, and by the name in it its data.
+	ln -sf "$meta" "$dir/$name.qcow2"
+	ln -sf "$data" "$dir/$name.data"
+	below=${#undo[@]}
+	dev=/dev/mapper/$prefix-$name
+	restack "$name"
+}
+
+# restack NAME [FEATURE...]
+restack()
+{
+	local name=$1 ro=''
+
+	shift
+	line=$(python3 "$here/qcow2image.py" line "$dir/$name.qcow2" "$meta" "$data" "$@")
+	# File systems that know it do not try to write.
+	[[ $line != *" read_only"* ]] || ro=--readonly
+	# shellcheck disable=SC2086 # nothing, or one word
+	dmsetup create $ro "$prefix-$name" --table "$line"
+	later dmsetup remove --retry "$prefix-$name"
+}
+
+# good_image NAME [RAW_FILE]: QEMU finds no fault, and reads what RAW_FILE has
+good_image()
+{
+	qemu-img check -q -U -f qcow2 "$dir/$1.qcow2" || fault "qemu-img check: status $?"
+	[ -z "${2-}" ] || qemu-img compare -q -U -f qcow2 -F raw "$dir/$1.qcow2" "$2" ||
+		fault "qemu-img compare: status $?"
+}
+
 # The tool, for the tests that need it; $tool
 need_tool()
 {
@@ -241,7 +409,7 @@ nothing_left()
 {
 	local left
 
-	left=$(loops_here)$(dmsetup ls | awk -v p="$prefix" 'index($1, p) == 1 { print $1 }')
+	left=$(loops_here)$(our_devices)
 	[ -z "$left" ] || fault "left behind: $left"
 }
 

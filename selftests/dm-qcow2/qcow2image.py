@@ -38,6 +38,7 @@ FIELDS = {
     "compression_type": (104, ">B"),
 }
 
+SUBCLUSTERS = 32
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXT_L2 = (1 << n for n in range(5))
 RAW = 1 << 1
 COPIED = 1 << 63
@@ -94,9 +95,24 @@ class Qcow2:
         return self.get("size") & ~511
 
     @property
+    def extended(self):
+        """Are the L2 entries extended ones, with subclusters?"""
+        return bool(self.get("incompatible_features") & EXT_L2)
+
+    @property
+    def entry_size(self):
+        """Of an L2 entry in bytes."""
+        return 16 if self.extended else 8
+
+    @property
+    def unit(self):
+        """Bytes that have a state of their own: a cluster, or a subcluster."""
+        return self.cluster // SUBCLUSTERS if self.extended else self.cluster
+
+    @property
     def cover(self):
         """Guest bytes that one L2 table maps."""
-        return self.cluster * self.cluster // 8
+        return self.cluster * self.cluster // self.entry_size
 
     @property
     def tables(self):
@@ -112,6 +128,10 @@ class Qcow2:
     def l1(self, index):
         return self.u64(self.l1_pos(index))
 
+    def l1_entries(self):
+        """All that the virtual size needs. At once: one by one takes its time."""
+        return struct.unpack(f">{self.tables}Q", self.read(self.l1_pos(0), 8 * self.tables))
+
     def l2_table(self, guest):
         """Where the L2 table for a guest offset is in the file; 0 if there is none."""
         return self.l1(guest // self.cover) & OFFSET_MASK
@@ -121,19 +141,69 @@ class Qcow2:
         table = self.l2_table(guest)
         if not table:
             raise ValueError(f"no L2 table for guest offset {guest:#x}")
-        return table + 8 * (guest % self.cover // self.cluster)
+        return table + self.entry_size * (guest % self.cover // self.cluster)
 
     def l2(self, guest):
         return self.u64(self.l2_pos(guest)) if self.l2_table(guest) else 0
 
-    def state(self, guest):
-        """What the cluster at a guest offset is: unallocated, zero or data."""
-        entry = self.l2(guest)
+    def bitmap(self, guest):
+        """Second word of an extended L2 entry: zero bits, then allocation bits."""
+        return self.u64(self.l2_pos(guest) + 8) if self.l2_table(guest) else 0
+
+    def set_bitmap(self, guest, value):
+        self.set_u64(self.l2_pos(guest) + 8, value)
+
+    @staticmethod
+    def _state(entry, first):
         if entry & ZERO:
             return "zero"
-        if entry & OFFSET_MASK or (entry & COPIED and guest < self.cluster):
+        if entry & OFFSET_MASK or (entry & COPIED and first):
             return "data"
         return "unallocated"
+
+    @staticmethod
+    def _substate(bitmap, sub):
+        if bitmap >> sub & 1:
+            return "data"
+        return "zero" if bitmap >> (32 + sub) & 1 else "unallocated"
+
+    def state(self, guest):
+        """What the unit at a guest offset is: unallocated, zero or data."""
+        if self.extended:
+            return self._substate(self.bitmap(guest), guest % self.cluster // self.unit)
+        return self._state(self.l2(guest), guest < self.cluster)
+
+    def states(self):
+        """The state of every unit, in order; reads each L2 table once."""
+        cluster, unit, cover, size = self.cluster, self.unit, self.cover, self.size
+        words = self.entry_size // 8
+        per = cover // cluster
+        found = []
+        for i in range(self.tables):
+            n = min(per, -(-(size - i * cover) // cluster))
+            table = self.l1(i) & OFFSET_MASK
+            data = self.read(table, n * words * 8) if table else b""
+            entries = struct.unpack(f">{n * words}Q", data.ljust(n * words * 8, b"\0"))
+            if words == 1:
+                found += [self._state(e, not i and not k) for k, e in enumerate(entries)]
+            else:
+                found += [self._substate(b, sub) for b in entries[1::2] for sub in range(SUBCLUSTERS)]
+        return found[:-(-size // unit)]
+
+    def put(self, guest, state):
+        """Set the state of the unit at a guest offset, whose L2 table is there.
+        zero+: a zero cluster that keeps its offset."""
+        start = guest // self.cluster * self.cluster
+        if not self.extended:
+            self.set_u64(self.l2_pos(guest), {"data": start | COPIED, "zero": ZERO, "unallocated": 0,
+                                              "zero+": start | COPIED | ZERO}[state])
+            return
+        bit = 1 << guest % self.cluster // self.unit
+        bitmap = self.bitmap(guest) & ~(bit << 32 | bit)
+        bitmap |= {"data": bit, "zero": bit << 32, "unallocated": 0, "zero+": bit << 32}[state]
+        self.set_bitmap(guest, bitmap)
+        if state in ("data", "zero+"):
+            self.set_u64(self.l2_pos(guest), start | COPIED)
 
     # Refcounts
 
@@ -173,7 +243,7 @@ class Qcow2:
     def worst_case(self):
         """A file size at which every L2 table that is missing finds room."""
         cluster = self.cluster
-        present = sum(1 for i in range(self.tables) if self.l1(i) & OFFSET_MASK)
+        present = sum(1 for entry in self.l1_entries() if entry & OFFSET_MASK)
         clusters = -(-self.file_size() // cluster) + self.tables - present
         blocks = clusters // (self.per_block() - 1) + 1
         clusters += blocks
@@ -185,7 +255,8 @@ class Qcow2:
         os.truncate(self.path, self.worst_case())
 
     def args(self, meta, data, *features):
-        """The words of a table line behind the name of the target."""
+        """The words of a table line behind the name of the target. The features that
+        the image has are added, but for backing_dev, which needs a device."""
         words = [meta, data]
         words += [str(self.get(f)) for f in
                   ("cluster_bits", "l1_table_offset", "l1_size", "refcount_table_offset",
@@ -193,6 +264,8 @@ class Qcow2:
         features = list(features)
         if self.get("autoclear_features") & RAW and "data_file_raw" not in features:
             features.append("data_file_raw")
+        if self.extended and "extended_l2" not in features:
+            features.append("extended_l2")
         if features:
             words += [str(len(features))] + features
         return words

@@ -8,9 +8,11 @@ along with the device under test and never read back from it.
 """
 import collections
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import mmap
 import os
 import random
@@ -24,7 +26,7 @@ import tempfile
 import time
 import traceback
 
-from qcow2image import Qcow2
+from qcow2image import RAW, Qcow2
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KSFT_PASS, KSFT_FAIL, KSFT_SKIP = 0, 1, 4
@@ -32,6 +34,8 @@ KSFT_PASS, KSFT_FAIL, KSFT_SKIP = 0, 1, 4
 # that a hang is reported here and not only by the runner's timeout.
 COMMAND_TIMEOUT = 180
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 os.environ["LC_ALL"] = "C"
 # Without udevd nobody would answer libdevmapper's cookies.
@@ -219,6 +223,30 @@ class Io:
     def fsync(self):
         os.fsync(self.fd)
 
+    # The requests without data, by all the ways to a block device there are
+
+    BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F
+    KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
+
+    def discard(self, offset, length):
+        fcntl.ioctl(self.fd, self.BLKDISCARD, struct.pack("QQ", offset, length))
+
+    def zero_out(self, offset, length):
+        """Write zeroes, not to be unmapped; the kernel falls back to writing them."""
+        fcntl.ioctl(self.fd, self.BLKZEROOUT, struct.pack("QQ", offset, length))
+
+    def _fallocate(self, mode, offset, length):
+        if LIBC.fallocate(self.fd, mode | self.KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length)):
+            raise OSError(ctypes.get_errno(), "fallocate")
+
+    def zero_range(self, offset, length):
+        """The same, by another way."""
+        self._fallocate(self.ZERO_RANGE, offset, length)
+
+    def punch_hole(self, offset, length):
+        """Write zeroes that may unmap."""
+        self._fallocate(self.PUNCH_HOLE, offset, length)
+
     def close(self):
         if self.fd >= 0:
             os.close(self.fd)
@@ -232,10 +260,17 @@ def sysfs(path):
     return f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
 
 
+def queue_limit(path, name):
+    """A number in the queue's folder of a block device."""
+    with open(f"{sysfs(path)}/queue/{name}", encoding="ascii") as f:
+        return int(f.read())
+
+
 class Stat:
     """I/O counters of a block device, from the time when it was made."""
     NAMES = ("reads", "read_merges", "read_sectors", "read_ms", "writes", "write_merges",
-             "write_sectors", "write_ms")
+             "write_sectors", "write_ms", "in_flight", "busy_ms", "queue_ms", "discards",
+             "discard_merges", "discard_sectors", "discard_ms", "flushes", "flush_ms")
 
     def __init__(self, path):
         self.file = sysfs(path) + "/stat"
@@ -285,9 +320,45 @@ class Loop:
             fcntl.ioctl(dev, self.CLR_FD)
 
 
+class Node:
+    """A block device that is there already, and stays."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def close(self):
+        pass
+
+
+class Ext4:
+    """A file system of its own in a file."""
+
+    def __init__(self, bench, size):
+        self.loop = Loop(bench.file("ext4", size))
+        self.path = bench.path("ext4.mnt")
+        os.mkdir(self.path)
+        run("mkfs.ext4", "-q", "-F", self.loop.path)
+        run("mount", "-t", "ext4", self.loop.path, self.path)
+
+    def close(self):
+        run("umount", self.path)
+        self.loop.close()
+
+
+class RamDisk:
+    """A device without discard and write zeroes."""
+    path = "/dev/ram0"
+
+    def __init__(self, size):
+        run("modprobe", "brd", "rd_nr=1", f"rd_size={size // KIB}")
+
+    def close(self):
+        run("modprobe", "-r", "brd")
+
+
 Status = collections.namedtuple("Status", (
     "cluster_sectors tables entries slices state_bytes dirty hits misses first_writes commits "
-    "drops features mode"))
+    "drops refused features mode"))
 
 
 # Device-mapper's own interface: a dmsetup process for each of many hundreds of
@@ -331,6 +402,7 @@ class Dm:
 
     def __init__(self, name, table=None, readonly=False):
         self.name = f"qcow2test{os.getpid()}-{name}"
+        self.line = table
         number = dm_ioctl(DM_DEV_CREATE, self.name).device
         # As the kernel encodes it: 20 bits of minor number around 12 of major.
         self.path = f"/dev/dm-{number & 0xff | number >> 12 & 0xfff00}"
@@ -378,10 +450,10 @@ class Dm:
         expect(target == "qcow2", f"not a status line of the target: {target} {line}")
         words = line.split()
         tables, entries = words[1].split("/")
-        n = int(words[10])
-        expect(len(words) == 12 + n, f"{len(words)} words in the status line: {words}")
-        return Status(int(words[0]), int(tables), int(entries), *map(int, words[2:10]),
-                      words[11:11 + n], words[11 + n])
+        n = int(words[11])
+        expect(len(words) == 13 + n, f"{len(words)} words in the status line: {words}")
+        return Status(int(words[0]), int(tables), int(entries), *map(int, words[2:11]),
+                      words[12:12 + n], words[12 + n])
 
     def mode(self):
         return self.status().mode
@@ -423,25 +495,114 @@ class Model:
         os.close(self.fd)
 
 
+class Units:
+    """Model of an image: content, and the state of each unit."""
+
+    def __init__(self, image):
+        self.unit, self.size = image.unit, image.size
+        self.raw = bool(image.get("autoclear_features") & RAW)
+        # Beyond its end there is nothing to hide.
+        self.backing = os.stat(image.backing).st_size if image.backing else 0
+        self.data = bytearray(image.content())
+        self.states = image.states()
+
+    def read(self, offset, length):
+        return bytes(self.data[offset:offset + length])
+
+    def touched(self, offset, length):
+        return range(offset // self.unit, -(-(offset + length) // self.unit))
+
+    def whole(self, offset, length):
+        """Units that a request covers; the end of the image completes one."""
+        end = offset + length
+        return range(-(-offset // self.unit),
+                     -(-end // self.unit) if end == self.size else max(end, 0) // self.unit)
+
+    def write(self, offset, data):
+        self.data[offset:offset + len(data)] = data
+        for n in self.touched(offset, len(data)):
+            self.states[n] = "data"
+
+    def _zero(self, offset, length):
+        for n in self.whole(offset, length):
+            start = n * self.unit
+            end = min(start + self.unit, self.size)
+            self.data[start:end] = bytes(end - start)
+            if self.states[n] == "data" or start < self.backing:
+                self.states[n] = "zero"
+
+    def discard(self, offset, length):
+        if self.raw:
+            # As a loop device does it
+            self.data[offset:offset + length] = bytes(length)
+        else:
+            self._zero(offset, length)
+
+    def zero(self, offset, length):
+        self.data[offset:offset + length] = bytes(length)
+        if self.raw:
+            return
+        whole = self.whole(offset, length)
+        self._zero(offset, length)
+        for n in self.touched(offset, length):
+            if n not in whole and self.states[n] == "unallocated" and n * self.unit < self.backing:
+                self.states[n] = "data"
+
+    zero_out = zero_range = punch_hole = zero
+
+    def check(self, disk, offset=0, length=None):
+        """What the device reads must be the model."""
+        end = offset + length if length is not None else self.size
+        for at in range(offset, end, MIB):
+            n = min(MIB, end - at)
+            same(disk.read(at, n), self.read(at, n), at)
+
+    def check_states(self, image):
+        got = image.states()
+        bad = [n for n, (a, b) in enumerate(zip(got, self.states)) if a != b]
+        expect(not bad, f"states on disk: {[(n, got[n], 'model:', self.states[n]) for n in bad[:3]]}"
+               f" and {len(bad[3:])} more")
+
+    def save(self, path):
+        with open(path, "wb") as f:
+            f.write(self.data)
+        self.path = path
+        return self
+
+
 class Image(Qcow2):
     """An image with its data file, both plain files in the bench's folder."""
 
-    def __init__(self, bench, name, size, cluster=64 * KIB, refcount_bits=16, raw=False, options=""):
+    def __init__(self, bench, name, size, cluster=64 * KIB, refcount_bits=16, raw=False,
+                 extended=False, backing=None, backing_image=None, data=None, options=""):
+        """backing: path of a raw file, or of a file with the content of the qcow2 image
+        backing_image. data: a file or device to use for the data."""
         super().__init__(os.path.join(bench.dir, name + ".qcow2"))
         self.bench = bench
-        self.data = os.path.join(bench.dir, name + ".data")
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-o",
+        self.data = data or os.path.join(bench.dir, name + ".data")
+        self.backing, self.backing_image = backing, backing_image
+        if extended:
+            options = f",extended_l2=on{options}"
+        below = ()
+        if backing:
+            below = ("-b", backing_image.path, "-F", "qcow2") if backing_image else ("-b", backing, "-F", "raw")
+        run("qemu-img", "create", "-q", "-f", "qcow2", *below, "-o",
             f"data_file={self.data},data_file_raw={'on' if raw else 'off'},"
             f"cluster_size={cluster},refcount_bits={refcount_bits}{options}", self.path, size)
-        os.truncate(self.data, size)
-        self.meta_loop = self.data_loop = None
-        self.extended = False
+        self.trim()
+        self.meta_loop = self.data_loop = self.backing_loop = None
+        self.has_room = False
+
+    def trim(self):
+        """QEMU lets the data file grow to whole clusters."""
+        if os.path.isfile(self.data):
+            os.truncate(self.data, self.size)
 
     def extend(self):
         """Once: it would add the same room again."""
-        if not self.extended:
+        if not self.has_room:
             super().extend()
-        self.extended = True
+        self.has_room = True
 
     def poison(self, *ranges, seed=1):
         """Fill the data file (or ranges of it) with bytes that no test writes.
@@ -452,26 +613,74 @@ class Image(Qcow2):
                 f.seek(offset)
                 f.write(rng.randbytes(length))
 
+    def poison_unused(self, seed=1):
+        """Poison all of the data file that the image does not call data."""
+        size, unit = self.size, self.unit
+        rng = random.Random(seed)
+        with open(self.data, "r+b") as f:
+            for n, state in enumerate(self.states()):
+                if state != "data":
+                    f.seek(n * unit)
+                    f.write(rng.randbytes(min(unit, size - n * unit)))
+
+    def content(self):
+        """What the device must read, by the metadata and the files as they are."""
+        size, unit = self.size, self.unit
+        with open(self.data, "rb") as f:
+            data = f.read(size)
+        if self.get("autoclear_features") & RAW:
+            return data
+        below = b""
+        if self.backing:
+            with open(self.backing, "rb") as f:
+                below = f.read(size)
+        below = below.ljust(size, b"\0")
+        source = {"data": data, "unallocated": below, "zero": bytes(size)}
+        return b"".join(source[state][n * unit:(n + 1) * unit] for n, state in enumerate(self.states()))
+
+    def arrange(self, states):
+        """Give the first units these states (a list, or a function of the unit's
+        number); the data file is all poison. For small images."""
+        self.qemu_io(*(f"write -q -P 1 {at} 512" for at in range(0, self.size, self.cover)))
+        self.trim()
+        if isinstance(states, list):
+            wanted = states
+        else:
+            wanted = [states(n) for n in range(-(-self.size // self.unit))]
+        for n, state in enumerate(wanted):
+            self.put(n * self.unit, state)
+        self.poison()
+        return self
+
     def attach(self, extend=True, readonly=False):
-        """Loop devices for both files."""
+        """Loop devices for the files; devices are used as they are."""
         if extend and not readonly:
             self.extend()
         self.meta_loop = self.bench.add(Loop(self.path, readonly))
-        self.data_loop = self.bench.add(Loop(self.data, readonly))
+        self.data_loop = self.bench.add(Loop(self.data, readonly)) if os.path.isfile(self.data) else Node(self.data)
+        if self.backing and not self.backing_image:
+            self.backing_loop = self.bench.add(Loop(self.backing, readonly=True))
 
     def detach(self):
-        for loop in (self.meta_loop, self.data_loop):
-            self.bench.drop(loop)
-        self.meta_loop = self.data_loop = None
+        for loop in (self.meta_loop, self.data_loop, self.backing_loop):
+            if loop in self.bench.things:
+                self.bench.drop(loop)
+        self.meta_loop = self.data_loop = self.backing_loop = None
 
-    def open(self, *features, meta=None, data=None, readonly=False, name="q"):
-        """Map the image. meta, data: devices to use in place of the loops."""
+    def open(self, *features, meta=None, data=None, backing=None, readonly=False, name="q"):
+        """Map the image. meta, data, backing: devices to use in place of the loops."""
         if not self.meta_loop:
             self.attach(readonly=readonly)
         if readonly:
             features = ("read_only", *features)
+        if backing or self.backing_loop:
+            features = (*features, "backing_dev", backing or self.backing_loop.path)
         line = self.line(meta or self.meta_loop.path, data or self.data_loop.path, *features)
         return self.bench.add(Dm(name, line, readonly))
+
+    def map(self):
+        """QEMU's view: the extents of qemu-img map."""
+        return json.loads(run("qemu-img", "map", "-U", "-f", "qcow2", "--output=json", self.path))
 
     def hash(self):
         """Of the whole metadata file."""
@@ -536,6 +745,10 @@ class Bench:
 
     def close(self):
         faults = []
+        # Whatever happened, no request may stay inside of a device.
+        for thing in self.things:
+            if isinstance(thing, Lower):
+                thing.close()
         while self.things:
             thing = self.things.pop()
             try:
@@ -548,6 +761,56 @@ class Bench:
         shutil.rmtree(self.dir, ignore_errors=True)
         if faults:
             raise Failure("; ".join(faults))
+
+
+class Lower:
+    """A device to put below the target: it works, fails, is slow, or stands still.
+    It can be changed while it is in use."""
+
+    def __init__(self, bench, name, device):
+        self.device = device
+        self.sectors = device_sectors(device)
+        self.dm = bench.linear(name, device)
+        self.path = self.dm.path
+        self.still = False
+        bench.add(self)
+
+    def good(self):
+        self.dm.load(f"0 {self.sectors} linear {self.device} 0")
+
+    def no_writes(self):
+        self.bad(writes_only=True)
+
+    def bad(self, start=0, length=None, writes_only=False):
+        """Neither reads nor writes, or only no writes, in a range of bytes."""
+        start //= 512
+        end = start + length // 512 if length else self.sectors
+        lines = [f"{start} {end - start} " + (f"flakey {self.device} {start} 0 3600 1 error_writes"
+                                              if writes_only else "error")]
+        if start:
+            lines.insert(0, f"0 {start} linear {self.device} 0")
+        if end < self.sectors:
+            lines.append(f"{end} {self.sectors - end} linear {self.device} {end}")
+        self.dm.load("\n".join(lines))
+
+    def slow(self, reads=0, writes=0):
+        """Milliseconds by which requests are late; discards count as writes, flushes
+        are not late."""
+        device = self.device
+        self.dm.load(f"0 {self.sectors} delay {device} 0 {reads} {device} 0 {writes} {device} 0 0")
+
+    def stop(self):
+        """Requests from now on wait until go()."""
+        self.dm.suspend(DM_NOFLUSH_FLAG)
+        self.still = True
+
+    def go(self):
+        self.dm.resume()
+        self.still = False
+
+    def close(self):
+        if self.still:
+            self.go()
 
 
 def device_sectors(path):

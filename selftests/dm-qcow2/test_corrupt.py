@@ -5,7 +5,7 @@
 Each case patches one entry of an image. Requests that need the entry must fail
 with EIO, others must not; the device must go ro, with an event and a line in the
 log that names the entry; the header's corrupt bit must be set, and no other byte
-of the metadata may change. With read_only not even that one.
+of the metadata may change, nor any of the data. With read_only not even that one.
 """
 import errno
 import os
@@ -30,25 +30,30 @@ LINES = {"L1": [], "L2": [], "refcount table": [], "refcount of": []}
 class Fixture:
     """One image that is damaged, looked at, and put right again, many times."""
 
-    def __init__(self, bench, refcount_bits=16):
+    def __init__(self, bench, refcount_bits=16, cluster=CLUSTER, **options):
         self.bench = bench
-        image = self.image = bench.image(SIZE, cluster=CLUSTER, refcount_bits=refcount_bits)
+        cover = cluster * cluster // (16 if options.get("extended") else 8)
+        image = self.image = bench.image(8 * cover, cluster=cluster, refcount_bits=refcount_bits, **options)
         commands = []
         for i in range(4):
-            commands += [f"write -q -P 1 {i * COVER} {DATA}",
-                         f"write -q -z {i * COVER + DATA} {4 * CLUSTER}"]
+            commands += [f"write -q -P 1 {i * cover} {8 * cluster}",
+                         f"write -q -z {i * cover + 8 * cluster} {4 * cluster}"]
         image.qemu_io(*commands)
-        image.poison(*((i * COVER, DATA + 8 * CLUSTER) for i in range(8)))
-        self.model = bench.model(SIZE)
-        with open(image.data, "rb") as f:
-            for i in range(4):
-                f.seek(i * COVER)
-                self.model.write(i * COVER, f.read(DATA))
+        image.trim()
+        image.poison(*((i * cover, 16 * cluster) for i in range(8)))
+        self.model = bench.model(image.size)
+        self.data = self.read_data()
+        for i in range(4):
+            self.model.write(i * cover, self.data[i * cover:i * cover + 8 * cluster])
         image.attach()
         self.clean = image.read(0, image.file_size())
         self.log = bench.add(KernelLog())
         self.dm = self.disk = None
         self.faults = []
+
+    def read_data(self):
+        with open(self.image.data, "rb") as f:
+            return f.read()
 
     def restore(self):
         self.image.patch(0, self.clean)
@@ -66,12 +71,19 @@ class Fixture:
         for at in offsets:
             same(self.disk.read(at, CLUSTER), self.model.read(at, CLUSTER), at)
 
-    def bad(self, at, write=False):
+    def bad(self, at, how="read"):
+        unit = at - at % CLUSTER
         with fails_with(errno.EIO):
-            if write:
-                self.disk.write(at, bytes(512))
-            else:
+            if how == "read":
                 self.disk.read(at, 512)
+            elif how == "write":
+                self.disk.write(at, b"b" * 512)
+            elif how == "discard":
+                self.disk.discard(unit, CLUSTER)
+            elif how == "zero":
+                self.disk.zero_range(unit, CLUSTER)
+            else:
+                self.disk.punch_hole(unit + 512, 1024)
 
     def logged(self, pattern="."):
         """Is there a new line that matches? The kernel drops what is beyond ten
@@ -99,11 +111,13 @@ class Fixture:
         expect(bool(now[79] & CORRUPT) == corrupt,
                "the corrupt bit was " + ("not set" if corrupt else "set"))
         same(now, bytes(want), 0, "metadata")
+        same(self.read_data(), self.data, 0, "data file")
 
     def case(self, name, log, patch, bad, good):
         """bad, good: guest offsets whose clusters cannot, and can, be read."""
+        self.cases += 1
         try:
-            for write_first in (False, True):
+            for first in ("read", ("write", "discard", "zero", "punch")[self.cases % 4]):
                 self.restore()
                 patch()
                 patched = self.image.read(0, self.image.file_size())
@@ -113,14 +127,15 @@ class Fixture:
                     expect(self.dm.mode() == "rw", "not rw at first")
                     self.good(*good)
                 for at in bad:
-                    self.bad(at, write_first)
+                    self.bad(at, first)
                     self.bad(at)
-                self.bad(min(bad) - 512 if min(bad) % COVER else min(bad), write=True)
+                self.bad(min(bad) - 512 if min(bad) % COVER else min(bad), "write")
                 self.went_ro(0 if self.log_at_resume else before, log)
                 self.good(*good)
                 # It is ro now: nothing can be written, wherever it is.
-                self.bad(good[0], write=True)
-                self.bad(6 * COVER, write=True)
+                for how in ("write", "discard", "zero", "punch"):
+                    self.bad(good[0], how)
+                    self.bad(6 * COVER, how)
                 # Not cured by reading it again, either.
                 self.dm.cycle()
                 self.bad(bad[0])
@@ -143,6 +158,7 @@ class Fixture:
             self.fault(f"{name}: {e}")
 
     log_at_resume = False
+    cases = 0
 
     def fault(self, text):
         note(text)
@@ -297,7 +313,9 @@ def l1_shared(bench):
     f.open()
     f.good(0, COVER, COVER + DATA, COVER + 20 * CLUSTER)
     expect(f.dm.mode() == "rw", "not rw")
-    f.bad(COVER + 20 * CLUSTER, write=True)
+    f.bad(COVER + 20 * CLUSTER, "write")
+    f.bad(COVER, "discard")
+    f.bad(COVER + DATA, "write")
     # The format allows such an entry: nothing is wrong with the image itself.
     expect(f.logged(r"L1 entry 1\b"), "no line of the log names the entry")
     expect(f.dm.mode() == "rw", "not rw any more")
@@ -328,9 +346,8 @@ def allocation(f, name, log, patch):
         f.fault(f"{name}: {e}")
 
 
-@test("refcount 0 for clusters that are in use")
-def refcount_zero(bench):
-    f = Fixture(bench)
+def refcount_zero(bench, bits):
+    f = Fixture(bench, bits)
     image = f.image
     for name, offset in (("the header", 0), ("the refcount table", image.get("refcount_table_offset")),
                          ("the L1 table", image.get("l1_table_offset")),
@@ -341,19 +358,26 @@ def refcount_zero(bench):
     f.done()
 
 
+for _bits in (1, 16, 64):
+    test(f"refcount 0 of {_bits} bits for clusters that are in use", _bits)(refcount_zero)
+
+
 @test("refcount table entries")
 def reftable_entries(bench):
     f = Fixture(bench)
     image = f.image
     entry = image.u64(image.reftable_pos(0))
     end = -(-image.file_size() // CLUSTER) * CLUSTER
+    last = image.reftable_entries() - 1
     for name, index, value in (
             ("unaligned", 0, entry + 512), ("beyond the device", 0, end),
             ("far beyond the device", 0, 1 << 55), ("reserved bit 0", 0, entry | 1),
             ("reserved bit 8", 0, entry | 1 << 8), ("at the L1 table", 0, image.get("l1_table_offset")),
             ("at an L2 table", 0, image.l2_table(COVER)),
             ("at the refcount table", 0, image.get("refcount_table_offset")),
-            ("two share a block", 1, entry)):
+            ("two share a block", 1, entry), ("the last one at the L1 table", last, image.get("l1_table_offset")),
+            ("the last one at an L2 table", last, image.l2_table(COVER)),
+            ("the last one at the refcount table", last, image.get("refcount_table_offset"))):
         allocation(f, name, rf"refcount table entry {index}\b",
                    lambda: image.set_u64(image.reftable_pos(index), value))
     f.done()
@@ -377,49 +401,66 @@ def truncated(bench):
     f.unchanged(patched, corrupt=True)
 
 
-def fuzz(bench, rounds):
+def fuzz(bench, rounds, options):
     """Random bytes anywhere behind the header. Whatever a request gives, the
-    device must end it, and stay within the files."""
+    device must end it, stay within the files, change no data that nobody has
+    asked it to change, and no entry of L1 and refcount table that is in use."""
     note(f"SEED={SEED}")
-    f = Fixture(bench)
+    f = Fixture(bench, **options)
     image = f.image
+    size, cover, cluster = image.size, image.cover, image.cluster
     rng = random.Random(SEED)
-    places = [(image.get("l1_table_offset"), 64), (image.get("refcount_table_offset"), 64),
-              (image.u64(image.reftable_pos(0)), 128)]
-    places += [(image.l2_table(i * COVER), CLUSTER) for i in range(4)]
+    tables = [(image.get("l1_table_offset"), 64), (image.get("refcount_table_offset"), 64)]
+    places = tables + [(image.u64(image.reftable_pos(0)), 128)]
+    places += [(image.l2_table(i * cover), 16 * image.entry_size) for i in range(4)] * 2
+    places += [(image.l2_table(i * cover), cluster) for i in range(4)]
+    want = bytearray(f.data)
     for _ in range(rounds):
         f.restore()
         for _ in range(rng.choice((1, 1, 2, 5, 50))):
             start, length = rng.choice(places)
             at = start + rng.randrange(length)
             image.patch(at, bytes([image.read(at, 1)[0] ^ 1 << rng.randrange(8)]))
-        size = image.file_size()
+        patched = image.read(0, image.file_size())
+        touched = set()
         f.dm = image.open()
         f.disk = bench.io(f.dm)
         for _ in range(60):
-            at = rng.randrange(SIZE // 512) * 512
+            at = rng.randrange(size // 512) * 512
             if rng.random() < 0.5:
-                at = rng.randrange(8) * COVER + rng.randrange(32) * CLUSTER
-            length = min(rng.choice((512, CLUSTER, 5 * CLUSTER, 64 * KIB)), SIZE - at)
+                at = rng.randrange(8) * cover + rng.randrange(32) * cluster
+            length = min(rng.choice((512, cluster, 5 * cluster, 64 * KIB)), size - at)
+            kind = rng.choice(("read", "write", "discard", "zero_out", "punch_hole", "fsync"))
+            if kind not in ("read", "fsync"):
+                touched.update(range(at // cluster, (at + length - 1) // cluster + 1))
             try:
-                kind = rng.random()
-                if kind < 0.6:
-                    f.disk.read(at, length)
-                elif kind < 0.97:
-                    f.disk.write(at, bytes(length))
-                else:
+                if kind == "write":
+                    f.disk.write(at, b"f" * length)
+                elif kind == "fsync":
                     f.disk.fsync()
+                else:
+                    getattr(f.disk, kind)(at, length)
             except OSError as e:
                 expect(e.errno in (errno.EIO, errno.ENOSPC), f"errno {e.errno}")
         f.close()
-        expect(image.file_size() == size, "the metadata file has another size")
-        expect(os.stat(image.data).st_size == SIZE, "the data file has another size")
+        expect(image.file_size() == len(patched), "the metadata file has another size")
+        got = f.read_data()
+        expect(len(got) == size, "the data file has another size")
+        for n in touched:
+            want[n * cluster:(n + 1) * cluster] = got[n * cluster:(n + 1) * cluster]
+        same(got, bytes(want), 0, "data file")
         header = bytearray(image.read(0, 512))
         header[79] &= ~CORRUPT
         same(bytes(header), f.clean[:512], 0, "header")
+        for start, length in tables:
+            for at in range(start, start + length, 8):
+                old = patched[at:at + 8]
+                expect(not any(old) or image.read(at, 8) == old,
+                       f"the entry at {at:#x} was {old.hex()} and is {image.read(at, 8).hex()}")
 
 
-test("random damage", 25)(fuzz)
+test("random damage", 20, {})(fuzz)
+test("random damage, extended L2 entries", 10, {"cluster": 16 * KIB, "extended": True})(fuzz)
 
 
 if __name__ == "__main__":

@@ -10,39 +10,11 @@ import os
 import subprocess
 import threading
 
-from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, device_sectors, expect, fails_with, main,
-                       run, same, test, wait_for)
+from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, Lower, expect, fails_with, main, run, same,
+                       test, wait_for)
 
 SIZE = 1536 * MIB       # three L2 tables
 CLUSTER = 64 * KIB
-
-
-class Lower:
-    """A device that works, fails, or fails in parts."""
-
-    def __init__(self, bench, name, device):
-        self.device = device
-        self.sectors = device_sectors(device)
-        self.dm = bench.linear(name, device)
-        self.path = self.dm.path
-
-    def good(self):
-        self.dm.load(f"0 {self.sectors} linear {self.device} 0")
-
-    def no_writes(self):
-        self.bad(writes_only=True)
-
-    def bad(self, start=0, length=None, writes_only=False):
-        """Neither reads nor writes, or only no writes, in a range of bytes."""
-        start //= 512
-        end = start + length // 512 if length else self.sectors
-        lines = [f"{start} {end - start} " + (f"flakey {self.device} {start} 0 3600 1 error_writes"
-                                              if writes_only else "error")]
-        if start:
-            lines.insert(0, f"0 {start} linear {self.device} 0")
-        if end < self.sectors:
-            lines.append(f"{end} {self.sectors - end} linear {self.device} {end}")
-        self.dm.load("\n".join(lines))
 
 
 class Setup:
@@ -54,7 +26,11 @@ class Setup:
         image.attach()
         self.meta = Lower(bench, "meta", image.meta_loop.path)
         self.data = Lower(bench, "data", image.data_loop.path)
-        self.dm = image.open(meta=self.meta.path, data=self.data.path)
+        self.backing = None
+        if image.backing_loop:
+            self.backing = Lower(bench, "backing", image.backing_loop.path)
+        self.dm = image.open(meta=self.meta.path, data=self.data.path,
+                             backing=self.backing and self.backing.path)
         self.disk = bench.io(self.dm)
         self.sync = None
         # Something that is durable.
@@ -78,6 +54,13 @@ class Setup:
             self.bench.drop(self.sync)
         self.bench.drop(self.disk)
         self.bench.drop(self.dm)
+
+    def finish(self, leaks=False, compare=True):
+        """Close it: the image is good, and has what the model has."""
+        self.close()
+        self.image.check(leaks)
+        if compare:
+            self.image.compare(self.model)
 
     def failed(self, events):
         """The device is in mode fail, with all that follows from it."""
@@ -129,9 +112,7 @@ def data_writes(bench):
     s.write(4 * CLUSTER + 512, 1024)
     s.write(6 * CLUSTER, CLUSTER)
     s.same(4 * CLUSTER, 6 * CLUSTER)
-    s.close()
-    s.image.check()
-    s.image.compare(s.model)
+    s.finish()
 
 
 @test("data write errors: a fill that fails takes the write with it")
@@ -149,9 +130,7 @@ def fill_errors(bench):
         s.write(offset, 4096)
         s.same(offset // CLUSTER * CLUSTER)
     expect(s.dm.mode() == "rw", f"{s.dm.status()}")
-    s.close()
-    s.image.check()
-    s.image.compare(s.model)
+    s.finish()
 
 
 @test("data write errors: a busy unit's waiters go on")
@@ -174,9 +153,7 @@ def busy_waiters(bench):
     expect(results == [errno.EIO] * 16, f"{results}")
     s.data.good()
     s.same(20 * CLUSTER)
-    s.close()
-    s.image.check()
-    s.image.compare(s.model)
+    s.finish()
 
 
 @test("data read errors are passed on")
@@ -209,8 +186,7 @@ def data_flush(bench):
         expect(s.image.state(4 * CLUSTER) == "unallocated", "the entry was written all the same")
     s.data.good()
     s.same(0, 4 * CLUSTER)
-    s.close()
-    s.image.check(leaks=True)
+    s.finish(leaks=True, compare=False)
 
 
 @test("metadata write errors: fail at the next flush; reads and overwrites go on")
@@ -250,9 +226,7 @@ def meta_writes(bench):
     if got != bytes(CLUSTER):
         same(got, s.model.read(4 * CLUSTER, CLUSTER), 4 * CLUSTER)
     s.model.write(4 * CLUSTER, got)
-    s.close()
-    s.image.check(leaks=True)
-    s.image.compare(s.model)
+    s.finish(leaks=True)
 
 
 @test("metadata write errors: the timer's commit notices, too")
@@ -263,8 +237,7 @@ def timer(bench):
     s.disk.write(4 * CLUSTER, b"t" * 512)
     s.failed(events)
     s.recover()
-    s.close()
-    s.image.check(leaks=True)
+    s.finish(leaks=True, compare=False)
 
 
 @test("metadata write errors: a FUA write fails, and so does suspend's commit")
@@ -283,8 +256,7 @@ def fua_and_suspend(bench):
     s.dm.resume()
     if s.image.state(90 * CLUSTER) != "data":
         expect(s.dm.mode() == "fail", f"the commit failed, but: {s.dm.status()}")
-    s.close()
-    s.image.check(leaks=True)
+    s.finish(leaks=True, compare=False)
 
 
 def commit_step(bench, where):
@@ -338,9 +310,7 @@ def commit_reads(bench):
     s.disk.fsync()
     expect(s.image.state(4 * CLUSTER) == "data", "a flush succeeded, but the entry is not there")
     s.same(0, 4 * CLUSTER)
-    s.close()
-    s.image.check()
-    s.image.compare(s.model)
+    s.finish()
 
 
 @test("L2 read errors: EIO, and tried again the next time")
@@ -381,9 +351,7 @@ def l2_reads(bench):
     s.same(520 * MIB, 521 * MIB)
     s.write(521 * MIB + 512, 512)
     s.disk.fsync()
-    s.close()
-    s.image.check()
-    s.image.compare(s.model)
+    s.finish()
 
 
 @test("refcount read errors: EIO for what needs a new L2 table, and tried again the next time")
@@ -399,9 +367,7 @@ def refcount_reads(bench):
     s.meta.good()
     s.write(600 * MIB, 512)
     s.disk.fsync()
-    s.close()
-    s.image.check()
-    s.image.compare(s.model)
+    s.finish()
 
 
 @test("header or L1 unreadable: no constructor, no resume; then it works again")
@@ -429,6 +395,109 @@ def l1_reads(bench):
     s.meta.good()
     s.image.check()
     s.image.compare(s.model)
+
+
+@test("backing read errors: what needs the backing device fails, all else goes on")
+def backing_reads(bench):
+    path = bench.file("backing", 64 * CLUSTER)
+    with open(path, "wb") as f:
+        f.write(os.urandom(64 * CLUSTER))
+    s = Setup(bench, size=128 * CLUSTER, backing=path)
+    with open(path, "rb") as f:
+        s.model.write(2 * CLUSTER, f.read()[2 * CLUSTER:])
+    s.same(2 * CLUSTER, 70 * CLUSTER)
+    s.backing.bad()
+    for at in (4 * CLUSTER, 63 * CLUSTER):
+        with fails_with(errno.EIO):
+            s.disk.read(at, 512)
+        # What it does not cover cannot be copied.
+        s.fails(at + 512, 512)
+        s.fails(at - 512, 1024)
+    s.same(0, CLUSTER, 64 * CLUSTER, 100 * CLUSTER)
+    s.write(10 * CLUSTER, 2 * CLUSTER, b"w")
+    s.write(90 * CLUSTER + 512, 512, b"p")
+    s.write(CLUSTER + 512, 512, b"o")
+    s.disk.discard(20 * CLUSTER, CLUSTER)
+    s.model.write(20 * CLUSTER, bytes(CLUSTER))
+    s.disk.fsync()
+    s.same(0, CLUSTER, 10 * CLUSTER, 11 * CLUSTER, 20 * CLUSTER, 90 * CLUSTER)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.backing.good()
+    s.same(*(i * CLUSTER for i in range(128)))
+    s.write(4 * CLUSTER + 512, 512, b"p")
+    s.write(63 * CLUSTER + 512, CLUSTER, b"q")
+    s.same(3 * CLUSTER, 4 * CLUSTER, 62 * CLUSTER, 63 * CLUSTER, 64 * CLUSTER)
+    s.finish()
+
+
+def fill(s, count=8):
+    """Some clusters of data, of which later ones are discarded."""
+    s.write(20 * CLUSTER, count * CLUSTER, b"d")
+    s.disk.fsync()
+
+
+def discard(s, first, count):
+    s.disk.discard(first * CLUSTER, count * CLUSTER)
+    s.model.write(first * CLUSTER, bytes(count * CLUSTER))
+
+
+@test("discards: not passed down if the commit fails")
+def discard_commit(bench):
+    s = Setup(bench)
+    fill(s)
+    s.meta.no_writes()
+    events = s.dm.events()
+    discard(s, 21, 3)
+    s.same(*(i * CLUSTER for i in range(20, 28)))
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    s.failed(events)
+    with open(s.image.data, "rb") as f:
+        f.seek(21 * CLUSTER)
+        same(f.read(3 * CLUSTER), b"d" * 3 * CLUSTER, 21 * CLUSTER, "data file")
+    s.recover()
+    # It was never acknowledged by a flush: zeros, or what was there before.
+    for i in range(21, 24):
+        got = s.disk.read(i * CLUSTER, CLUSTER)
+        expect(got in (bytes(CLUSTER), b"d" * CLUSTER), "neither the old content nor the new one")
+        s.model.write(i * CLUSTER, got)
+    s.finish(leaks=True)
+
+
+@test("discards: one that the data device fails is of no consequence")
+def discard_passdown(bench):
+    s = Setup(bench)
+    fill(s)
+    # All but flushes fails there.
+    s.data.bad(21 * CLUSTER, 3 * CLUSTER)
+    events = s.dm.events()
+    discard(s, 20, 6)
+    s.disk.fsync()
+    s.dm.cycle()
+    s.same(*(i * CLUSTER for i in range(20, 28)))
+    expect(s.dm.mode() == "rw" and s.dm.events() == events, f"{s.dm.status()}")
+    s.data.good()
+    s.same(*(i * CLUSTER for i in range(20, 28)))
+    s.write(22 * CLUSTER + 512, 512, b"n")
+    s.disk.fsync()
+    s.same(*(i * CLUSTER for i in range(20, 28)))
+    s.finish()
+
+
+@test("write zeroes: the part of a unit that the data device cannot write")
+def zeroes_in_part(bench):
+    s = Setup(bench)
+    fill(s)
+    s.data.no_writes()
+    with fails_with(errno.EIO):
+        s.disk.punch_hole(20 * CLUSTER + 512, 1024)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.data.good()
+    s.same(20 * CLUSTER)
+    s.disk.punch_hole(20 * CLUSTER + 512, 1024)
+    s.model.write(20 * CLUSTER + 512, bytes(1024))
+    s.same(20 * CLUSTER)
+    s.finish()
 
 
 @test("a failed device can be removed, with changes in core that are lost")

@@ -1,0 +1,532 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Backing devices: shorter, equal, longer, odd; reads, copies, errors, sharing.
+
+What is unallocated is read from the backing device, and zeros past its end. The
+first write to a unit copies what it does not cover. The backing content must
+never change, and never show where a unit has become data or zero.
+"""
+import errno
+import hashlib
+import mmap
+import os
+import random
+import threading
+import time
+
+from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, Loop, Lower, Stat, Units, expect, fails_with, main,
+                       run, same, test)
+
+CLUSTER = 64 * KIB
+PATTERN = "unallocated data unallocated zero unallocated unallocated zero+ data".split()
+
+
+def sha(path):
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def backing_file(bench, size, name="backing", seed=3):
+    with open(bench.path(name), "wb") as f:
+        f.write(random.Random(seed).randbytes(size))
+    return bench.path(name)
+
+
+class Setup:
+    """An image over a backing file; the pattern of states over and over."""
+
+    def __init__(self, bench, size, length, cluster=CLUSTER, **options):
+        self.bench = bench
+        self.path = backing_file(bench, length)
+        self.hash = sha(self.path)
+        image = self.image = bench.image(size, cluster=cluster, backing=self.path, **options)
+        image.arrange(lambda n: PATTERN[n % len(PATTERN)])
+        self.model = Units(image)
+        self.unit = image.unit
+        image.attach()
+        self.data = Lower(bench, "data", image.data_loop.path)
+        self.back = Lower(bench, "back", image.backing_loop.path)
+        self.open()
+
+    def open(self):
+        self.dm = self.image.open(data=self.data.path, backing=self.back.path)
+        self.disk = self.bench.io(self.dm)
+
+    def write(self, offset, length, byte=b"w"):
+        length = min(length, self.model.size - offset)
+        self.disk.write(offset, byte * length)
+        self.model.write(offset, byte * length)
+
+    def finish(self):
+        self.model.check(self.disk)
+        self.disk.fsync()
+        self.dm.cycle()
+        self.model.check(self.disk)
+        self.bench.drop(self.disk)
+        self.bench.drop(self.dm)
+        self.model.check_states(self.image)
+        self.image.check()
+        self.image.compare(self.model.save(self.bench.path("model")))
+        expect(sha(self.path) == self.hash, "the backing file was changed")
+
+
+def lengths(size, unit):
+    """Of backing files: name, bytes"""
+    yield "a sector", 512
+    yield "shorter, whole units", (size // unit // 2 + 1) * unit
+    yield "shorter, odd", (size // unit // 2) * unit + max(512, unit // 2 & ~511) + (512 if unit > 1024 else 0)
+    yield "shorter by a sector", size - 512
+    yield "equal", size
+    yield "longer, odd", size + unit + 512
+
+
+def everything(bench, cluster, extended, which):
+    """Reads across every border, then first writes of every alignment."""
+    unit = cluster // 32 if extended else cluster
+    size = 41 * unit + max(512, unit // 4 & ~511)
+    s = Setup(bench, size, dict(lengths(size, unit))[which], cluster, extended=extended)
+    model, disk = s.model, s.disk
+    # Cold, then warm: all, and around every border of units and of the backing.
+    borders = set(range(0, size, unit)) | {min(model.backing, size), size}
+    for _ in range(2):
+        model.check(disk)
+        for at in sorted(borders):
+            for before, after in ((512, 512), (unit, 512), (512, unit), (unit + 512, 2 * unit)):
+                start, end = max(0, at - before), min(size, at + after)
+                same(disk.read(start, end - start), model.read(start, end - start), start)
+    s.dm.cycle()
+    part = max(512, unit // 4 & ~511)
+    n = 0
+    # Unit by unit: as a whole, its start, its end, inside it, across its end.
+    shapes = ((0, unit), (0, part), (unit - part, part), (unit // 2 & ~511, 512), (unit - part, 2 * part),
+              (part, 2 * unit), (0, 512))
+    for at in range(0, size, unit):
+        offset, length = shapes[n % len(shapes)]
+        n += 1
+        if at + offset >= size:
+            continue
+        s.write(at + offset, length, bytes([65 + n % 26]))
+        near = max(0, at - unit)
+        model.check(disk, near, min(size, at + 3 * unit) - near)
+        if n % 9 == 0:
+            disk.fsync()
+            s.dm.cycle()
+    s.finish()
+
+
+for _cluster, _extended in ((64 * KIB, False), (512, False), (64 * KIB, True)):
+    for _which, _ in lengths(MIB, _cluster):
+        test(f"reads and first writes: {_which} backing, {'extended L2, ' if _extended else ''}"
+             f"clusters of {_cluster}", _cluster, _extended, _which)(everything)
+
+
+def at_the_end(bench, cut, shape):
+    """A first write to the unit in which the backing ends."""
+    unit = CLUSTER
+    s = Setup(bench, 12 * unit, 4 * unit + cut)
+    offset, length = {"before it": (512, 1024), "across it": (cut - 512, 1024), "after it": (cut + 512, 1024),
+                      "up to it": (cut - 1024, 1024), "from it": (cut, 1024)}[shape]
+    s.write(4 * unit + offset, length)
+    s.model.check(s.disk, 3 * unit, 3 * unit)
+    # Beyond it nothing is read.
+    stat = Stat(s.back.path)
+    s.write(10 * unit + 512, 512)
+    expect(not stat.reads, "the backing device was read beyond its end")
+    s.finish()
+
+
+for _shape in ("before it", "across it", "after it", "up to it", "from it"):
+    test(f"first write where the backing ends: {_shape}", 5 * 4096 + 512, _shape)(at_the_end)
+
+
+@test("a first write copies what it does not cover, and no more")
+def copies(bench):
+    unit = CLUSTER
+    s = Setup(bench, 64 * unit, 64 * unit)
+    stat = Stat(s.back.path)
+    s.write(0, unit)
+    s.write(4 * unit, 2 * unit)
+    expect(not stat.reads, f"{stat.read_sectors} sectors read for whole units")
+    # The start of unit 8 and the end of unit 12; data and zeros lie between.
+    s.write(8 * unit + 4096, 4 * unit + 4096)
+    expect(stat.read_sectors == 8 + (unit - 8192) // 512,
+           f"{stat.read_sectors} sectors read, not {8 + (unit - 8192) // 512}")
+    s.finish()
+
+
+@test("discard and write zeroes hide the backing, and a write into the unit does not bring it back")
+def hide(bench):
+    unit = CLUSTER
+    s = Setup(bench, 24 * unit, 24 * unit)
+    s.disk.discard(unit + 512, 6 * unit)
+    s.model.discard(unit + 512, 6 * unit)
+    s.disk.zero_out(8 * unit - 512, 5 * unit)
+    s.model.zero_out(8 * unit - 512, 5 * unit)
+    s.model.check(s.disk)
+    s.dm.cycle()
+    s.model.check(s.disk)
+    for n in (2, 4, 8, 10, 12):
+        s.write(n * unit + 4096, 512)
+    s.finish()
+
+
+@test("several overlays share one backing device")
+def shared(bench):
+    size = 32 * CLUSTER
+    path = backing_file(bench, size)
+    before = sha(path)
+    below = bench.add(Loop(path, readonly=True))
+    overlays = []
+    for n in range(3):
+        image = bench.image(size, name=f"overlay{n}", backing=path, extended=n == 2)
+        image.arrange(lambda i, n=n: PATTERN[(i + n) % len(PATTERN)])
+        model = Units(image)
+        dm = image.open(backing=below.path, name=f"q{n}")
+        overlays.append((image, model, dm, bench.io(dm)))
+    faults = []
+
+    def work(n):
+        rng = random.Random(n)
+        _, model, _, disk = overlays[n]
+        try:
+            for _ in range(150):
+                at = rng.randrange(size // 512 - 300) * 512
+                length = rng.randrange(1, 300) * 512
+                if rng.random() < 0.5:
+                    data = rng.randbytes(length)
+                    disk.write(at, data)
+                    model.write(at, data)
+                elif rng.random() < 0.3:
+                    disk.discard(at, length)
+                    model.discard(at, length)
+                same(disk.read(at, length), model.read(at, length), at, f"overlay {n}")
+        except Exception as e:  # pylint: disable=broad-except # raised below
+            faults.append(e)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if faults:
+        raise faults[0]
+    for n, (image, model, dm, disk) in enumerate(overlays):
+        model.check(disk)
+        bench.drop(disk)
+        bench.drop(dm)
+        model.check_states(image)
+        image.check()
+        image.compare(model.save(bench.path(f"model{n}")))
+    expect(sha(path) == before, "the backing file was changed")
+
+
+@test("the backing device is another such image, opened read-only")
+def chain(bench):
+    size = 24 * CLUSTER + 512
+    base = bench.image(size - 5 * CLUSTER, name="base")
+    base.arrange(lambda n: ("data", "zero", "unallocated")[n % 3])
+    with open(bench.path("base.raw"), "wb") as f:
+        f.write(base.content())
+    image = bench.image(size, backing=bench.path("base.raw"), backing_image=base)
+    image.arrange(lambda n: PATTERN[n % len(PATTERN)])
+    model = Units(image)
+    before = base.hash(), sha(base.data)
+    lower = base.open(readonly=True, name="base")
+    dm = image.open(backing=lower.path)
+    disk = bench.io(dm)
+    model.check(disk)
+    rng = random.Random(11)
+    for _ in range(60):
+        at = rng.randrange(size // 512 - 200) * 512
+        length = rng.randrange(1, 200) * 512
+        if rng.random() < 0.3:
+            disk.discard(at, length)
+            model.discard(at, length)
+        else:
+            disk.write(at, b"c" * length)
+            model.write(at, b"c" * length)
+    model.check(disk)
+    dm.cycle()
+    model.check(disk)
+    bench.drop(disk)
+    bench.drop(dm)
+    bench.drop(lower)
+    model.check_states(image)
+    image.check()
+    image.compare(model.save(bench.path("model")))
+    expect((base.hash(), sha(base.data)) == before, "the image below was changed")
+
+
+# Table lines
+
+def refused(bench, line, log, why):
+    try:
+        dm = Dm("refused", line)
+    except Failure as e:
+        expect(log.lines("qcow2") or "qcow2" in str(e), f"{why}: refused without a word")
+        return
+    dm.close()
+    raise Failure(f"accepted: {why}: {line}")
+
+
+@test("table lines that do not fit the image are refused")
+def table(bench):
+    path = backing_file(bench, 8 * MIB)
+    over = bench.image(8 * MIB, name="over", backing=path)
+    plain = bench.image(8 * MIB, name="plain")
+    raw = bench.image(8 * MIB, name="raw", raw=True)
+    for image in (over, plain, raw):
+        image.attach()
+    back = over.backing_loop.path
+    log = bench.add(KernelLog())
+
+    def line(image, *features):
+        return image.line(image.meta_loop.path, image.data_loop.path, *features)
+
+    # These are all right, so that it is not for another reason that others are not.
+    bench.drop(bench.add(Dm("fine", line(over, "backing_dev", back))))
+    bench.drop(bench.add(Dm("fine", line(plain))))
+    bench.drop(bench.add(Dm("fine", line(raw))))
+    refused(bench, line(over), log, "a backing file, but no backing_dev")
+    refused(bench, line(plain, "backing_dev", back), log, "backing_dev, but no backing file")
+    refused(bench, line(raw, "backing_dev", back), log, "backing_dev with data_file_raw")
+    refused(bench, line(over, "backing_dev", back, "data_file_raw"), log, "data_file_raw with backing_dev")
+    refused(bench, line(over, "backing_dev"), log, "no device behind backing_dev")
+    refused(bench, line(over, "backing_dev", "/dev/qcow2-is-not-there"), log, "a device that is not there")
+    refused(bench, line(over, "backing_dev", back, "backing_dev", back), log, "two backing devices")
+    refused(bench, line(over, "backing_dev", back).replace(" 2 backing_dev", " 1 backing_dev"), log, "a wrong count")
+    dm = bench.add(Dm("fine", line(over, "no_discard_passdown", "backing_dev", back, "read_only")))
+    words = dm.table().split()
+    expect(words[12:14] == ["read_only", "backing_dev"] and words[15:] == ["no_discard_passdown"], f"{words}")
+    expect(dm.status().features == words[12:], f"{dm.status()}")
+
+
+def block_sizes(bench, cluster, data_size, back_size, length, fine):
+    """Backing and data devices with logical blocks of other sizes."""
+    size = 64 * cluster
+    path = backing_file(bench, length)
+    image = bench.image(size, cluster=cluster, backing=path)
+    image.extend()
+    meta = bench.add(Loop(image.path))
+    data = bench.add(Loop(image.data, block_size=data_size))
+    back = bench.add(Loop(path, readonly=True, block_size=back_size))
+    line = image.line(meta.path, data.path, "backing_dev", back.path)
+    log = bench.add(KernelLog())
+    if not fine:
+        return refused(bench, line, log, "block sizes")
+    model = Units(image)
+    dm = bench.add(Dm("q", line))
+    disk = bench.io(dm)
+    model.check(disk)
+    block = max(data_size, back_size)
+    for at in (0, 5 * cluster + block, 6 * cluster + 3 * block):
+        disk.write(at, b"b" * block)
+        model.write(at, b"b" * block)
+    model.check(disk)
+    bench.drop(disk)
+    bench.drop(dm)
+    image.compare(model.save(bench.path("model")))
+    return None
+
+
+for _title, _args in (
+        ("4096 on both sides", (64 * KIB, 4096, 4096, MIB, True)),
+        ("4096 below, 512 for the data", (64 * KIB, 512, 4096, MIB, True)),
+        ("4096 for the data, 512 below", (64 * KIB, 4096, 512, MIB, True)),
+        ("4096 below clusters of 512", (512, 512, 4096, 16384, False)),
+        ("an odd end below, 4096 for the data", (64 * KIB, 4096, 512, MIB + 512, False))):
+    test(f"logical blocks: {_title} {'works' if _args[-1] else 'is refused'}", *_args)(block_sizes)
+
+
+# NOWAIT
+
+class NowaitRead:
+    """preadv2 with RWF_NOWAIT; None if it would have to wait."""
+
+    def __init__(self, disk):
+        self.disk = disk
+
+    def __call__(self, offset, length):
+        buffer = mmap.mmap(-1, length)
+        with memoryview(buffer) as view:
+            try:
+                n = os.preadv(self.disk.fd, [view], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return None
+            finally:
+                data = bytes(view)
+        buffer.close()
+        return data[:n]
+
+
+@test("reads with RWF_NOWAIT: right, or EAGAIN; those of one unit are served")
+def nowait(bench):
+    unit = CLUSTER
+    s = Setup(bench, 40 * unit, 30 * unit + 512)
+    read = NowaitRead(s.disk)
+    rng = random.Random(4)
+    for cold in (True, False):
+        served = 0
+        if not cold:
+            s.model.check(s.disk)
+        for _ in range(200):
+            at = rng.randrange(s.model.size // 512 - 300) * 512
+            length = rng.randrange(1, 300) * 512
+            got = read(at, length)
+            if got is not None:
+                served += 1
+                same(got, s.model.read(at, len(got)), at)
+        expect(cold or served, "each read was refused")
+    for n in range(40):
+        for _ in range(20):
+            got = read(n * unit, 4096)
+            if got is not None:
+                break
+            time.sleep(0.01)
+        expect(got is not None, f"a read of unit {n} alone would have to wait")
+        same(got, s.model.read(n * unit, 4096), n * unit)
+    s.finish()
+
+
+# Devices that stand still, or fail
+
+def in_thread(function, *args):
+    faults = []
+
+    def call():
+        try:
+            function(*args)
+        except Exception as e:  # pylint: disable=broad-except # for join()
+            faults.append(e)
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread, faults
+
+
+def join(pair):
+    thread, faults = pair
+    thread.join(60)
+    expect(not thread.is_alive(), "a request does not end")
+    if faults:
+        raise faults[0]
+
+
+@test("a read of a busy unit gives the backing's content")
+def busy(bench):
+    unit = CLUSTER
+    s = Setup(bench, 24 * unit, 24 * unit)
+    # Into the cache, and what a first write needs.
+    s.model.check(s.disk)
+    s.write(8 * unit, 512)
+    s.disk.fsync()
+    s.data.stop()
+    writes = [in_thread(s.disk.write, 4 * unit, b"b" * unit), in_thread(s.disk.write, 10 * unit + 512, b"b" * 512),
+              in_thread(s.disk.write, 12 * unit + 512, b"b" * 2 * unit)]
+    time.sleep(0.5)
+    for n, length in ((4, unit), (10, unit), (10, 2 * unit), (12, unit), (13, unit)):
+        same(s.disk.read(n * unit, length), s.model.read(n * unit, length), n * unit, "busy unit")
+    expect(all(t.is_alive() for t, _ in writes), "a write ended that cannot have ended")
+    s.data.go()
+    for w in writes:
+        join(w)
+    s.model.write(4 * unit, b"b" * unit)
+    s.model.write(10 * unit + 512, b"b" * 512)
+    s.model.write(12 * unit + 512, b"b" * 2 * unit)
+    s.finish()
+
+
+@test("a backing device that is slow holds up nothing else")
+def slow(bench):
+    unit = CLUSTER
+    s = Setup(bench, 24 * unit, 24 * unit)
+    s.model.check(s.disk)
+    s.write(8 * unit, 512)
+    s.back.stop()
+    waiting = [in_thread(s.disk.write, 4 * unit + 512, b"s" * 512), in_thread(s.disk.read, 0, 512)]
+    # Data, zero, and a whole first write do not need it; nor do flushes.
+    same(s.disk.read(unit, unit), s.model.read(unit, unit), unit)
+    same(s.disk.read(3 * unit, unit), bytes(unit), 3 * unit)
+    s.write(12 * unit, unit)
+    s.write(unit + 4096, 4096)
+    s.disk.fsync()
+    expect(all(t.is_alive() for t, _ in waiting), "the backing device does not stand still")
+    s.back.go()
+    for w in waiting:
+        join(w)
+    s.model.write(4 * unit + 512, b"s" * 512)
+    s.finish()
+
+
+def broken(bench, extended):
+    """A part of the backing device cannot be read."""
+    unit = CLUSTER // 32 if extended else CLUSTER
+    s = Setup(bench, 64 * unit, 64 * unit, extended=extended)
+    model, disk = s.model, s.disk
+    s.back.bad(8 * unit, 4096 if unit > 4096 else 512)
+    for at, length in ((8 * unit, 512), (7 * unit, 2 * unit), (8 * unit, unit)):
+        with fails_with(errno.EIO):
+            disk.read(at, length)
+    # Its other half is copied, the bad one is not.
+    with fails_with(errno.EIO):
+        disk.write(8 * unit + unit // 2, b"e" * 512)
+    with fails_with(errno.EIO):
+        disk.write(8 * unit + unit - 512, b"e" * 512)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    disk.fsync()
+    expect(s.image.state(8 * unit) == "unallocated", "the unit is not what it was")
+    s.back.good()
+    model.check(disk)
+    s.dm.cycle()
+    model.check(disk)
+    # What covers the unit does not need the copy, nor does what covers the bad part.
+    s.back.bad(8 * unit, 4096 if unit > 4096 else 512)
+    s.write(8 * unit, 4096 if unit > 4096 else 512)
+    model.check(disk, 8 * unit, unit)
+    s.back.bad(12 * unit, unit)
+    s.write(12 * unit, unit)
+    s.back.good()
+    s.finish()
+
+
+test("errors of the backing device fail the first write, and the unit stays as it was", False)(broken)
+test("errors of the backing device: extended L2", True)(broken)
+
+
+@test("errors of the data device while copying: the unit stays as it was")
+def copy_errors(bench):
+    unit = CLUSTER
+    s = Setup(bench, 24 * unit, 24 * unit)
+    for bad, at in ((4 * unit + 32 * KIB, 4 * unit), (8 * unit, 8 * unit + 48 * KIB)):
+        s.data.bad(bad, 4 * KIB)
+        with fails_with(errno.EIO):
+            s.disk.write(at, b"e" * 4096)
+        s.data.good()
+        s.model.check(s.disk, at // unit * unit, unit)
+        s.dm.cycle()
+        s.model.check(s.disk, at // unit * unit, unit)
+        s.write(at, 4096)
+        s.model.check(s.disk, at // unit * unit, unit)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.finish()
+
+
+@test("read-only: backing content shows, nothing is changed by a bit")
+def readonly(bench):
+    path = backing_file(bench, 20 * CLUSTER + 512)
+    image = bench.image(32 * CLUSTER, backing=path)
+    image.arrange(lambda n: PATTERN[n % len(PATTERN)])
+    model = Units(image)
+    before = image.hash(), sha(path), sha(image.data)
+    dm = image.open(readonly=True)
+    disk = bench.io(dm, readonly=True)
+    model.check(disk)
+    model.check(disk)
+    bench.drop(disk)
+    bench.drop(dm)
+    expect((image.hash(), sha(path), sha(image.data)) == before, "something was changed")
+    image.compare(model.save(bench.path("model")))
+
+
+if __name__ == "__main__":
+    run("modprobe", "-q", "-a", "dm-flakey", "dm-delay", ok=False)
+    main()

@@ -1,0 +1,866 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Discard and write zeroes: limits, each state's transition, pass-down, races.
+
+A discard makes whole units zero in core at once, and on disk with the next
+commit; only then is it passed down to the data device. The order is observed
+with a metadata device that stands still, and with a data device that is slow.
+"""
+import errno
+import os
+import random
+import threading
+import time
+
+from qcow2test import (GIB, KIB, MIB, TIB, Ext4, Lower, RamDisk, Stat, Units, expect, fails_with, main,
+                       queue_limit, run, same, sysfs, test, wait_for)
+
+CLUSTER = 64 * KIB
+# Longer than the timer of the commit, and than a pass-down after it
+LATER = 3
+
+
+def blocks(path):
+    """Bytes that a file occupies."""
+    return os.stat(path).st_blocks * 512
+
+
+class NullBlk:
+    """A RAM disk that can discard, but not write zeroes."""
+    folder = "/sys/kernel/config/nullb/qcow2test"
+
+    def __init__(self, size):
+        run("modprobe", "null_blk", "nr_devices=0")
+        if not os.path.isdir("/sys/kernel/config/nullb"):
+            run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+            self.mounted = True
+        else:
+            self.mounted = False
+        os.mkdir(self.folder)
+        for name, value in (("size", size // MIB), ("memory_backed", 1), ("discard", 1), ("power", 1)):
+            with open(f"{self.folder}/{name}", "w", encoding="ascii") as f:
+                f.write(str(value))
+        # Named by its folder or by its number, depending on the kernel.
+        with open(f"{self.folder}/index", encoding="ascii") as f:
+            names = ["/dev/qcow2test", f"/dev/nullb{f.read().strip()}"]
+        wait_for(names, 10, lambda: any(map(os.path.exists, names)))
+        self.path = next(filter(os.path.exists, names))
+
+    def close(self):
+        os.rmdir(self.folder)
+        if self.mounted:
+            run("umount", "/sys/kernel/config")
+        run("modprobe", "-r", "null_blk")
+
+
+# Limits
+
+def limits(path):
+    return {name: queue_limit(path, name) for name in
+            ("discard_granularity", "discard_max_bytes", "discard_max_hw_bytes", "write_zeroes_max_bytes")}
+
+
+def check_limits(dm, unit, discards, zeroes):
+    got = limits(dm.path)
+    with open(f"{sysfs(dm.path)}/discard_alignment", encoding="ascii") as f:
+        expect(int(f.read()) == 0, "units do not start at the device's start")
+    if discards:
+        expect(got["discard_granularity"] == unit, f"granularity is not the unit: {got}")
+        # Not limited to a few units: a discard of all must not take for ever.
+        expect(got["discard_max_bytes"] >= GIB, f"small maximum: {got}")
+        expect(got["discard_max_hw_bytes"] >= got["discard_max_bytes"], f"{got}")
+    else:
+        expect(not got["discard_max_bytes"], f"discards are offered: {got}")
+    if zeroes:
+        expect(got["write_zeroes_max_bytes"] >= GIB, f"no, or few, write zeroes: {got}")
+    else:
+        expect(not got["write_zeroes_max_bytes"], f"write zeroes are offered: {got}")
+
+
+def limits_of(bench, cluster, extended, *features):
+    image = bench.image(8 * MIB + 512, cluster=cluster, extended=extended)
+    dm = image.open(*features)
+    check_limits(dm, image.unit, True, True)
+    bench.drop(dm)
+    dm = image.open(*features, readonly=True)
+    check_limits(dm, image.unit, False, False)
+
+
+for _cluster, _extended in ((512, False), (64 * KIB, False), (2 * MIB, False), (16 * KIB, True), (64 * KIB, True)):
+    test(f"limits: clusters of {_cluster}{', extended L2' if _extended else ''}", _cluster, _extended)(limits_of)
+test("limits: no_discard_passdown", 64 * KIB, False, "no_discard_passdown")(limits_of)
+
+
+@test("limits: a data device without discard and write zeroes")
+def limits_ram(bench):
+    disk = bench.add(RamDisk(16 * MIB))
+    image = bench.image(16 * MIB, data=disk.path)
+    dm = image.open()
+    check_limits(dm, CLUSTER, True, False)
+    bench.drop(dm)
+    image.detach()
+    # Here the data device would have to do it.
+    image = bench.image(16 * MIB, name="raw", data=disk.path, raw=True)
+    dm = image.open()
+    check_limits(dm, CLUSTER, False, False)
+    io = bench.io(dm)
+    with fails_with(errno.EOPNOTSUPP):
+        io.discard(0, MIB)
+    with fails_with(errno.EOPNOTSUPP):
+        io.punch_hole(0, MIB)
+    bench.drop(io)
+    bench.drop(dm)
+
+
+@test("limits: a data device with discard, but without write zeroes")
+def limits_null(bench):
+    disk = bench.add(NullBlk(16 * MIB))
+    below = limits(disk.path)
+    expect(below["discard_max_bytes"] and not below["write_zeroes_max_bytes"], f"null_blk: {below}")
+    image = bench.image(16 * MIB, data=disk.path)
+    dm = image.open()
+    check_limits(dm, CLUSTER, True, False)
+    bench.drop(dm)
+    image.detach()
+    image = bench.image(16 * MIB, name="raw", data=disk.path, raw=True)
+    dm = image.open()
+    got = limits(dm.path)
+    expect(got["discard_granularity"] == below["discard_granularity"] and
+           got["discard_max_bytes"] == below["discard_max_bytes"] and not got["write_zeroes_max_bytes"],
+           f"not those of the data device: {got}, {below}")
+    bench.drop(dm)
+
+
+@test("limits: data_file_raw has those of the data device")
+def limits_raw(bench):
+    image = bench.image(8 * MIB, raw=True)
+    dm = image.open()
+    below, got = limits(image.data_loop.path), limits(dm.path)
+    expect(got["discard_granularity"] == below["discard_granularity"], f"{got}, {below}")
+    expect(0 < got["discard_max_bytes"] <= below["discard_max_bytes"], f"{got}, {below}")
+    expect(got["write_zeroes_max_bytes"], f"{got}")
+    bench.drop(dm)
+    dm = image.open("no_discard_passdown")
+    check_limits(dm, CLUSTER, False, True)
+    bench.drop(dm)
+    dm = image.open(readonly=True)
+    check_limits(dm, CLUSTER, False, False)
+
+
+# Each cell of the table of transitions
+
+# Each state beside each other one, each in the middle of two equal ones
+PATTERN = ("data zero unallocated data unallocated zero+ data data zero zero unallocated unallocated "
+           "zero data data data unallocated zero unallocated data zero+ zero+ data unallocated").split()
+OPERATIONS = ("discard", "zero_out", "zero_range", "punch_hole")
+
+
+def ranges(unit, first, sector):
+    """What is done to the pattern that begins with unit FIRST."""
+    at = first * unit
+    half = max(unit // 2, 512)
+    yield at + 0 * unit, unit			# one whole unit of each state
+    yield at + 1 * unit, unit
+    yield at + 2 * unit, unit
+    if unit > 512:
+        for n in (3, 4, 5):			# inside a unit; its start; its end
+            yield at + n * unit + sector, half
+        for n in (6, 8, 10):
+            yield at + n * unit, half
+            yield at + (n + 1) * unit - half, half
+    yield at + 9 * unit + half, 2 * unit	# across borders, a whole one between
+    yield at + 12 * unit + half, 3 * unit
+    yield at + 15 * unit - sector, 7 * unit + 2 * sector	# many, ragged
+
+
+def cells(bench, warm, cluster, options):
+    unit = cluster // 32 if options.get("extended") else cluster
+    n = len(PATTERN)
+    size = (4 * n + 3) * unit + max(512, unit // 2 & ~511)
+    if options.get("extended"):
+        size = -(-size // cluster) * cluster + 9 * unit + 512
+    if options.pop("backed", False):
+        path = bench.path("backing")
+        with open(path, "wb") as f:
+            f.write(random.Random(size).randbytes(size - 20 * unit - 512))
+        options["backing"] = path
+    image = bench.image(size, cluster=cluster, **options)
+    image.arrange(lambda i: PATTERN[i % n])
+    model = Units(image)
+    dm = image.open()
+    disk = bench.io(dm)
+    if warm:
+        model.check(disk)
+    for k, name in enumerate(OPERATIONS):
+        for offset, length in ranges(unit, k * n, 512):
+            if not warm:
+                dm.cycle()
+            getattr(disk, name)(offset, length)
+            getattr(model, name)(offset, length)
+            near = max(0, offset - unit)
+            model.check(disk, near, min(size, offset + length + unit) - near)
+    # The last unit, which is cut: its start only, then all that there is of it.
+    last = (size - 1) // unit * unit
+    if size - last > 512:
+        disk.discard(last, 512)
+        model.discard(last, 512)
+        model.check(disk, last)
+        disk.punch_hole(last, 512)
+        model.punch_hole(last, 512)
+        model.check(disk, last)
+    disk.write(last, b"L" * (size - last))
+    model.write(last, b"L" * (size - last))
+    disk.discard(last - unit - 512, size - last + unit + 512)
+    model.discard(last - unit - 512, size - last + unit + 512)
+    model.check(disk)
+    disk.fsync()
+    model.check_states(image)
+    time.sleep(0.5)
+    model.check(disk)
+    dm.cycle()
+    model.check(disk)
+    # Zero units are written again.
+    for i in range(0, size // unit, 3):
+        disk.write(i * unit + (512 if unit > 512 else 0), b"W" * 512)
+        model.write(i * unit + (512 if unit > 512 else 0), b"W" * 512)
+    model.check(disk)
+    bench.drop(disk)
+    bench.drop(dm)
+    model.check_states(image)
+    image.check()
+    image.compare(model.save(bench.path("model")))
+
+
+for _title, _cluster, _options in (
+        ("clusters of 64 KiB", 64 * KIB, {}), ("clusters of 512", 512, {}),
+        ("extended L2", 64 * KIB, {"extended": True}), ("extended L2, subclusters of 512", 16 * KIB, {"extended": True}),
+        ("backing", 64 * KIB, {"backed": True}), ("backing, clusters of 512", 512, {"backed": True}),
+        ("backing, extended L2", 64 * KIB, {"backed": True, "extended": True})):
+    test(f"every state, warm cache: {_title}", True, _cluster, dict(_options))(cells)
+    test(f"every state, cold cache: {_title}", False, _cluster, dict(_options))(cells)
+
+
+@test("data_file_raw: they go to the data device at once, and clusters stay allocated")
+def raw(bench):
+    size = 4 * MIB + 512
+    image = bench.image(size, raw=True)
+    image.poison()
+    model = Units(image)
+    dm = image.open()
+    disk = bench.io(dm)
+    before = image.hash()
+    full = blocks(image.data)
+    for name in OPERATIONS:
+        for offset, length in ranges(CLUSTER, 6 * OPERATIONS.index(name), 4096):
+            getattr(disk, name)(offset, length)
+            getattr(model, name)(offset, length)
+    model.check(disk)
+    with open(image.data, "rb") as f:
+        same(f.read(), model.read(0, size), 0, "data file")
+    expect(blocks(image.data) < full, "the data file has no holes")
+    # All but the last sector was data already, and still is.
+    disk.fsync()
+    expect(set(image.states()) == {"data"}, "clusters are not allocated any more")
+    disk.write(10 * CLUSTER + 512, b"w" * 512)
+    model.write(10 * CLUSTER + 512, b"w" * 512)
+    bench.drop(disk)
+    bench.drop(dm)
+    expect(image.hash() == before, "metadata was changed")
+    image.check()
+    image.compare(model.save(bench.path("model")))
+
+
+@test("nothing to do: neither metadata nor data is touched")
+def nothing(bench):
+    size = 256 * MIB
+    image = bench.image(size)
+    image.qemu_io("write -q -z 1M 4M")
+    image.poison((0, MIB))
+    image.attach()
+    data = bench.linear("data", image.data_loop.path)
+    meta = bench.linear("meta", image.meta_loop.path)
+    before = image.hash()
+    dm = image.open(data=data.path, meta=meta.path)
+    stats = Stat(data.path), Stat(meta.path)
+    disk = bench.io(dm)
+    disk.discard(0, size)
+    disk.punch_hole(512, size - 1024)
+    disk.zero_out(0, 64 * MIB)
+    same(disk.read(0, 8 * MIB), bytes(8 * MIB))
+    expect(not dm.status().dirty, f"something is dirty: {dm.status()}")
+    disk.fsync()
+    dm.cycle()
+    for stat in stats:
+        expect(not stat.write_sectors and not stat.discards, "something was written or discarded")
+    bench.drop(disk)
+    bench.drop(dm)
+    expect(image.hash() == before, "metadata was changed")
+
+
+@test("a sparse disk of 16 TiB is discarded and zeroed as a whole in no time")
+def huge(bench):
+    size = 16 * TIB
+    image = bench.image(size)
+    dm = image.open()
+    disk = bench.io(dm)
+    for offset in (0, TIB - 4096, 5 * TIB + 512, size - 512):
+        disk.write(offset, b"h" * 512)
+    disk.fsync()
+    start = time.monotonic()
+    run("blkdiscard", "-f", dm.path)
+    run("blkdiscard", "-f", "-z", dm.path)
+    took = time.monotonic() - start
+    expect(took < 60, f"{took:.0f} s")
+    for offset in (0, TIB - 4096, 5 * TIB + 512, size - 4096):
+        same(disk.read(offset, 4096), bytes(4096), offset)
+    disk.fsync()
+    expect(image.state(TIB - 4096) == image.state(size - 512) == "zero", "not on disk")
+    bench.drop(disk)
+    bench.drop(dm)
+    image.check()
+
+
+# Space
+
+def filled(bench, size=32 * MIB, **options):
+    image = bench.image(size, **options)
+    dm = image.open()
+    disk = bench.io(dm)
+    for at in range(0, size, MIB):
+        disk.write(at, b"f" * MIB)
+    disk.fsync()
+    expect(blocks(image.data) >= size, "the data file has holes")
+    return image, dm, disk
+
+
+def freed(image, limit):
+    wait_for(f"{image.data} has {blocks(image.data)} bytes, not at most {limit}", 30,
+             lambda: blocks(image.data) <= limit)
+
+
+def frees(bench, where, command):
+    options = {}
+    if where == "ext4":
+        options["data"] = bench.add(Ext4(bench, 128 * MIB)).path + "/data"
+    image, dm, disk = filled(bench, **options)
+    run(*command, "-o", 4 * MIB, "-l", 24 * MIB, dm.path)
+    disk.fsync()
+    freed(image, 8 * MIB + 64 * KIB)
+    expect(blocks(image.data) >= 8 * MIB, "too much was freed")
+    same(disk.read(4 * MIB - 4096, 8192), b"f" * 4096 + bytes(4096))
+    same(disk.read(28 * MIB - 4096, 8192), bytes(4096) + b"f" * 4096)
+    run(*command, "-o", 0, "-l", 32 * MIB, dm.path)
+    # By the timer
+    freed(image, 64 * KIB)
+    bench.drop(disk)
+    bench.drop(dm)
+    image.check()
+
+
+for _where in ("tmpfs", "ext4"):
+    test(f"blkdiscard frees space of a data file on {_where}", _where, ("blkdiscard", "-f"))(frees)
+test("fallocate --punch-hole frees space", "tmpfs", ("fallocate", "-p"))(frees)
+
+
+@test("blkdiscard -z makes zeros, and keeps the space")
+def zeroout(bench):
+    image, dm, disk = filled(bench)
+    run("blkdiscard", "-f", "-z", "-o", 4 * MIB, "-l", 24 * MIB, dm.path)
+    same(disk.read(4 * MIB - 4096, 8192), b"f" * 4096 + bytes(4096))
+    disk.fsync()
+    time.sleep(LATER)
+    expect(blocks(image.data) >= 32 * MIB, "space was freed that was to be kept")
+    dm.cycle()
+    same(disk.read(28 * MIB - 4096, 8192), bytes(4096) + b"f" * 4096)
+    expect(image.state(5 * MIB) == "zero", "not zero on disk")
+    bench.drop(disk)
+    bench.drop(dm)
+    image.check()
+
+
+@test("no_discard_passdown: zero, but the data device hears nothing")
+def no_passdown(bench):
+    image = bench.image(32 * MIB)
+    image.attach()
+    data = bench.linear("data", image.data_loop.path)
+    dm = image.open("no_discard_passdown", data=data.path)
+    disk = bench.io(dm)
+    for at in range(0, 32 * MIB, MIB):
+        disk.write(at, b"f" * MIB)
+    disk.fsync()
+    stat = Stat(data.path)
+    disk.discard(MIB, 30 * MIB)
+    disk.fsync()
+    disk.punch_hole(0, 64 * KIB)
+    time.sleep(LATER)
+    dm.cycle()
+    expect(not stat.discards, f"{stat.discards} discards reached the data device")
+    expect(blocks(image.data) >= 32 * MIB, "space was freed")
+    same(disk.read(MIB - 4096, 8192), b"f" * 4096 + bytes(4096))
+    expect("no_discard_passdown" in dm.table().split(), dm.table())
+    bench.drop(disk)
+    bench.drop(dm)
+    image.check()
+
+
+def by_suspend(bench, remove):
+    image, dm, disk = filled(bench)
+    disk.discard(0, 32 * MIB)
+    if remove:
+        bench.drop(disk)
+        bench.drop(dm)
+    else:
+        dm.suspend()
+    expect(blocks(image.data) <= 64 * KIB, f"{blocks(image.data)} bytes are still there")
+    expect(image.state(0) == image.state(31 * MIB) == "zero", "not zero on disk")
+    if not remove:
+        dm.resume()
+        same(disk.read(0, MIB), bytes(MIB))
+
+
+test("suspend commits and passes down", False)(by_suspend)
+test("removal commits and passes down", True)(by_suspend)
+
+
+@test("mkfs, fstrim and mount -o discard on ext4")
+def ext4(bench):
+    size = 160 * MIB + 512
+    image = bench.image(size)
+    image.poison()
+    dm = image.open()
+    disk = bench.io(dm)
+    for at in range(0, 96 * MIB, MIB):
+        disk.write(at, b"f" * MIB)
+    bench.drop(disk)
+    os.sync()
+    expect(blocks(image.data) >= 96 * MIB, "the data file has holes")
+    run("mkfs.ext4", "-q", "-F", "-b", 4096, "-O", "^has_journal", "-E", "discard,lazy_itable_init=0", dm.path)
+    run("sync")
+    # What was data is free now; what never was is poison still, and does not show.
+    freed(image, 160 * MIB - 80 * MIB)
+    mount = bench.path("mnt")
+    os.mkdir(mount)
+
+    class Mounted:
+        def __init__(self, options):
+            run("mount", "-t", "ext4", "-o", options, dm.path, mount)
+
+        @staticmethod
+        def close():
+            run("umount", mount)
+
+    mounted = bench.add(Mounted("noatime"))
+    for name in ("keep", "lose"):
+        with open(f"{mount}/{name}", "wb") as f:
+            f.write(name.encode() * (6 * MIB))
+    run("sync")
+    full = blocks(image.data)
+    os.unlink(f"{mount}/lose")
+    run("sync")
+    out = run("fstrim", "-v", mount)
+    run("sync")
+    wait_for(f"fstrim ({out.strip()}) has freed nothing", 30, lambda: blocks(image.data) <= full - 20 * MIB)
+    bench.drop(mounted)
+    mounted = bench.add(Mounted("noatime,discard"))
+    full = blocks(image.data)
+    os.rename(f"{mount}/keep", f"{mount}/kept")
+    with open(f"{mount}/lose", "wb") as f:
+        f.write(b"lose" * (5 * MIB))
+    run("sync")
+    os.unlink(f"{mount}/lose")
+    run("sync")
+    wait_for("-o discard has freed nothing", 30, lambda: blocks(image.data) <= full + 4 * MIB)
+    dm.cycle()
+    with open(f"{mount}/kept", "rb") as f:
+        same(f.read(), b"keep" * (6 * MIB), 0, "file")
+    bench.drop(mounted)
+    run("e2fsck", "-f", "-n", dm.path)
+    bench.drop(dm)
+    image.check()
+
+
+# Order, errors and races: on devices that can stand still
+
+class Setup:
+    def __init__(self, bench, size=16 * MIB, **options):
+        self.bench = bench
+        image = self.image = bench.image(size, **options)
+        image.arrange(lambda n: ("data", "data", "zero", "unallocated")[n % 4])
+        self.model = Units(image)
+        image.attach()
+        self.meta = Lower(bench, "meta", image.meta_loop.path)
+        self.data = Lower(bench, "data", image.data_loop.path)
+        # On top of a slow device: counts what is under way in it.
+        self.top = bench.linear("top", self.data.path)
+        self.dm = image.open(meta=self.meta.path, data=self.top.path)
+        self.disk = bench.io(self.dm)
+        self.unit = image.unit
+        # Into the cache: the states, and what the first change has to read.
+        self.model.check(self.disk)
+        last = self.model.size // self.unit - 4
+        self.disk.discard(last * self.unit, self.unit)
+        self.model.discard(last * self.unit, self.unit)
+        self.disk.fsync()
+        wait_for("the pass-down", 30, lambda: not self.poison_there(last))
+        self.threads = []
+
+    def start(self, function, *args):
+        """In a thread of its own: it will wait for a device."""
+        faults = []
+
+        def call():
+            try:
+                function(*args)
+            except Exception as e:  # pylint: disable=broad-except # raised by join()
+                faults.append(e)
+        thread = threading.Thread(target=call)
+        thread.start()
+        self.threads.append((thread, faults))
+        return thread
+
+    def join(self):
+        for thread, faults in self.threads:
+            thread.join(60)
+            expect(not thread.is_alive(), "a request does not end")
+            if faults:
+                raise faults[0]
+        self.threads = []
+
+    def durable(self, offset, length, old=None):
+        """What is read now must be so for good. old: it may also be the one or the
+        other of these in each sector."""
+        first = self.disk.read(offset, length)
+        if old:
+            for at in range(0, length, 512):
+                expect(first[at:at + 512] in [o[at:at + 512] for o in old],
+                       f"neither old nor new content at {offset + at:#x}: {first[at:at + 8].hex()}")
+        self.disk.fsync()
+        time.sleep(0.5)
+        same(self.disk.read(offset, length), first, offset, "after a flush and a pause: content")
+        self.dm.cycle()
+        same(self.disk.read(offset, length), first, offset, "after suspend and resume: content")
+        self.model.data[offset:offset + length] = first
+        return first
+
+    def finish(self):
+        self.model.check(self.disk)
+        self.bench.drop(self.disk)
+        self.bench.drop(self.dm)
+        self.model.check_states(self.image)
+        self.image.check()
+        self.image.compare(self.model.save(self.bench.path("model")))
+
+    def in_flight(self):
+        """Requests that are with the data device."""
+        with open(sysfs(self.top.path) + "/stat", encoding="ascii") as f:
+            return int(f.read().split()[8])
+
+    def poison_there(self, *units):
+        """The data file still has the old bytes of these."""
+        with open(self.image.data, "rb") as f:
+            for n in units:
+                f.seek(n * self.unit)
+                if f.read(self.unit) == bytes(self.unit):
+                    return False
+        return True
+
+
+@test("order: nothing is passed down before the entry is zero on disk")
+def order(bench):
+    s = Setup(bench)
+    used = blocks(s.image.data)
+    stat = Stat(s.data.path)
+    s.meta.stop()
+    s.disk.discard(0, 8 * MIB)
+    s.model.discard(0, 8 * MIB)
+    s.model.check(s.disk)
+    # The timer's commit, and a flush, try.
+    flush = s.start(s.disk.fsync)
+    time.sleep(LATER)
+    expect(flush.is_alive(), "a flush was acknowledged without the metadata device")
+    expect(s.image.state(0) == "data", "the metadata device does not stand still")
+    expect(not stat.discards, "a discard reached the data device before the metadata device")
+    expect(blocks(s.image.data) == used, "the data file has lost blocks already")
+    s.model.check(s.disk)
+    s.meta.go()
+    s.join()
+    wait_for("the discard is passed down", 30, lambda: stat.discards)
+    expect(s.image.state(0) == s.image.state(s.unit) == "zero", "not on disk, but discarded")
+    s.finish()
+
+
+@test("order: a metadata device that fails, and nothing is passed down")
+def order_fail(bench):
+    s = Setup(bench)
+    used = blocks(s.image.data)
+    stat = Stat(s.data.path)
+    s.meta.no_writes()
+    s.disk.discard(0, 8 * MIB)
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    expect(s.dm.mode() == "fail", f"{s.dm.status()}")
+    same(s.disk.read(0, MIB), bytes(MIB))
+    s.meta.good()
+    bench.drop(s.disk)
+    bench.drop(s.dm)
+    expect(not stat.discards and blocks(s.image.data) == used, "data was discarded that the image still names")
+    # As after a power cut: the discard is undone, which it may be.
+    s.dm = s.image.open(meta=s.meta.path, data=s.top.path)
+    s.disk = bench.io(s.dm)
+    s.finish()
+
+
+@test("a pass-down that fails is no fault of the device's")
+def passdown_error(bench):
+    s = Setup(bench)
+    s.data.bad(4 * s.unit, s.unit)
+    s.disk.discard(0, 8 * MIB)
+    s.model.discard(0, 8 * MIB)
+    s.disk.fsync()
+    time.sleep(1)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.model.check(s.disk)
+    s.data.good()
+    s.disk.write(4 * s.unit + 512, b"n" * 512)
+    s.model.write(4 * s.unit + 512, b"n" * 512)
+    s.finish()
+
+
+def cancel(bench, how, part):
+    """Discarded, and written again before the commit (or while it is under way)."""
+    s = Setup(bench)
+    unit = s.unit
+    for n in (0, 1, 5):
+        s.disk.discard(n * unit, unit)
+        s.model.discard(n * unit, unit)
+    if how == "in the commit":
+        s.meta.stop()
+        flush = s.start(s.disk.fsync)
+        time.sleep(0.5)
+        expect(flush.is_alive(), "the commit is over already")
+    elif how == "after a hung commit":
+        # The timer's, which may have begun before the discards.
+        s.meta.stop()
+        time.sleep(LATER)
+    for n in (0, 1):
+        offset, length = (n * unit + 1024, 4096) if part else (n * unit, unit)
+        s.disk.write(offset, b"c" * length)
+        s.model.write(offset, b"c" * length)
+    s.model.check(s.disk, 0, 6 * unit)
+    if how != "at once":
+        s.meta.go()
+    s.join()
+    s.disk.fsync()
+    s.model.check(s.disk, 0, 6 * unit)
+    wait_for("the other discard is passed down", 30, lambda: not s.poison_there(5))
+    time.sleep(0.5)
+    s.model.check(s.disk, 0, 6 * unit)
+    s.dm.cycle()
+    s.finish()
+
+
+for _how in ("at once", "in the commit", "after a hung commit"):
+    for _part in (True, False):
+        test(f"a {'partial' if _part else 'whole'} write after the discard, {_how}, keeps its data",
+             _how, _part)(cancel)
+
+
+def write_into_passdown(bench, part):
+    """A first write to a unit whose discard is under way on the data device."""
+    s = Setup(bench)
+    unit = s.unit
+    s.data.slow(writes=2000)
+    s.disk.discard(4 * unit, 2 * unit)
+    s.model.discard(4 * unit, 2 * unit)
+    flush = s.start(s.disk.fsync)
+    idle = time.monotonic()
+    end = idle + 60
+    # Before it is zero on disk, what is under way is the commit's flush.
+    while s.image.state(4 * unit) != "zero" or not s.in_flight():
+        idle = time.monotonic()
+        expect(idle < end, "nothing is passed down")
+        time.sleep(0.005)
+    offset, length = (4 * unit + 1024, 4096) if part else (4 * unit, unit)
+    s.disk.write(offset, b"p" * length)
+    took = time.monotonic() - idle
+    s.model.write(offset, b"p" * length)
+    # Two seconds for the discard, then two for the write.
+    expect(took > 3.9, f"the write was not kept back: {took:.2f} s")
+    s.model.check(s.disk, 3 * unit, 4 * unit)
+    flush.join(60)
+    s.join()
+    s.data.good()
+    s.disk.fsync()
+    s.dm.cycle()
+    s.finish()
+
+
+test("a partial first write waits for a pass-down that is under way", True)(write_into_passdown)
+test("a whole first write waits for a pass-down that is under way", False)(write_into_passdown)
+
+
+def first_write_race(bench, state, part, operation):
+    """A discard, or write zeroes, of a unit whose first write is in flight."""
+    s = Setup(bench)
+    unit = s.unit
+    n = {"zero": 2, "unallocated": 3}[state]
+    offset, length = (n * unit + 1024, 4096) if part else (n * unit, unit)
+    s.data.stop()
+    s.start(s.disk.write, offset, b"r" * length)
+    time.sleep(0.3)
+    # Across it, with others around that are not busy
+    s.start(getattr(s.disk, operation), (n - 2) * unit + 512, 4 * unit)
+    time.sleep(0.3)
+    # A read of the busy unit is answered.
+    same(s.disk.read(n * unit, unit), bytes(unit), n * unit, "busy unit")
+    s.data.go()
+    s.join()
+    getattr(s.model, operation)((n - 2) * unit + 512, 4 * unit)
+    new = bytearray(unit)
+    new[offset % unit:offset % unit + length] = b"r" * length
+    s.durable(n * unit, unit, (bytes(unit), bytes(new)))
+    # What is left of it can be written again.
+    s.disk.write(n * unit + 8192, b"s" * 512)
+    s.model.write(n * unit + 8192, b"s" * 512)
+    s.durable((n - 2) * unit, 6 * unit)
+    s.finish()
+
+
+for _operation in ("discard", "punch_hole", "zero_out"):
+    for _state, _part in (("zero", True), ("unallocated", False), ("unallocated", True)):
+        test(f"race: {_operation} of a {_state} unit while it is first written {'in part' if _part else 'as a whole'}",
+             _state, _part, _operation)(first_write_race)
+
+
+@test("race: discard of data while it is overwritten and read")
+def overwrite_race(bench):
+    s = Setup(bench)
+    unit = s.unit
+    old = s.model.read(0, 2 * unit)
+    s.data.stop()
+    s.start(s.disk.write, 4096, b"o" * 4096)
+    s.start(s.disk.read, 0, 2 * unit)
+    time.sleep(0.3)
+    s.start(s.disk.discard, 0, 2 * unit)
+    time.sleep(0.3)
+    s.data.go()
+    s.join()
+    new = bytearray(old)
+    new[4096:8192] = b"o" * 4096
+    # The discard is over: old content must not be there any more.
+    s.model.discard(0, 2 * unit)
+    mixed = bytearray(2 * unit)
+    mixed[4096:8192] = b"o" * 4096
+    s.durable(0, 2 * unit, (bytes(2 * unit), bytes(mixed)))
+    s.disk.write(8192, b"q" * 512)
+    s.model.write(8192, b"q" * 512)
+    s.model.states[0] = "data"
+    s.durable(0, 2 * unit)
+    s.finish()
+
+
+@test("race: reads of what is discarded, again and again")
+def read_race(bench):
+    s = Setup(bench)
+    unit = s.unit
+    stop = threading.Event()
+
+    def reader():
+        while not stop.is_set():
+            got = s.disk.read(0, 2 * unit)
+            for at in range(0, 2 * unit, 4096):
+                expect(got[at:at + 4096] in (bytes(4096), b"R" * 4096), f"old content at {at:#x}")
+
+    s.disk.write(0, b"R" * 2 * unit)
+    for _ in range(2):
+        s.start(reader)
+    for n in range(60):
+        s.disk.discard(0, 2 * unit)
+        if n % 4 == 0:
+            s.disk.fsync()
+        if n % 8 == 5:
+            s.dm.cycle()
+        same(s.disk.read(0, 2 * unit), bytes(2 * unit), 0, "after the discard: content")
+        s.disk.write(0, b"R" * 2 * unit)
+        same(s.disk.read(0, 2 * unit), b"R" * 2 * unit, 0, "after the write: content")
+    stop.set()
+    s.join()
+    s.model.write(0, b"R" * 2 * unit)
+    s.finish()
+
+
+@test("race: a discard while a commit is under way")
+def commit_race(bench):
+    s = Setup(bench)
+    unit = s.unit
+    # Something for the commit, in the same table
+    s.disk.write(2 * unit, b"k" * unit)
+    s.model.write(2 * unit, b"k" * unit)
+    s.meta.stop()
+    flush = s.start(s.disk.fsync)
+    time.sleep(0.5)
+    # A unit of that commit, and one that is not.
+    for n in (2, 4):
+        s.disk.discard(n * unit, unit)
+        s.model.discard(n * unit, unit)
+    s.model.check(s.disk)
+    expect(flush.is_alive(), "the commit is over already")
+    expect(s.poison_there(4), "passed down before it is on disk")
+    s.meta.go()
+    s.join()
+    s.disk.fsync()
+    s.model.check_states(s.image)
+    wait_for("the discards are passed down", 30, lambda: not s.poison_there(2) and not s.poison_there(4))
+    s.finish()
+
+
+def mirror(bench, operation):
+    """On a RAM disk: discards change metadata only, zeroes are written."""
+    disk = bench.add(RamDisk(16 * MIB))
+    image = bench.image(16 * MIB, data=disk.path)
+    image.arrange(lambda n: ("data", "data", "zero", "unallocated")[n % 4])
+    model = Units(image)
+    dm = image.open()
+    io = bench.io(dm)
+    if operation == "zero_out":
+        # The kernel's fallback: these are writes.
+        io.zero_out(512, 8 * CLUSTER)
+        model.write(512, bytes(8 * CLUSTER))
+    else:
+        io.discard(512, 8 * CLUSTER)
+        model.discard(512, 8 * CLUSTER)
+        with fails_with(errno.EOPNOTSUPP):
+            io.punch_hole(0, CLUSTER)
+    model.check(io)
+    io.fsync()
+    model.check_states(image)
+    dm.cycle()
+    model.check(io)
+    bench.drop(io)
+    bench.drop(dm)
+    image.check()
+    image.compare(model.save(bench.path("model")))
+
+
+test("a data device that can do neither: discard", "discard")(mirror)
+test("a data device that can do neither: BLKZEROOUT", "zero_out")(mirror)
+
+
+@test("a failed device takes no discards")
+def refused(bench):
+    s = Setup(bench)
+    s.meta.no_writes()
+    s.disk.discard(0, s.unit)
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    # The others would be made overwrites by the kernel, and these still work.
+    for name in ("discard", "punch_hole"):
+        with fails_with(errno.EIO):
+            getattr(s.disk, name)(4 * s.unit, s.unit)
+    same(s.disk.read(4 * s.unit, s.unit), s.model.read(4 * s.unit, s.unit), 4 * s.unit)
+    s.meta.good()
+
+
+if __name__ == "__main__":
+    run("modprobe", "-q", "-a", "dm-flakey", "dm-delay", ok=False)
+    main()

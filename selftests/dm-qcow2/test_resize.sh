@@ -1,0 +1,386 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# qcow2setup resize: of images, and of devices that are in use. Nothing may be
+# lost, and whatever is refused must leave everything as it was.
+
+# shellcheck source=common.sh
+. "$(dirname "$0")/common.sh"
+
+name=$prefix-i
+
+bytes()
+{
+	blockdev --getsize64 "/dev/mapper/$name"
+}
+
+pattern()
+{
+	yes "$1" | head -c "$2"
+}
+
+# put TEXT LENGTH MIB: to the device, and to the model
+put()
+{
+	pattern "$1" "$2" > "$dir/piece"
+	dd if="$dir/piece" of="/dev/mapper/$name" bs=512 seek=$(($3 * 2048)) oflag=direct conv=notrunc status=none
+	dd if="$dir/piece" of="$dir/model" bs=512 seek=$(($3 * 2048)) conv=notrunc status=none
+}
+
+open_it()
+{
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" "$@"
+}
+
+judge()
+{
+	[ "$(mode i)" = rw ] || fault "mode $(mode i)"
+	cmp "/dev/mapper/$name" "$dir/model"
+	"$tool" close "$name"
+	poll 30 loops_gone
+	nothing_left
+	qemu-img check -q -f qcow2 "$dir/i.qcow2" || fault "qemu-img check: $?"
+	qemu-img compare -q -f qcow2 -F raw "$dir/i.qcow2" "$dir/model"
+}
+
+# Step by step larger, and written in between.
+grows()
+{
+	local size n=1
+
+	image i 1049088 "$1"
+	truncate -s 1049088 "$dir/model"
+	open_it
+	put old 7168 0
+	put end 512 1
+	for size in 3146240 $((40 << 20)); do
+		"$tool" resize "$name" --size "$size"
+		truncate -s "$size" "$dir/model"
+		[ "$(bytes)" = "$size" ] || fault "the device has $(bytes) bytes"
+		cmp "/dev/mapper/$name" "$dir/model"
+		n=$((n + 1))
+		put "after $n" 66048 $((n - 1))
+	done
+	put last 1048576 39
+	[ "$(stat -c %s "$dir/i.data")" = $((40 << 20)) ]
+	judge
+}
+
+# With content of the data that must not show, since nobody wrote it there.
+over_old_data()
+{
+	image i 1049088 "$1"
+	cp "$dir/i.data" "$dir/head"
+	pattern JUNK $((8 << 20)) > "$dir/i.data"
+	dd if="$dir/head" of="$dir/i.data" conv=notrunc status=none
+	truncate -s 1049088 "$dir/model"
+	open_it
+	# The rest of the last cluster is behind the end so far.
+	put end 512 1
+	"$tool" resize "$name" --size auto
+	[ "$(bytes)" = $((8 << 20)) ]
+	truncate -s 8M "$dir/model"
+	put more 5120 2
+	judge
+}
+
+raw()
+{
+	pattern RAW $((8 << 20)) > "$dir/i.data"
+	"$tool" create "$dir/i.qcow2" --data-file "$dir/i.data" --size 1049088 --data-file-raw "$@"
+	cp "$dir/i.data" "$dir/model"
+	open_it
+	"$tool" resize "$name" --size 8M
+	put more 5120 2
+	judge
+	qemu-img check --output=json "$dir/i.qcow2" |
+		jq -e '."allocated-clusters" == ."total-clusters"' > "$dir/out"
+}
+
+# The backing file goes on behind the old end, and must not come to be seen.
+over_backing()
+{
+	pattern base $((6 << 20)) > "$dir/base"
+	qemu-img create -q -f qcow2 -b "$dir/base" -F raw -o "data_file=$dir/i.data${1:+,$1}" \
+		"$dir/i.qcow2" $((2 * 1048576 + 3072))
+	truncate -s $((2 * 1048576 + 3072)) "$dir/i.data"
+	head -c $((2 * 1048576 + 3072)) "$dir/base" > "$dir/model"
+	open_it --backing-file "$dir/base"
+	put old 512 1
+	"$tool" resize "$name" --size 5M
+	truncate -s 5M "$dir/model"
+	cmp "/dev/mapper/$name" "$dir/model"
+	"$tool" resize "$name" --size 8M
+	truncate -s 8M "$dir/model"
+	put new 1024 7
+	judge
+}
+
+# fio writes and verifies all the time, at the beginning of the device.
+under_load()
+{
+	local size
+
+	image i $((4 << 20)) "$1"
+	open_it
+	(
+		timeout 300 fio --filename="/dev/mapper/$name" --allow_file_create=0 --direct=1 --verify=crc32c \
+			--verify_fatal=1 --verify_backlog=64 --ioengine=libaio --thread --group_reporting \
+			--randseed=7 --time_based --runtime=10 \
+			--name=a --rw=randrw --bs=4k --size=2m --iodepth=8 \
+			--name=b --rw=randwrite --bs=12k --offset=2m --size=2m --iodepth=4 --fsync=16 \
+			> "$dir/fio.log" 2>&1
+	) &
+	load=$!
+	poll 60 in_use
+	sleep 2
+	for size in 5 9 30; do
+		"$tool" resize "$name" --size "${size}M"
+		[ "$(bytes)" = $((size << 20)) ]
+		kill -0 "$load" || fault "fio has ended: $(tail -n 12 "$dir/fio.log")"
+	done
+	rc=0
+	wait "$load" || rc=$?
+	[ "$rc" = 0 ] || fault "fio: status $rc: $(tail -n 12 "$dir/fio.log")"
+	cp "/dev/mapper/$name" "$dir/model"
+	judge
+}
+
+in_use()
+{
+	[ "$(dmsetup info -c --noheadings -o open "$name")" -gt 0 ]
+}
+
+file_system()
+{
+	image i $((24 << 20)) ''
+	open_it
+	mkfs.ext4 -q -F "/dev/mapper/$name"
+	mkdir "$dir/mnt"
+	mount -t ext4 "/dev/mapper/$name" "$dir/mnt"
+	head -c 5000000 /dev/urandom > "$dir/mnt/file"
+	sum=$(sha256sum < "$dir/mnt/file")
+	"$tool" resize "/dev/mapper/$name" --size 64M
+	resize2fs "/dev/mapper/$name" > "$dir/log" 2>&1 || fault "resize2fs: $(cat "$dir/log")"
+	head -c 30000000 /dev/urandom > "$dir/mnt/large"
+	umount "$dir/mnt"
+	e2fsck -f -n "/dev/mapper/$name" > "$dir/log" 2>&1 || fault "e2fsck: $(cat "$dir/log")"
+	mount -t ext4 "/dev/mapper/$name" "$dir/mnt"
+	[ "$sum" = "$(sha256sum < "$dir/mnt/file")" ]
+	umount "$dir/mnt"
+	cp "/dev/mapper/$name" "$dir/model"
+	judge
+}
+
+# What is the state of everything that must not change?
+state()
+{
+	dmsetup table "$name"
+	dmsetup info -c --noheadings -o suspended "$name"
+	stat -c '%n %s' "$dir"/i.*
+	python3 "$here/qcow2image.py" get "$dir/i.qcow2" size
+	python3 "$here/qcow2image.py" get "$dir/i.qcow2" l1_table_offset
+}
+
+refusals()
+{
+	image i $((4 << 20)) cluster_size=512
+	open_it
+	before=$(state)
+	refused 4 'shrink' "$tool" resize "$name" --size 3M
+	refused 1 'multiple of 512' "$tool" resize "$name" --size $((5 * 1048576 + 1))
+	refused 1 'size' "$tool" resize "$name"
+	refused 1 'out' "$tool" resize "$name" --size 5M --data-file "$dir/i.data"
+	refused 4 'at most' "$tool" resize "$name" --size 1P
+	refused 5 'lock|use' "$tool" resize "$dir/i.qcow2" --size 5M
+	[ "$before" = "$(state)" ] || fault "changed: $(state)"
+	dmsetup suspend "$name"
+	refused 5 'resume' "$tool" resize "$name" --size 5M
+	dmsetup resume "$name"
+	"$tool" resize "$name" --size 4M
+	"$tool" close "$name"
+	open_it --readonly
+	refused 4 'read-only' "$tool" resize "$name" --size 5M
+	"$tool" close "$name"
+	refused 4 'no such' "$tool" resize "$name" --size 5M
+	# A bitmap that would have to grow, when it is found the device is suspended.
+	image k $((4 << 20)) ''
+	qemu-img bitmap --add --disable -f qcow2 "$dir/k.qcow2" frozen
+	"$tool" open "$dir/k.qcow2" "$name" --data-file "$dir/k.data"
+	refused 4 'bitmap frozen' "$tool" resize "$name" --size 80G
+	[ "$(bytes)" = $((4 << 20)) ]
+	[ "$(stat -c %s "$dir/k.data")" = $((4 << 20)) ] || fault "the data file has grown"
+	[ "$(dmsetup info -c --noheadings -o suspended "$name")" = Active ]
+	"$tool" close "$name"
+	qemu-img check -q "$dir/k.qcow2"
+}
+
+# Devices cannot be made larger by the tool.
+devices()
+{
+	local meta data
+
+	truncate -s 100K "$dir/meta.disk"
+	truncate -s 4M "$dir/data.disk"
+	meta=$(losetup -f --show "$dir/meta.disk")
+	data=$(losetup -f --show "$dir/data.disk")
+	# They stand for devices whose files are out of reach.
+	dmsetup create "$prefix-meta" --table "0 200 linear $meta 0"
+	dmsetup create "$prefix-data" --table "0 8192 linear $data 0"
+	"$tool" create "/dev/mapper/$prefix-meta" --data-file "/dev/mapper/$prefix-data" --cluster-size 512 \
+		--overwrite-device
+	"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "/dev/mapper/$prefix-data" 2> "$dir/err"
+	truncate -s 4M "$dir/model"
+	put old 7168 1
+	table=$(dmsetup table "$name")
+	sync "/dev/mapper/$name"
+	before=$(sha256sum < "$dir/meta.disk")
+	refused 4 "$prefix-data.*4194304 bytes.*8388608.*enlarge" "$tool" resize "$name" --size 8M
+	truncate -s 8M "$dir/data.disk"
+	losetup -c "$data"
+	dmsetup suspend "$name"
+	dmsetup suspend "$prefix-data"
+	dmsetup load "$prefix-data" --table "0 16384 linear $data 0"
+	dmsetup resume "$prefix-data"
+	dmsetup resume "$name"
+	# 256 L2 tables of 512 bytes, and what counts them
+	refused 4 "$prefix-meta.*102400 bytes.*enlarge" "$tool" resize "$name" --size auto
+	[ "$table" = "$(dmsetup table "$name")" ]
+	[ "$before" = "$(sha256sum < "$dir/meta.disk")" ] || fault "the metadata was changed"
+	put still 7168 2
+	truncate -s 300K "$dir/meta.disk"
+	losetup -c "$meta"
+	dmsetup suspend "$name"
+	dmsetup suspend "$prefix-meta"
+	dmsetup load "$prefix-meta" --table "0 600 linear $meta 0"
+	dmsetup resume "$prefix-meta"
+	dmsetup resume "$name"
+	"$tool" resize "$name" --size auto
+	[ "$(bytes)" = $((8 << 20)) ]
+	truncate -s 8M "$dir/model"
+	put new 1048576 7
+	cmp "/dev/mapper/$name" "$dir/model"
+	"$tool" close "$name"
+	qemu-img check -q -f qcow2 "/dev/mapper/$prefix-meta" || fault "qemu-img check: $?"
+	dmsetup remove --retry "$prefix-meta"
+	dmsetup remove --retry "$prefix-data"
+	losetup -d "$meta" "$data"
+	poll 30 loops_gone
+	nothing_left
+}
+
+# More than the metadata of a device can hold: the writer is told, then helped.
+space_used_up()
+{
+	local meta
+
+	truncate -s 25600 "$dir/meta.disk"
+	truncate -s 4M "$dir/i.data"
+	meta=$(losetup -f --show "$dir/meta.disk")
+	dmsetup create "$prefix-meta" --table "0 50 linear $meta 0"
+	"$tool" create "/dev/mapper/$prefix-meta" --data-file "$dir/i.data" --cluster-size 512 --overwrite-device \
+		2> "$dir/err"
+	"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data" 2> "$dir/err"
+	grep -q 'may become too small' "$dir/err"
+	truncate -s 4M "$dir/model"
+	pattern full $((4 << 20)) > "$dir/piece"
+	not dd if="$dir/piece" of="/dev/mapper/$name" bs=32k oflag=direct conv=notrunc status=none 2> "$dir/err"
+	grep -qi 'space' "$dir/err"
+	"$tool" status "$name" > "$dir/out"
+	grep -q "used up.*enlarge .*$prefix-meta" "$dir/out"
+	grep -q "resize $name --size 4194304" "$dir/out"
+	"$tool" status "$name" --json | jq -e '.statistics.refused > 0' > "$dir/json"
+	truncate -s 300K "$dir/meta.disk"
+	losetup -c "$meta"
+	dmsetup suspend "$name"
+	dmsetup suspend "$prefix-meta"
+	dmsetup load "$prefix-meta" --table "0 600 linear $meta 0"
+	dmsetup resume "$prefix-meta"
+	dmsetup resume "$name"
+	"$tool" resize "$name" --size 4194304
+	dd if="$dir/piece" of="/dev/mapper/$name" bs=32k oflag=direct conv=notrunc status=none
+	"$tool" status "$name" --json | jq -e '.statistics.refused == 0' > "$dir/json"
+	cmp "/dev/mapper/$name" "$dir/piece"
+	"$tool" close "$name"
+	dmsetup remove --retry "$prefix-meta"
+	losetup -d "$meta"
+	qemu-img check -q -f qcow2 "$dir/meta.disk" || fault "qemu-img check: $?"
+}
+
+# A signal at any time: the old size or the new one, and never suspended.
+interrupted()
+{
+	local t sizes=0
+
+	image i $((4 << 20)) cluster_size=512
+	truncate -s 4M "$dir/model"
+	open_it
+	put old 7168 1
+	for t in 0.01 0.03 0.05 0.08 0.1 0.15 0.2 0.3; do
+		sizes=$((sizes + 1))
+		timeout -s INT "$t" "$tool" resize "$name" --size $(((4 + sizes) << 20)) > "$dir/log" 2>&1 || true
+		[ "$(dmsetup info -c --noheadings -o suspended "$name")" = Active ] ||
+			fault "after $t s: suspended: $(cat "$dir/log")"
+		[ $(($(bytes) % 1048576)) = 0 ]
+		truncate -s "$(bytes)" "$dir/model"
+		cmp "/dev/mapper/$name" "$dir/model"
+	done
+	judge
+}
+
+twice_at_once()
+{
+	local n
+
+	image i $((4 << 20)) ''
+	truncate -s 4M "$dir/model"
+	open_it
+	for n in 5 6 7; do
+		( "$tool" resize "$name" --size "${n}M" 2>&1 || echo "status $?" ) > "$dir/log$n" &
+	done
+	wait
+	[ "$(bytes)" = $((7 << 20)) ] || fault "$(bytes): $(cat "$dir"/log?)"
+	[ "$(dmsetup info -c --noheadings -o suspended "$name")" = Active ]
+	truncate -s 7M "$dir/model"
+	judge
+}
+
+# Closed: the same by another way.
+closed()
+{
+	image i 1049088 "$1"
+	truncate -s 1049088 "$dir/model"
+	open_it
+	put end 512 1
+	"$tool" close "$name"
+	poll 30 loops_gone
+	"$tool" resize "$dir/i.qcow2" --size 40M --data-file "$dir/i.data"
+	truncate -s 40M "$dir/model"
+	open_it
+	put new 5120 39
+	judge
+}
+
+start jq fio mkfs.ext4 resize2fs e2fsck
+need_tool
+check "grows, clusters of 64 KiB" grows ''
+check "grows, clusters of 512, L1 and refcount table move" grows cluster_size=512,refcount_bits=64
+check "grows, extended L2" grows extended_l2=on,cluster_size=16k
+check "grows over old content" over_old_data ''
+check "grows over old content, extended L2" over_old_data extended_l2=on
+check "grows, raw" raw --cluster-size 512
+check "grows, raw, extended L2" raw --extended-l2
+check "grows over a backing file" over_backing ''
+check "grows over a backing file, extended L2" over_backing extended_l2=on
+check "grows over a backing file, small clusters" over_backing cluster_size=512
+check "under load, clusters of 512" under_load cluster_size=512
+check "under load, clusters of 64 KiB" under_load ''
+check "file system that is mounted" file_system
+check "refusals" refusals
+check "devices of fixed size" devices
+check "space for metadata is used up, and enlarged" space_used_up
+check "interrupted" interrupted
+check "several at once" twice_at_once
+check "image that is closed" closed ''
+check "image that is closed, clusters of 512" closed cluster_size=512
+finish
