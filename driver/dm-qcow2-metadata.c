@@ -411,10 +411,10 @@ void qcow2_slot_expand(struct qcow2_metadata *md, unsigned long index)
 	}
 }
 
-/* May a slice go?  Bad ones stay: a busy unit must not lose its meaning. */
+/* May a slice go? */
 static bool qcow2_slice_idle(const struct qcow2_slice *slice)
 {
-	return !slice->dirty && !slice->pins && !slice->trim && !slice->bad;
+	return !slice->dirty && !slice->pins && !slice->trim;
 }
 
 /* How many slices of a bucket are looked at under its lock, at most. */

@@ -715,18 +715,29 @@ static int qcow2_load_all(struct qcow2_io *io)
 	return r;
 }
 
-/* Is a busy unit one whose entry is corrupt?  Any context. */
-static bool qcow2_unit_bad(struct qcow2_metadata *md, sector_t sector)
+enum qcow2_busy {
+	QCOW2_BUSY_WRITE,	/* someone works on it */
+	QCOW2_BUSY_BAD,		/* its entry is corrupt */
+	QCOW2_BUSY_GONE,	/* it is not busy any more, or not in core */
+};
+
+/* Why was a unit seen busy?  Any context. */
+static enum qcow2_busy qcow2_why_busy(struct qcow2_metadata *md,
+				      sector_t sector)
 {
+	u64 unit = sector >> md->unit_shift;
+	unsigned int i = unit & ((1U << md->slice_shift) - 1);
+	enum qcow2_busy busy = QCOW2_BUSY_GONE;
 	struct qcow2_slice *slot;
-	bool bad;
 
 	rcu_read_lock();
-	slot = rcu_dereference(md->dir[sector >> (md->unit_shift + md->slice_shift)]);
+	slot = rcu_dereference(md->dir[unit >> md->slice_shift]);
 	/* No first writes go into a bad slice: its busy units are corrupt. */
-	bad = slot && !qcow2_is_tag(slot) && slot->bad;
+	if (slot && !qcow2_is_tag(slot) &&
+	    qcow2_get_state(slot->words, i) == QCOW2_BUSY)
+		busy = slot->bad ? QCOW2_BUSY_BAD : QCOW2_BUSY_WRITE;
 	rcu_read_unlock();
-	return bad;
+	return busy;
 }
 
 /* What is left of an io is all of its bio. */
@@ -1096,9 +1107,13 @@ static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
 {
 	struct qcow2_target *q = io->q;
 
-	if (state == QCOW2_BUSY && qcow2_unit_bad(q->md, io->sector)) {
-		WRITE_ONCE(io->status, BLK_STS_IOERR);
-		return true;
+	if (state == QCOW2_BUSY) {
+		enum qcow2_busy busy = qcow2_why_busy(q->md, io->sector);
+
+		if (busy == QCOW2_BUSY_BAD)
+			WRITE_ONCE(io->status, BLK_STS_IOERR);
+		if (busy != QCOW2_BUSY_WRITE)
+			return true;
 	}
 	if (bio_op(io->bio) == REQ_OP_READ)
 		return qcow2_read_run(io, nr, state);
@@ -1411,11 +1426,15 @@ static int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
 	nr = qcow2_lookup(q->md, sector, bio_sectors(bio), &state);
 	if (!nr)
 		return qcow2_defer(q, io, bio);
-	if (unlikely(state != QCOW2_DATA && q->backing_bdev)) {
-		if (state == QCOW2_UNALLOCATED && sector < q->backing_end)
-			return qcow2_map_backing(q, bio, nr);
-		/* What was it before? */
-		if (state == QCOW2_BUSY)
+	if (state == QCOW2_UNALLOCATED && sector < q->backing_end)
+		return qcow2_map_backing(q, bio, nr);
+	if (state == QCOW2_BUSY) {
+		enum qcow2_busy busy = qcow2_why_busy(q->md, sector);
+
+		if (busy == QCOW2_BUSY_BAD)
+			return DM_MAPIO_KILL;
+		/* What is it now, or what was it before? */
+		if (busy == QCOW2_BUSY_GONE || q->backing_bdev)
 			return qcow2_defer(q, io, bio);
 	}
 	if (!qcow2_accept(bio, nr))
@@ -1423,8 +1442,6 @@ static int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
 	this_cpu_inc(q->stats->hits);
 	if (likely(state == QCOW2_DATA))
 		return qcow2_remap(q, bio);
-	if (state == QCOW2_BUSY && qcow2_unit_bad(q->md, sector))
-		return DM_MAPIO_KILL;
 	zero_fill_bio(bio);
 	bio_endio(bio);
 	return DM_MAPIO_SUBMITTED;

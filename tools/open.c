@@ -425,19 +425,23 @@ static int find_or_make(struct mapping *m, struct parts *p, struct lower *l)
 		return ret;
 
 	snprintf(l->name, sizeof(l->name), "%s", s.name);
+	l->goes = !strncmp(l->name, DM_BACKING_PREFIX,
+			   strlen(DM_BACKING_PREFIX));
 	ret = lower_hold(l);
-	if (ret && made) {
-		dm_remove(l->name, false);
-		return ret != -EAGAIN ? ret :
-		       fail(EX_WRONG, "%s: cannot open the device; check /dev/dm-*",
-			    esc(l->name));
-	}
-	/* What was not opened by name goes without being told. */
-	if (!ret && !strncmp(l->name, DM_BACKING_PREFIX,
-			     strlen(DM_BACKING_PREFIX))) {
-		l->goes = true;
-		if (dm_remove(l->name, true))
-			warning("%s: will not be removed by itself; remove it with qcow2setup close when it is unused",
+	if (!made)
+		return ret;
+	if (ret == -EAGAIN)
+		ret = fail(EX_WRONG, "%s: cannot open the device; check /dev/dm-*",
+			   esc(l->name));
+	/* Nobody will close it, so it is told to go with its last user. */
+	if (!ret)
+		ret = dm_remove(l->name, true);
+	if (ret) {
+		if (l->fd >= 0)
+			close(l->fd);
+		l->fd = -1;
+		if (dm_remove(l->name, false))
+			warning("%s: cannot be removed again; try dmsetup remove",
 				esc(l->name));
 	}
 	return ret;

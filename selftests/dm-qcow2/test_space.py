@@ -253,6 +253,7 @@ def small_clusters(bench, bits, tables, options=""):
     image.poison((0, MIB))
     model = bench.model(image.size)
     limit = image.reftable_entries() * image.per_block()
+    cover = image.cover
     os.truncate(image.path, image.file_size() // cluster * cluster + 3 * tables * cluster // 2)
     image.attach(extend=False)
     rng = random.Random(bits)
@@ -263,7 +264,7 @@ def small_clusters(bench, bits, tables, options=""):
         dm = image.open()
         disk = bench.io(dm)
         for n, i in enumerate(order[part::4]):
-            at = i * image.cover + rng.randrange(64) * cluster
+            at = i * cover + rng.randrange(64) * cluster
             data = i.to_bytes(8, "little") * 64
             try:
                 disk.write(at, data)
