@@ -158,11 +158,7 @@ int cmd_check(const struct options *opt, char **args)
 	struct image img = IMAGE_CLOSED;
 	int ret;
 
-	ret = image_open(&img, AT_FDCWD, args[0], write ? 0 : NODE_READ_ONLY);
-	if (!ret)
-		ret = node_lock(&img.node, write);
-	if (!ret)
-		ret = node_check_unused(&img.node, write);
+	ret = image_open_locked(&img, args[0], write);
 	ret = ret ? CHECK_FAILED : check(opt, &img);
 	image_close(&img);
 	return ret;

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "dm.h"
+#include "image.h"
 #include "loop.h"
 #include "node.h"
 #include "target.h"
@@ -118,4 +119,22 @@ int node_check_unused(const struct node *node, bool write)
 			    "%s: attached to /dev/%s; detach it first (losetup --detach /dev/%s)",
 			    esc(node->path), name, name);
 	return 0;
+}
+
+int image_open_locked(struct image *img, const char *path, bool write)
+{
+	struct node node;
+	int ret;
+
+	*img = (struct image)IMAGE_CLOSED;
+	ret = node_open(&node, AT_FDCWD, path, write ? 0 : NODE_READ_ONLY);
+	if (!ret)
+		ret = node_lock(&node, write);
+	if (!ret)
+		ret = node_check_unused(&node, write);
+	if (ret) {
+		node_close(&node);
+		return ret;
+	}
+	return image_attach(img, &node);
 }

@@ -27,11 +27,20 @@ static uint64_t cluster_size(const struct image *img)
 
 int image_attach(struct image *img, const struct node *node)
 {
-	size_t len = min_u64(node->size, 1U << QCOW2_MAX_CLUSTER_BITS);
 	enum header_fault fault;
+	struct stat st;
+	size_t len;
 	int ret;
 
-	*img = (struct image){ .node = *node, .size_before = node->size };
+	*img = (struct image){ .node = *node };
+	/* It may have grown between the time it was opened, and locked. */
+	if (!node->bdev) {
+		if (fstat(node->fd, &st))
+			return fail_errno("%s: cannot stat it", esc(node->path));
+		img->node.size = st.st_size;
+	}
+	img->size_before = img->node.size;
+	len = min_u64(img->node.size, 1U << QCOW2_MAX_CLUSTER_BITS);
 	/* never empty, so that NULL always means out of memory */
 	img->first = malloc(len + 1);
 	if (!img->first)

@@ -36,6 +36,11 @@ struct image {
 /* Open, read and parse the header.  Prints why it failed; an exit code. */
 int image_open(struct image *img, int dirfd, const char *path,
 	       unsigned int node_flags);
+/*
+ * Lock it before anything is read, and make sure that no one else writes
+ * (claim.c).
+ */
+int image_open_locked(struct image *img, const char *path, bool write);
 /* The same for a node that is open already; it becomes the image's. */
 int image_attach(struct image *img, const struct node *node);
 void image_close(struct image *img);

@@ -244,16 +244,6 @@ static int get_geometry(struct map *m)
 	return 0;
 }
 
-/* An image that nobody writes to. */
-static int open_image(struct map *m, const char *path)
-{
-	int ret = image_open(&m->img, AT_FDCWD, path, NODE_READ_ONLY);
-
-	if (!ret)
-		ret = node_lock(&m->img.node, false);
-	return ret ? ret : node_check_unused(&m->img.node, false);
-}
-
 /* What is only in the kernel's memory goes to the metadata device. */
 static int commit(const char *name)
 {
@@ -329,29 +319,6 @@ static int open_live(struct map *m, const char *name)
 	return image_attach(&m->img, &node);
 }
 
-/*
- * The name of one of our devices, or NULL if @arg is an image.  A file goes
- * before a device of the same name: say /dev/mapper/NAME then.
- */
-static const char *live_name(const char *arg, char *name, size_t size)
-{
-	char uuid[160];
-	struct stat st;
-
-	if (stat(arg, &st)) {
-		snprintf(name, size, "/dev/mapper/%s", arg);
-		return !strchr(arg, '/') && !stat(name, &st) ? arg : NULL;
-	}
-	if (!S_ISBLK(st.st_mode) ||
-	    !sysfs_read(uuid, sizeof(uuid), "/sys/dev/block/%u:%u/dm/uuid",
-			major(st.st_rdev), minor(st.st_rdev)) ||
-	    strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) ||
-	    !sysfs_read(name, size, "/sys/dev/block/%u:%u/dm/name",
-			major(st.st_rdev), minor(st.st_rdev)))
-		return NULL;
-	return name;
-}
-
 int cmd_map(const struct options *opt, char **args)
 {
 	struct map m = { .img = IMAGE_CLOSED };
@@ -359,7 +326,7 @@ int cmd_map(const struct options *opt, char **args)
 	char name[160];
 	int ret;
 
-	live = live_name(args[0], name, sizeof(name));
+	live = device_live_name(args[0], name, sizeof(name));
 	if (live) {
 		ret = dm_check_name(live);
 		if (!ret)
@@ -367,7 +334,7 @@ int cmd_map(const struct options *opt, char **args)
 		if (!ret)
 			ret = open_live(&m, live);
 	} else {
-		ret = open_image(&m, args[0]);
+		ret = image_open_locked(&m.img, args[0], false);
 	}
 	if (!ret)
 		ret = get_geometry(&m);

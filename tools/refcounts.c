@@ -5,6 +5,9 @@
 #include "refcounts.h"
 #include "util.h"
 
+/* 1 GiB; an image as large as the format allows has 4 Mi L2 tables */
+#define MAX_REFS	(64U << 20)
+
 bool refs_add(struct refs *refs, enum ref_kind kind, uint32_t index,
 	      uint64_t off, uint64_t len, unsigned int cluster_bits)
 {
@@ -13,6 +16,9 @@ bool refs_add(struct refs *refs, enum ref_kind kind, uint32_t index,
 	if (!len)
 		return true;
 	end = ((off + len - 1) >> cluster_bits) + 1;
+	/* The sum is an image's to choose: it must not be all memory. */
+	if (end - (off >> cluster_bits) > MAX_REFS - refs->n)
+		return false;
 	for (c = off >> cluster_bits; c < end; c++) {
 		if (refs->n == refs->room) {
 			size_t room = refs->room ? 2 * refs->room : 1024;

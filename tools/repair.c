@@ -126,10 +126,13 @@ static int empty_entries(struct verify *v)
 	int ret;
 
 	for (i = 0; i < img->geo.l1_entries; i++) {
-		if (be64_to_cpu(img->l1[i]) != QCOW2_OFLAG_COPIED)
+		uint64_t at = img->geo.l1_offset + i * 8ULL;
+
+		/* Unless something else is there, too: then it may be that's. */
+		if (be64_to_cpu(img->l1[i]) != QCOW2_OFLAG_COPIED ||
+		    !verify_alone(v, at & ~((1ULL << img->geo.cluster_bits) - 1)))
 			continue;
-		ret = write_at(img->node.fd, &none, sizeof(none),
-			       img->geo.l1_offset + i * 8ULL);
+		ret = write_at(img->node.fd, &none, sizeof(none), at);
 		if (ret)
 			return failed(img, -ret);
 	}

@@ -12,6 +12,8 @@
 #include <linux/loop.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
@@ -159,6 +161,7 @@ static int open_offline_backing(struct offline *o, const struct options *opt,
 				struct growth *g)
 {
 	const struct span *format = &o->img.h.backing_format;
+	const char *data;
 	struct image img;
 	int ret;
 
@@ -177,7 +180,7 @@ static int open_offline_backing(struct offline *o, const struct options *opt,
 	o->backing_arg = strdup(opt->backing_file[0]);
 	if (!o->backing_arg)
 		return fail_nomem();
-	backing_arg_split(o->backing_arg);
+	data = backing_arg_split(o->backing_arg);
 	ret = node_open(&o->backing, AT_FDCWD, o->backing_arg, NODE_READ_ONLY);
 	if (!ret)
 		ret = node_lock(&o->backing, false);
@@ -185,7 +188,8 @@ static int open_offline_backing(struct offline *o, const struct options *opt,
 		return ret;
 	g->backing_size = o->backing.size;
 	g->backing = &o->backing;
-	if (o->backing.bdev || format->len != 5 ||
+	/* A device without data of its own shows what the guest would see. */
+	if ((o->backing.bdev && !data) || format->len != 5 ||
 	    memcmp(format->s, "qcow2", 5))
 		return 0;
 	/* An image: what it holds cannot be read here, only how much it is. */
@@ -518,6 +522,9 @@ static int change_suspended(struct live *l, const struct growth *g)
 
 	/* The kernel wrote behind whatever was read of it before. */
 	node_drop_cache(&l->meta.node);
+	node_drop_cache(&l->data.node);
+	if (l->backing.node.fd >= 0)
+		node_drop_cache(&l->backing.node);
 	ret = image_attach(&l->img, &l->meta.node);
 	/* It is the image's now, and closed with it. */
 	l->meta.node.fd = dup(l->img.node.fd);
@@ -553,6 +560,48 @@ static int change_suspended(struct live *l, const struct growth *g)
 	if (!ret)
 		ret = dm_resume(l->name);
 	return ret;
+}
+
+/*
+ * Is all that the guest wrote on the disks?  A commit that fails does not make
+ * the suspend fail, but what it did not write is in the live table only.
+ */
+static int check_committed(const struct live *l)
+{
+	struct target_status status;
+	char *type, *params;
+	uint64_t sectors;
+	bool good;
+	int ret;
+
+	ret = dm_params(l->name, true, &type, &params, &sectors);
+	if (ret)
+		return ret;
+	good = !strcmp(type, DM_TARGET) &&
+	       target_parse_status(params, &status) &&
+	       !strcmp(status.mode, "rw") && !status.dirty_slices;
+	free(type);
+	free(params);
+	if (good)
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: metadata could not be written; see dmesg, and save what the device holds before it is closed",
+		    esc(l->name));
+}
+
+/*
+ * While the device is suspended nothing must have to be read from it, or
+ * written to it, be it to get memory: the root file system may be on it.  As
+ * far as the system lets us.
+ */
+static void lock_memory(void)
+{
+	if (mlockall(MCL_CURRENT | MCL_FUTURE))
+		note("memory cannot be locked: %s", strerror(errno));
+#ifdef PR_SET_IO_FLUSHER
+	if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0))
+		note("memory reclaim may do I/O: %s", strerror(errno));
+#endif
 }
 
 /* The image is as it was: so shall be the device. */
@@ -598,9 +647,18 @@ static int resize_live(struct live *l, const struct options *opt)
 		ret = EX_WRONG;
 		goto out;
 	}
+	lock_memory();
 	ret = dm_suspend(l->name);
 	if (ret)
 		goto out;
+	ret = check_committed(l);
+	if (ret) {
+		/* With the table that it has: another would forget. */
+		if (dm_resume(l->name))
+			warning("%s: device stays suspended; see dmesg, then try dmsetup resume %s",
+				esc(l->name), esc(l->name));
+		goto out;
+	}
 	ret = change_suspended(l, &g);
 	if (ret)
 		bring_back(l);

@@ -13,6 +13,9 @@
 /* More than that nobody reads, unless he asks for it. */
 #define FINDINGS_SHOWN	1000
 
+/* Of a LUKS header with its key slots; 2 MiB are usual. */
+#define MAX_LUKS	(64U << 20)
+
 #define BITMAP_ENTRY_RESERVED	0xff000000000001feULL
 #define BITMAP_ENTRY_ONES	1ULL	/* only if there is no offset */
 
@@ -180,6 +183,12 @@ static void collect_luks(struct verify *v)
 			say(v, "encryption header lies beyond the end of the metadata");
 			return;
 		}
+		if (len > MAX_LUKS) {
+			v->corruptions++;
+			v->uncertain = true;
+			say(v, "encryption header is impossibly long");
+			return;
+		}
 		add_ref(v, REF_LUKS, 0, off, len);
 		return;
 	}
@@ -258,16 +267,17 @@ static void collect_entry(struct verify *v, enum ref_kind kind, uint32_t index,
 			  uint64_t entry, uint64_t off, enum qcow2_fault fault)
 {
 	const char *table = kind == REF_L2 ? "L1" : "refcount table";
+	bool cut = fault == QCOW2_FAULT_ENTRY_BEYOND && inside(v, off);
 	uint64_t cs = cluster_size(v);
 
-	if (fault == QCOW2_FAULT_ENTRY_BEYOND && inside(v, off))
+	if (cut)
 		v->cut = true;
 	if (fault) {
 		v->corruptions++;
 		/* A block can be made again, a table can be somewhere else. */
 		if (kind == REF_BLOCK)
 			v->rebuild = true;
-		else if (!v->cut)
+		else if (!cut)
 			v->uncertain = true;
 		say(v, "%s entry %u (0x%" PRIx64 "): %s", table, index, entry,
 		    qcow2_fault_str(fault));
@@ -547,8 +557,15 @@ int verify_refcounts(struct verify *v, bool write, counted_fn *fn, void *arg)
 	blocks = max_u64(v->reftable_entries, last / per_block + 1);
 	blocks = min_u64(blocks, div_up(v->clusters, per_block));
 	for (b = 0; b < blocks; b++) {
-		struct counted c = { .cluster = b * per_block };
+		struct counted c;
 
+		/* Where no block can be there is only what is referenced. */
+		if (b >= v->reftable_entries) {
+			if (i == v->refs.n)
+				break;
+			b = max_u64(b, v->refs.ref[i].cluster / per_block);
+		}
+		c = (struct counted){ .cluster = b * per_block };
 		if (verify_block(v, b, &c.block_off)) {
 			ret = verify_read(v, buf, cs, c.block_off);
 			if (ret)
