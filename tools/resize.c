@@ -111,19 +111,8 @@ struct offline {
 static int open_image(struct offline *o, const char *path)
 {
 	struct reasons reasons;
-	struct node node;
-	int ret;
+	int ret = image_open_locked(&o->img, path, true);
 
-	ret = node_open(&node, AT_FDCWD, path, 0);
-	if (!ret)
-		ret = node_lock(&node, true);
-	if (!ret)
-		ret = node_check_unused(&node, true);
-	if (ret) {
-		node_close(&node);
-		return ret;
-	}
-	ret = image_attach(&o->img, &node);
 	if (ret)
 		return ret;
 	image_reasons(&o->img, false, &reasons);
@@ -448,13 +437,29 @@ static int read_table(struct live *l)
 	return 0;
 }
 
+/* @parsed: it is one of ours, and says what it should. */
+static int read_status(const struct live *l, struct target_status *status,
+		       bool *parsed)
+{
+	char *type, *params;
+	uint64_t sectors;
+	int ret;
+
+	ret = dm_params(l->name, true, &type, &params, &sectors);
+	if (ret)
+		return ret;
+	*parsed = !strcmp(type, DM_TARGET) &&
+		  target_parse_status(params, status);
+	free(type);
+	free(params);
+	return 0;
+}
+
 /* Can it be suspended and changed?  When nobody else does that. */
 static int check_state(const struct live *l)
 {
 	struct target_status status;
 	struct dm_dev_info info;
-	char *type, *params;
-	uint64_t sectors;
 	bool parsed;
 	int ret;
 
@@ -465,17 +470,13 @@ static int check_state(const struct live *l)
 		return fail(EX_BUSY,
 			    "%s: is suspended; resume it first (dmsetup resume %s)",
 			    esc(l->name), esc(l->name));
-	ret = dm_params(l->name, true, &type, &params, &sectors);
+	ret = read_status(l, &status, &parsed);
 	if (ret)
 		return ret;
-	parsed = !strcmp(type, DM_TARGET) &&
-		 target_parse_status(params, &status);
 	if (!parsed || strcmp(status.mode, "rw"))
 		ret = fail(EX_WRONG,
 			   "%s: is in mode %s; close it, and check the image",
 			   esc(l->name), parsed ? esc(status.mode) : "unknown");
-	free(type);
-	free(params);
 	return ret;
 }
 
@@ -569,20 +570,13 @@ static int change_suspended(struct live *l, const struct growth *g)
 static int check_committed(const struct live *l)
 {
 	struct target_status status;
-	char *type, *params;
-	uint64_t sectors;
-	bool good;
+	bool parsed;
 	int ret;
 
-	ret = dm_params(l->name, true, &type, &params, &sectors);
+	ret = read_status(l, &status, &parsed);
 	if (ret)
 		return ret;
-	good = !strcmp(type, DM_TARGET) &&
-	       target_parse_status(params, &status) &&
-	       !strcmp(status.mode, "rw") && !status.dirty_slices;
-	free(type);
-	free(params);
-	if (good)
+	if (parsed && !strcmp(status.mode, "rw") && !status.dirty_slices)
 		return 0;
 	return fail(EX_WRONG,
 		    "%s: metadata could not be written; see dmesg, and save what the device holds before it is closed",
