@@ -20,65 +20,8 @@ else
 	preallocations=(off metadata) sizes=(512 1000K 1G 100G) thorough=1
 fi
 
-# Thousands of syncs take minutes on a disk.
-room=$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)
-[ "${room:-0}" -lt $((1 << 20)) ] || export TMPDIR=/dev/shm
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
-cd "$work" || exit 1
-
-for need in qemu-img qemu-io python3 jq; do
-	if ! command -v $need >/dev/null; then
-		echo "check.sh: $need is missing; install qemu-utils, python3 and jq" >&2
-		exit 1
-	fi
-done
-
-count=0 failed=0
-
-# ok NAME: the result of the last command decides
-ok() {
-	local status=$?
-	count=$((count + 1))
-	if [ $status -eq 0 ]; then
-		echo "ok $count - $1"
-	else
-		failed=$((failed + 1))
-		echo "not ok $count - $1"
-		sed 's/^/# /' out err 2>/dev/null | head -n 40
-	fi
-}
-
-run() {
-	"${tool[@]}" "$@" >out 2>err
-}
-
-# exits CODE ARGUMENTS...
-exits() {
-	local code=$1 got
-	shift
-	"${tool[@]}" "$@" >out 2>err
-	got=$?
-	[ $got -eq "$code" ] || { echo "exit code $got, not $code" >>err; return 1; }
-}
-
-# refuse CODE PATTERN ARGUMENTS...: exit code, and one line that says it with
-# cause and remedy
-refuse() {
-	local code=$1 pattern=$2
-	shift 2
-	exits "$code" "$@" && [ "$(wc -l <err)" -eq 1 ] && [ ! -s out ] &&
-		grep -q '^qcow2setup: .*;\|^qcow2setup: .*: .*(.*)' err &&
-		grep -qe "$pattern" err
-}
-
-# image SIZE [,OPTION...]: a fresh t.qcow2 by qemu-img, its data in t.raw
-image() {
-	local size=$1
-	shift
-	rm -f t.qcow2 t.raw
-	qemu-img create -q -f qcow2 -o "data_file=t.raw$*" t.qcow2 "$size"
-}
+# shellcheck source=tools/tests/lib.sh
+. "$(dirname "$0")/lib.sh"
 
 # io COMMAND...: in t.qcow2, with discards
 io() {
@@ -110,10 +53,6 @@ same_check() {
 	echo "exit codes $theirs and $ours" >>out
 	verdict=$ours
 	[ $theirs -eq $ours ] && [ "$(sort -u out | wc -l)" -eq 2 ]
-}
-
-same() {
-	qemu-img compare -q -U "$@" >out 2>err
 }
 
 clean() {
@@ -688,6 +627,4 @@ refuse 1 'cluster-size' measure --size 1T --cluster-size 512 ; ok "measure: too 
 refuse 1 '2\^56' measure --size 65P --cluster-size 2M ; ok "measure: too large"
 refuse 1 'extended-l2' measure --size 1G --cluster-size 8K --extended-l2 ; ok "measure: clusters too small"
 
-echo "1..$count"
-echo "# check: $((count - failed)) passed, $failed failed"
-[ $failed -eq 0 ]
+finish check

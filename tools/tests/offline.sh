@@ -26,51 +26,8 @@ else
 	overlays=("" ",extended_l2=on" ",cluster_size=512" ",cluster_size=2M")
 fi
 
-# Thousands of syncs take minutes on a disk.
-room=$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)
-[ "${room:-0}" -lt $((1 << 20)) ] || export TMPDIR=/dev/shm
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
-cd "$work" || exit 1
-
-for need in qemu-img qemu-io python3 jq; do
-	if ! command -v $need >/dev/null; then
-		echo "offline.sh: $need is missing; install qemu-utils, python3 and jq" >&2
-		exit 1
-	fi
-done
-
-count=0 failed=0
-
-# ok NAME: the result of the last command decides
-ok() {
-	local status=$?
-	count=$((count + 1))
-	if [ $status -eq 0 ]; then
-		echo "ok $count - $1"
-	else
-		failed=$((failed + 1))
-		echo "not ok $count - $1"
-		sed 's/^/# /' out err 2>/dev/null
-	fi
-}
-
-run() {
-	"${tool[@]}" "$@" >out 2>err
-}
-
-# refuse CODE PATTERN ARGUMENTS...: exit code, and one line that says it with
-# cause and remedy
-refuse() {
-	local code=$1 pattern=$2 got
-	shift 2
-	"${tool[@]}" "$@" >out 2>err
-	got=$?
-	[ $got -eq "$code" ] || { echo "# exit code $got" >>err; return 1; }
-	[ "$(wc -l <err)" -eq 1 ] && [ ! -s out ] &&
-		grep -q '^qcow2setup: .*;\|^qcow2setup: .*: .*(.*)' err &&
-		grep -qe "$pattern" err
-}
+# shellcheck source=tools/tests/lib.sh
+. "$(dirname "$0")/lib.sh"
 
 # hex [-j OFFSET] [-N LENGTH] [FILE]
 hex() {
@@ -87,20 +44,8 @@ with open(sys.argv[1], "r+b") as f:
 PYTHON
 }
 
-# image ARGUMENTS...: a fresh t.qcow2 by qemu-img, its data in t.raw
-image() {
-	local size=$1
-	shift
-	rm -f t.qcow2 t.raw
-	qemu-img create -q -f qcow2 -o "data_file=t.raw$*" t.qcow2 "$size"
-}
-
 check() {
 	qemu-img check -q "$1" >out 2>err
-}
-
-same() {
-	qemu-img compare -q -U "$@" >out 2>err
 }
 
 #
@@ -1042,6 +987,4 @@ run --version && grep -q '^qcow2setup [0-9]' out ; ok "--version"
 "${tool[@]}" info --json t.qcow2 >/dev/full 2>err
 [ $? -eq 4 ] ; ok "a full disk does not look like success"
 
-echo "1..$count"
-echo "# offline: $((count - failed)) passed, $failed failed"
-[ $failed -eq 0 ]
+finish offline
