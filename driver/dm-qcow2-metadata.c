@@ -348,6 +348,21 @@ static struct qcow2_slice *qcow2_slot(struct qcow2_metadata *md,
 					 lockdep_is_held(&qcow2_bucket(md, index)->lock));
 }
 
+struct qcow2_slice *qcow2_ready_slice(struct qcow2_metadata *md, u64 unit,
+				      u64 last, enum qcow2_state state)
+{
+	struct qcow2_slice *slice = qcow2_slot(md, unit >> md->slice_shift);
+	unsigned int mask = (1U << md->slice_shift) - 1;
+	enum qcow2_state seen;
+
+	if (!slice || qcow2_is_tag(slice) || !slice->has_l2 || slice->bad)
+		return NULL;
+	if (qcow2_words_run(slice->words, unit & mask, last & mask, &seen) !=
+	    last - unit + 1 || seen != state)
+		return NULL;
+	return slice;
+}
+
 void qcow2_slot_publish(struct qcow2_metadata *md, unsigned long index,
 			struct qcow2_slice *slot)
 {
@@ -1485,16 +1500,15 @@ static int qcow2_patch_entry(struct qcow2_metadata *md,
 	__be64 *entry = e->buf;
 
 	for (unit = 0; unit < md->units_per_block; unit += per_entry) {
-		enum qcow2_state state = QCOW2_UNALLOCATED, disk = state, seen;
+		enum qcow2_state disk = QCOW2_UNALLOCATED, state;
 		struct qcow2_ext_entry old;
+		unsigned int run;
 
 		if (guest >= md->geo.size)
 			break;
-		if (qcow2_words_run(e->words, unit, unit + per_entry - 1,
-				    &seen) < per_entry ||
-		    seen == QCOW2_DATA || seen == QCOW2_ZERO)
-			state = seen;
-		else
+		run = qcow2_words_run(e->words, unit, unit + per_entry - 1,
+				      &state);
+		if (run == per_entry && state != QCOW2_DATA && state != QCOW2_ZERO)
 			goto next;
 		old = qcow2_get_entry(md, entry, 0);
 		/* it was sane when it was loaded */

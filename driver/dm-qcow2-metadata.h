@@ -410,6 +410,13 @@ static inline bool qcow2_range_durable(struct qcow2_metadata *md,
  *----------------------------------------------------------------
  */
 
+/*
+ * The slice of units @unit to @last, if it can be changed and committed, and they
+ * are all in @state; else NULL.
+ */
+struct qcow2_slice *qcow2_ready_slice(struct qcow2_metadata *md, u64 unit,
+				      u64 last, enum qcow2_state state);
+
 void qcow2_set_states(struct qcow2_slice *slice, unsigned int first,
 		      unsigned int last, enum qcow2_state state);
 

@@ -436,17 +436,11 @@ static bool qcow2_begin_first_write(struct qcow2_target *q,
 	unsigned int mask = (1U << md->slice_shift) - 1;
 	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
 	struct qcow2_slice *slice;
-	enum qcow2_state seen;
-	bool ok = false;
 	unsigned long flags;
 
 	spin_lock_irqsave(&bucket->lock, flags);
-	slice = rcu_dereference_protected(md->dir[index],
-					  lockdep_is_held(&bucket->lock));
-	if (!slice || qcow2_is_tag(slice) || !slice->has_l2 || slice->bad)
-		goto out;
-	if (qcow2_words_run(slice->words, unit & mask, last & mask, &seen) !=
-	    last - unit + 1 || seen != state)
+	slice = qcow2_ready_slice(md, unit, last, state);
+	if (!slice)
 		goto out;
 
 	io->kind = QCOW2_IO_FIRST_WRITE;
@@ -459,10 +453,9 @@ static bool qcow2_begin_first_write(struct qcow2_target *q,
 	 * writes to the same unit do not get in each other's way.
 	 */
 	qcow2_begin_write(md, &io->write, q->raw);
-	ok = true;
 out:
 	spin_unlock_irqrestore(&bucket->lock, flags);
-	return ok;
+	return slice;
 }
 
 /* A part of a unit that a first write leaves to be filled. */
@@ -997,19 +990,14 @@ static bool qcow2_zero_units(struct qcow2_target *q, u64 unit, u64 last,
 	struct qcow2_bucket *bucket = qcow2_bucket(md, index);
 	struct qcow2_trim *trim = NULL;
 	struct qcow2_slice *slice;
-	enum qcow2_state seen;
-	bool ok, arm = false;
+	bool arm = false;
 
 	if (passdown)
 		trim = qcow2_trim_alloc(md);
 
 	spin_lock_irq(&bucket->lock);
-	slice = rcu_dereference_protected(md->dir[index],
-					  lockdep_is_held(&bucket->lock));
-	ok = slice && !qcow2_is_tag(slice) && slice->has_l2 && !slice->bad &&
-	     qcow2_words_run(slice->words, unit & mask, last & mask, &seen) ==
-	     last - unit + 1 && seen == state;
-	if (ok) {
+	slice = qcow2_ready_slice(md, unit, last, state);
+	if (slice) {
 		arm = qcow2_mark_dirty(md, slice, unit & mask, last & mask);
 		qcow2_set_states(slice, unit & mask, last & mask, QCOW2_ZERO);
 		if (passdown && qcow2_add_trim(md, slice, unit & mask,
@@ -1021,7 +1009,7 @@ static bool qcow2_zero_units(struct qcow2_target *q, u64 unit, u64 last,
 	kfree(trim);
 	if (arm)
 		queue_delayed_work(q->commit_wq, &q->waker, QCOW2_COMMIT_PERIOD);
-	return ok;
+	return slice;
 }
 
 /*
