@@ -920,7 +920,7 @@ for kind in "1M 0 cluster_size=512" "1M 0 cluster_size=512,data_file_raw=on,refc
 			fi
 		done
 	done
-	[ $bad -eq 0 ] && [ $old -gt 3 ] && [ $cuts -gt $old ]
+	[ $bad -eq 0 ] && [ $old -ge $((2 * seeds)) ] && [ $cuts -gt $old ]
 	ok "resize: $options, $cuts power cuts, $old before the switch"
 done
 
