@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 
@@ -63,6 +64,37 @@ def fails_with(*numbers):
             raise Failure(f"{names} expected, got {errno.errorcode.get(e.errno, e.errno)}") from e
     else:
         raise Failure(f"{names} expected, but it succeeded")
+
+
+class Task(threading.Thread):
+    """A function in a thread of its own, which may have to wait for a device."""
+
+    def __init__(self, function, *args):
+        super().__init__()
+        self.function, self.arguments, self.fault = function, args, None
+        self.start()
+
+    def run(self):
+        try:
+            self.function(*self.arguments)
+        except Exception as e:  # pylint: disable=broad-except # finish() raises it
+            self.fault = e
+
+    def finish(self, seconds=None):
+        """Wait for the end, and raise what the function raised."""
+        self.join(seconds)
+        expect(not self.is_alive(), "a request does not end")
+        if self.fault:
+            raise self.fault
+
+
+def in_parallel(function, *arguments):
+    """Call a function with each of the tuples of arguments, all at the same time."""
+    tasks = [Task(function, *a) for a in arguments]
+    for task in tasks:
+        task.join()
+    for task in tasks:
+        task.finish()
 
 
 def wait_for(what, seconds, condition):

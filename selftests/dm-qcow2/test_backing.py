@@ -11,11 +11,10 @@ import hashlib
 import mmap
 import os
 import random
-import threading
 import time
 
-from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, Loop, Lower, Stat, Units, expect, fails_with, main,
-                       run, same, test)
+from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, Loop, Lower, Stat, Task, Units, expect, fails_with,
+                       in_parallel, main, run, same, test)
 
 CLUSTER = 64 * KIB
 PATTERN = "unallocated data unallocated zero unallocated unallocated zero+ data".split()
@@ -183,33 +182,23 @@ def shared(bench):
         model = Units(image)
         dm = image.open(backing=below.path, name=f"q{n}")
         overlays.append((image, model, dm, bench.io(dm)))
-    faults = []
 
     def work(n):
         rng = random.Random(n)
         _, model, _, disk = overlays[n]
-        try:
-            for _ in range(150):
-                at = rng.randrange(size // 512 - 300) * 512
-                length = rng.randrange(1, 300) * 512
-                if rng.random() < 0.5:
-                    data = rng.randbytes(length)
-                    disk.write(at, data)
-                    model.write(at, data)
-                elif rng.random() < 0.3:
-                    disk.discard(at, length)
-                    model.discard(at, length)
-                same(disk.read(at, length), model.read(at, length), at, f"overlay {n}")
-        except Exception as e:  # pylint: disable=broad-except # raised below
-            faults.append(e)
+        for _ in range(150):
+            at = rng.randrange(size // 512 - 300) * 512
+            length = rng.randrange(1, 300) * 512
+            if rng.random() < 0.5:
+                data = rng.randbytes(length)
+                disk.write(at, data)
+                model.write(at, data)
+            elif rng.random() < 0.3:
+                disk.discard(at, length)
+                model.discard(at, length)
+            same(disk.read(at, length), model.read(at, length), at, f"overlay {n}")
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    if faults:
-        raise faults[0]
+    in_parallel(work, *((n,) for n in range(3)))
     for n, (image, model, dm, disk) in enumerate(overlays):
         model.check(disk)
         bench.drop(disk)
@@ -390,27 +379,6 @@ def nowait(bench):
 
 # Devices that stand still, or fail
 
-def in_thread(function, *args):
-    faults = []
-
-    def call():
-        try:
-            function(*args)
-        except Exception as e:  # pylint: disable=broad-except # for join()
-            faults.append(e)
-    thread = threading.Thread(target=call)
-    thread.start()
-    return thread, faults
-
-
-def join(pair):
-    thread, faults = pair
-    thread.join(60)
-    expect(not thread.is_alive(), "a request does not end")
-    if faults:
-        raise faults[0]
-
-
 @test("a read of a busy unit gives the backing's content")
 def busy(bench):
     unit = CLUSTER
@@ -420,15 +388,15 @@ def busy(bench):
     s.write(8 * unit, 512)
     s.disk.fsync()
     s.data.stop()
-    writes = [in_thread(s.disk.write, 4 * unit, b"b" * unit), in_thread(s.disk.write, 10 * unit + 512, b"b" * 512),
-              in_thread(s.disk.write, 12 * unit + 512, b"b" * 2 * unit)]
+    writes = [Task(s.disk.write, 4 * unit, b"b" * unit), Task(s.disk.write, 10 * unit + 512, b"b" * 512),
+              Task(s.disk.write, 12 * unit + 512, b"b" * 2 * unit)]
     time.sleep(0.5)
     for n, length in ((4, unit), (10, unit), (10, 2 * unit), (12, unit), (13, unit)):
         same(s.disk.read(n * unit, length), s.model.read(n * unit, length), n * unit, "busy unit")
-    expect(all(t.is_alive() for t, _ in writes), "a write ended that cannot have ended")
+    expect(all(w.is_alive() for w in writes), "a write ended that cannot have ended")
     s.data.go()
     for w in writes:
-        join(w)
+        w.finish(60)
     s.model.write(4 * unit, b"b" * unit)
     s.model.write(10 * unit + 512, b"b" * 512)
     s.model.write(12 * unit + 512, b"b" * 2 * unit)
@@ -442,7 +410,7 @@ def slow(bench):
     s.model.check(s.disk)
     s.write(8 * unit, 512)
     s.back.stop()
-    waiting = [in_thread(s.disk.write, 4 * unit + 512, b"s" * 512), in_thread(s.disk.read, 0, 512)]
+    waiting = [Task(s.disk.write, 4 * unit + 512, b"s" * 512), Task(s.disk.read, 0, 512)]
     # Data, zero, and a whole first write do not need it; nor do flushes.
     same(s.disk.read(unit, unit), s.model.read(unit, unit), unit)
     same(s.disk.read(3 * unit, unit), bytes(unit), 3 * unit)
@@ -452,7 +420,7 @@ def slow(bench):
     expect(all(t.is_alive() for t, _ in waiting), "the backing device does not stand still")
     s.back.go()
     for w in waiting:
-        join(w)
+        w.finish(60)
     s.model.write(4 * unit + 512, b"s" * 512)
     s.finish()
 

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 
-from qcow2test import (GIB, KIB, MIB, TIB, Ext4, Lower, RamDisk, Stat, Units, expect, fails_with, main,
+from qcow2test import (GIB, KIB, MIB, TIB, Ext4, Lower, RamDisk, Stat, Task, Units, expect, fails_with, main,
                        queue_limit, run, same, sysfs, test, wait_for)
 
 CLUSTER = 64 * KIB
@@ -502,29 +502,17 @@ class Setup:
         self.model.discard(last * self.unit, self.unit)
         self.disk.fsync()
         wait_for("the pass-down", 30, lambda: not self.poison_there(last))
-        self.threads = []
+        self.tasks = []
 
     def start(self, function, *args):
         """In a thread of its own: it will wait for a device."""
-        faults = []
-
-        def call():
-            try:
-                function(*args)
-            except Exception as e:  # pylint: disable=broad-except # raised by join()
-                faults.append(e)
-        thread = threading.Thread(target=call)
-        thread.start()
-        self.threads.append((thread, faults))
-        return thread
+        self.tasks.append(Task(function, *args))
+        return self.tasks[-1]
 
     def join(self):
-        for thread, faults in self.threads:
-            thread.join(60)
-            expect(not thread.is_alive(), "a request does not end")
-            if faults:
-                raise faults[0]
-        self.threads = []
+        for task in self.tasks:
+            task.finish(60)
+        self.tasks = []
 
     def durable(self, offset, length, old=None):
         """What is read now must be so for good. old: it may also be the one or the

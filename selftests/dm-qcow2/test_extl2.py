@@ -105,14 +105,7 @@ def writes(bench, cluster, backed):
             want[t][k] = guest | COPIED
             want[t][k + 1] = want[t][k + 1] & ~(bit << 32) | bit
         same(disk.read(at, n), data, at)
-    model.check(disk)
-    disk.fsync()
-    compare_entries(image, want)
-    dm.cycle()
-    model.check(disk)
-    bench.drop(disk)
-    bench.drop(dm)
-    compare_entries(image, want)
+    compare_all(bench, image, model, want, dm, disk)
     model.check_states(image)
     # QEMU's check looks at entries beyond the end, too.
     image.patch(table + 8 * first, bytes((words - first) * 8))
@@ -127,6 +120,18 @@ def compare_entries(image, want):
             continue
         for k, (x, y) in enumerate(zip(a, b)):
             expect(x == y, f"L2 table {t}, entry {k // 2}, word {k % 2}: {x:#x}, not {y:#x}")
+
+
+def compare_all(bench, image, model, want, dm, disk):
+    """What is read and what is on disk, with warm and cold cache and when all is closed."""
+    model.check(disk)
+    disk.fsync()
+    compare_entries(image, want)
+    dm.cycle()
+    model.check(disk)
+    bench.drop(disk)
+    bench.drop(dm)
+    compare_entries(image, want)
 
 
 for _cluster in (16 * KIB, 64 * KIB, 2 * MIB):
@@ -178,14 +183,7 @@ def discards(bench, cluster, backed):
                 # As a write
                 want[t][k] = guest | COPIED
                 want[t][k + 1] |= bit
-    model.check(disk)
-    disk.fsync()
-    compare_entries(image, want)
-    dm.cycle()
-    model.check(disk)
-    bench.drop(disk)
-    bench.drop(dm)
-    compare_entries(image, want)
+    compare_all(bench, image, model, want, dm, disk)
     image.check()
     image.compare(model.save(bench.path("model")))
 

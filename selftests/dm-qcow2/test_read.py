@@ -7,11 +7,10 @@ what must come from it, and what must not, shows in every sector.
 """
 import os
 import random
-import threading
 import time
 
 from qcow2image import COPIED, ZERO
-from qcow2test import GIB, KIB, MIB, TIB, Dm, Stat, expect, main, same, test
+from qcow2test import GIB, KIB, MIB, TIB, Dm, Stat, expect, in_parallel, main, same, test
 
 
 def layout(cluster, size, rng):
@@ -100,20 +99,7 @@ def every_state(bench, cluster, refcount_bits, size, readonly):
 
     # Cold again, from several sides at once: the misses meet each other.
     dm.cycle()
-    faults = []
-
-    def reader(n):
-        try:
-            read_some(disk, model, random.Random(seed + n), 15, largest)
-        except Exception as e:  # pylint: disable=broad-except # raised again below
-            faults.append(e)
-    threads = [threading.Thread(target=reader, args=(n,)) for n in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    if faults:
-        raise faults[0]
+    in_parallel(read_some, *((disk, model, random.Random(seed + n), 15, largest) for n in range(4)))
 
     # Through the page cache: other sizes of requests, and readahead.
     dm.cycle()
@@ -279,11 +265,7 @@ def shared_miss(bench):
     dm = image.open(meta=below.path)
     disk = bench.io(dm)
     stat = Stat(below.path)
-    threads = [threading.Thread(target=disk.read, args=(n * 16 * MIB, 64 * KIB)) for n in range(16)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_parallel(disk.read, *((n * 16 * MIB, 64 * KIB) for n in range(16)))
     expect(1 <= stat.reads and stat.read_sectors <= 128,
            f"{stat.reads} reads, {stat.read_sectors} sectors, for an L2 table of 128")
 

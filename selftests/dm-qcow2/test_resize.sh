@@ -215,6 +215,18 @@ refusals()
 	qemu-img check -q "$dir/k.qcow2"
 }
 
+# The metadata device of fixed size, a part of loop device $1, gets 600 sectors.
+enlarge_meta()
+{
+	truncate -s 300K "$dir/meta.disk"
+	losetup -c "$1"
+	dmsetup suspend "$name"
+	dmsetup suspend "$prefix-meta"
+	dmsetup load "$prefix-meta" --table "0 600 linear $1 0"
+	dmsetup resume "$prefix-meta"
+	dmsetup resume "$name"
+}
+
 # Devices cannot be made larger by the tool.
 devices()
 {
@@ -248,13 +260,7 @@ devices()
 	[ "$table" = "$(dmsetup table "$name")" ]
 	[ "$before" = "$(sha256sum < "$dir/meta.disk")" ] || fault "the metadata was changed"
 	put still 7168 2
-	truncate -s 300K "$dir/meta.disk"
-	losetup -c "$meta"
-	dmsetup suspend "$name"
-	dmsetup suspend "$prefix-meta"
-	dmsetup load "$prefix-meta" --table "0 600 linear $meta 0"
-	dmsetup resume "$prefix-meta"
-	dmsetup resume "$name"
+	enlarge_meta "$meta"
 	"$tool" resize "$name" --size auto
 	[ "$(bytes)" = $((8 << 20)) ]
 	truncate -s 8M "$dir/model"
@@ -290,13 +296,7 @@ space_used_up()
 	grep -q "used up.*enlarge .*$prefix-meta" "$dir/out"
 	grep -q "resize $name --size 4194304" "$dir/out"
 	"$tool" status "$name" --json | jq -e '.statistics.refused > 0' > "$dir/json"
-	truncate -s 300K "$dir/meta.disk"
-	losetup -c "$meta"
-	dmsetup suspend "$name"
-	dmsetup suspend "$prefix-meta"
-	dmsetup load "$prefix-meta" --table "0 600 linear $meta 0"
-	dmsetup resume "$prefix-meta"
-	dmsetup resume "$name"
+	enlarge_meta "$meta"
 	"$tool" resize "$name" --size 4194304
 	dd if="$dir/piece" of="/dev/mapper/$name" bs=32k oflag=direct conv=notrunc status=none
 	"$tool" status "$name" --json | jq -e '.statistics.refused == 0' > "$dir/json"

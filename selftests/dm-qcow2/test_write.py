@@ -15,10 +15,9 @@ import os
 import random
 import shutil
 import struct
-import threading
 
 from qcow2image import COPIED, OFFSET_MASK, ZERO, Qcow2
-from qcow2test import (GIB, KIB, MIB, Stat, expect, fails_with, main, run, same, test,
+from qcow2test import (GIB, KIB, MIB, Stat, expect, fails_with, in_parallel, main, run, same, test,
                        wait_for)
 
 FIBMAP = 1
@@ -268,32 +267,22 @@ def same_cluster(bench):
     disk = bench.io(dm)
     rng = random.Random(5)
     parts = 16
-    faults = []
+    step = 64 * KIB // parts
 
     def writer(n, data):
         # Each writes its part of every cluster: all of them meet in each.
-        try:
-            step = 64 * KIB // parts
-            for c in range(len(data)):
-                at = c * 64 * KIB + n * step
-                disk.write(at, data[c])
-                same(disk.read(at, step), data[c], at, "after its own write")
-        except Exception as e:  # pylint: disable=broad-except # raised again below
-            faults.append(e)
+        for c, piece in enumerate(data):
+            at = c * 64 * KIB + n * step
+            disk.write(at, piece)
+            same(disk.read(at, step), piece, at, "after its own write")
 
-    step = 64 * KIB // parts
-    threads = []
+    work = []
     for n in range(parts):
         data = [rng.randbytes(step) for _ in range(48)]
         for c, piece in enumerate(data):
             model.write(c * 64 * KIB + n * step, piece)
-        threads.append(threading.Thread(target=writer, args=(n, data)))
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    if faults:
-        raise faults[0]
+        work.append((n, data))
+    in_parallel(writer, *work)
     same(disk.read(0, 3 * MIB), model.read(0, 3 * MIB))
     disk.fsync()
     dm.cycle()
