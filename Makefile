@@ -14,9 +14,14 @@ KDIR := $(firstword $(patsubst %/Makefile,%,\
 endif
 KREL = $(shell sed -n 's/.*UTS_RELEASE "\(.*\)"/\1/p' "$(KDIR)/include/generated/utsrelease.h" 2>/dev/null)
 
-# The VM's kernel, a series (6.1); the newest installed release of it counts.
+# The VM's kernel, a series; the newest installed release of it counts. All of
+# them are tested by make check-kernels.
 KERNEL ?= 6.1
+KERNELS = 6.1 6.12 7.3
 export KERNEL
+
+# Any module build; KREL and KMAKE are changed for kernels that are not installed.
+KMAKE = $(MAKE) --no-print-directory -C $(KDIR) M=$(CURDIR)
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -37,7 +42,9 @@ help:
 	@echo '  make clean       remove what was built'
 	@echo 'On Debian, as root, with what they need installed by themselves:'
 	@echo '  make demo        boot a VM from a qcow2 image through the device, step by step'
-	@echo '  make check       all tests, in a VM; TESTS="read write" runs some of them'
+	@echo '  make check       all tests, in a VM; TESTS="read write" runs some of them,'
+	@echo '                   KERNEL= takes another kernel ($(KERNELS)) than $(KERNEL)'
+	@echo '  make check-kernels   all tests with each of these kernels, one after the other'
 	@echo '  make vm-shell    a root shell in the test VM'
 	@echo 'Parts of make check:'
 	@echo '  make deps        install what make check needs'
@@ -76,7 +83,7 @@ __module:
 		rm -f driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c; \
 		echo "$(KREL)" > .build/krel; \
 	fi
-	@$(MAKE) --no-print-directory -C $(KDIR) M=$(CURDIR) modules
+	@$(KMAKE) modules
 
 tool: preflight-tool
 	@$(LOCK) $(MAKE) --no-print-directory -C tools
@@ -114,11 +121,10 @@ clean:
 deps:
 	@selftests/vm/deps check
 
-# The VM's kernel decides what is built for it. A sub-make looks for it, for
-# its headers may just have been installed.
-vm-build:
+# The VM's kernel decides what is built for it.
+vm-build: tool
 	@rel=$$(selftests/vm/run --kernel-release) && \
-	$(MAKE) --no-print-directory all KDIR=/lib/modules/$$rel/build
+	$(LOCK) $(MAKE) --no-print-directory __module KREL="$$rel" KMAKE="selftests/vm/kmake ."
 	@$(LOCK) $(MAKE) --no-print-directory -C tools tests/inject-lib
 	@$(LOCK) $(MAKE) --no-print-directory -C selftests/dm-qcow2
 
@@ -137,10 +143,18 @@ unit: preflight-tool
 check:
 	@selftests/check $(TESTS)
 
+# Each one is tested even if another fails.
+check-kernels:
+	@failed=; for k in $(KERNELS); do \
+		echo; echo "==== kernel $$k ===="; \
+		$(MAKE) --no-print-directory check KERNEL=$$k || failed="$$failed $$k"; \
+	done; \
+	[ -z "$$failed" ] || { echo "check-kernels: failed with kernel:$$failed" >&2; exit 1; }
+
 demo:
 	@selftests/vm/deps demo
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
-.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit check demo \
+.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit check check-kernels demo \
 	preflight-cc preflight-module preflight-tool

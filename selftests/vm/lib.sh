@@ -17,13 +17,16 @@ vm_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 125
 # shellcheck disable=SC2034 # used by those who source this
 top=$(cd "$vm_dir/../.." && pwd) || exit 125
 
-# A kernel is named by its series (6.1). It is looked for in /boot, or below
-# another root tree that holds boot/ and lib/modules/ (for kernels whose
-# packages do not fit this Debian release).
+# What is kept from one run to the next, and may be removed at any time.
+CACHE=${CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/dm-qcow2}
+
+# A kernel is named by its series (6.1). It is this machine's own, or that of
+# another root tree, which holds boot/, lib/modules/ and all that it takes to
+# build for it: KERNEL_TREE, else the newest one that get-kernel has made.
 KERNEL=${KERNEL:-6.1}
 KERNEL_TREE=${KERNEL_TREE:-}
 
-# Print the newest installed release of the wanted series, e.g. 6.1.0-9-amd64.
+# Print the newest release of the wanted series, e.g. 6.1.0-9-amd64.
 find_kernel()
 {
 	local f rel
@@ -34,3 +37,20 @@ find_kernel()
 			echo "$rel"
 	done | sort -V | tail -n 1 | grep .
 }
+
+find_tree()
+{
+	find_kernel > /dev/null && return
+	KERNEL_TREE=$(find "$CACHE/kernels" -mindepth 1 -maxdepth 1 -name "${KERNEL}[.-]*" 2>/dev/null |
+		sort -V | tail -n 1)
+	[ -n "$KERNEL_TREE" ]
+}
+
+# shellcheck disable=SC2034
+if [ -n "$KERNEL_TREE" ]; then
+	no_kernel="no kernel $KERNEL in $KERNEL_TREE; name another folder with KERNEL_TREE=, or none"
+else
+	no_kernel="no Debian kernel $KERNEL in this system or $CACHE/kernels; run selftests/vm/deps check"
+	find_tree
+fi
+true
