@@ -27,6 +27,10 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 INSTALL_MOD_DIR ?= updates
 
+# What kbuild leaves. Newer kernels put the version in .module-common.o.
+BUILT = driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c \
+	driver/modules.order driver/Module.symvers modules.order Module.symvers .*.cmd .module-common.o
+
 # Builds of one tree at the same time would write the same files.
 LOCK = mkdir -p .build && flock .build/lock
 
@@ -80,7 +84,7 @@ module: preflight-module
 
 __module:
 	@if [ "$$(cat .build/krel 2>/dev/null)" != "$(KREL)" ]; then \
-		rm -f driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c; \
+		rm -f $(BUILT); \
 		echo "$(KREL)" > .build/krel; \
 	fi
 	@$(KMAKE) modules
@@ -112,8 +116,7 @@ clean:
 	@rmdir .build/vm 2>/dev/null || true
 	@[ ! -d .build ] || find .build -maxdepth 1 -type f -delete
 	@rmdir .build 2>/dev/null || true
-	rm -f driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c \
-		driver/modules.order driver/Module.symvers modules.order Module.symvers .*.cmd
+	rm -f $(BUILT)
 	$(MAKE) -C tools clean
 	$(MAKE) -C selftests/dm-qcow2 clean
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
