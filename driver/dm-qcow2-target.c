@@ -17,7 +17,6 @@
 #include <linux/delay.h>
 #include <linux/device-mapper.h>
 #include <linux/dm-kcopyd.h>
-#include <linux/kstrtox.h>
 #include <linux/module.h>
 #include <linux/percpu.h>
 #include <linux/slab.h>
@@ -25,6 +24,7 @@
 #include <linux/workqueue.h>
 
 #include "compat.h"
+#include "dm-qcow2-args.h"
 #include "dm-qcow2-metadata.h"
 
 #define DM_MSG_PREFIX "qcow2"
@@ -34,9 +34,6 @@
 
 /* Bios that are kept in reserve, so that I/O goes on when memory is short. */
 #define QCOW2_BIO_RESERVE	64
-
-#define QCOW2_NR_ARGS		8
-#define QCOW2_MAX_FEATURES	8	/* words */
 
 /* Discards that are passed down at a time: writes to their units have to wait. */
 #define QCOW2_MAX_PASSDOWNS	64
@@ -79,7 +76,6 @@ struct qcow2_target {
 	struct dm_dev *meta_dev;
 	struct dm_dev *data_dev;
 	struct dm_dev *backing_dev;
-	const char *backing_name;	/* while the constructor runs */
 	u64 cache_limit;		/* bytes; 0 = not given */
 	bool ext_l2;
 	bool no_passdown_arg;
@@ -1601,141 +1597,11 @@ static int qcow2_preresume(struct dm_target *ti)
  *----------------------------------------------------------------
  */
 
-static int qcow2_parse_feature(struct qcow2_target *q, const char *name,
-			       const char *value)
-{
-	struct dm_target *ti = q->ti;
-	bool *flag = NULL, given;
-
-	if (!strcasecmp(name, "read_only"))
-		flag = &q->read_only_arg;
-	else if (!strcasecmp(name, "data_file_raw"))
-		flag = &q->raw;
-	else if (!strcasecmp(name, "extended_l2"))
-		flag = &q->ext_l2;
-	else if (!strcasecmp(name, "no_discard_passdown"))
-		flag = &q->no_passdown_arg;
-
-	if (flag) {
-		given = *flag;
-		*flag = true;
-	} else if (!strcasecmp(name, "backing_dev")) {
-		given = q->backing_name;
-		q->backing_name = value;
-	} else if (!strcasecmp(name, "cache_limit")) {
-		given = q->cache_limit;
-		if (kstrtou64(value, 10, &q->cache_limit) || !q->cache_limit) {
-			ti->error = "Invalid cache limit";
-			return -EINVAL;
-		}
-	} else {
-		ti->error = "Unknown feature argument";
-		return -EINVAL;
-	}
-	if (given) {
-		ti->error = "Feature argument given twice";
-		return -EINVAL;
-	}
-	return 0;
-}
-
-static int qcow2_parse_features(struct qcow2_target *q, struct dm_arg_set *as)
-{
-	static const struct dm_arg args[] = {
-		{0, QCOW2_MAX_FEATURES, "Invalid number of feature arguments"},
-	};
-	struct dm_target *ti = q->ti;
-	unsigned int n;
-	int r;
-
-	if (!as->argc)
-		return 0;
-	r = dm_read_arg_group(args, as, &n, &ti->error);
-	if (r)
-		return r;
-	while (n--) {
-		const char *name = dm_shift_arg(as), *value = NULL;
-
-		if (!strcasecmp(name, "backing_dev") ||
-		    !strcasecmp(name, "cache_limit")) {
-			if (!n--) {
-				ti->error = "Feature argument lacks its value";
-				return -EINVAL;
-			}
-			value = dm_shift_arg(as);
-		}
-		r = qcow2_parse_feature(q, name, value);
-		if (r)
-			return r;
-	}
-	if (as->argc) {
-		ti->error = "Too many arguments";
-		return -EINVAL;
-	}
-	return 0;
-}
-
-static int qcow2_parse_args(struct qcow2_target *q, unsigned int argc,
-			    char **argv, struct qcow2_geometry *geo)
-{
-	struct dm_target *ti = q->ti;
-	struct dm_arg_set as;
-	int r;
-
-	if (argc < QCOW2_NR_ARGS) {
-		ti->error = "Not enough arguments";
-		return -EINVAL;
-	}
-	as.argc = argc - QCOW2_NR_ARGS;
-	as.argv = argv + QCOW2_NR_ARGS;
-	if (ti->begin) {
-		ti->error = "Target must start at sector 0";
-		return -EINVAL;
-	}
-	if (ti->len > QCOW2_MAX_OFFSET >> SECTOR_SHIFT) {
-		ti->error = "Target is longer than 2^56 bytes";
-		return -EINVAL;
-	}
-	geo->size = (u64)ti->len << SECTOR_SHIFT;
-	if (kstrtou32(argv[2], 10, &geo->cluster_bits)) {
-		ti->error = "Invalid cluster_bits";
-		return -EINVAL;
-	}
-	if (kstrtou64(argv[3], 10, &geo->l1_offset)) {
-		ti->error = "Invalid L1 table offset";
-		return -EINVAL;
-	}
-	if (kstrtou32(argv[4], 10, &geo->l1_entries)) {
-		ti->error = "Invalid number of L1 entries";
-		return -EINVAL;
-	}
-	if (kstrtou64(argv[5], 10, &geo->reftable_offset)) {
-		ti->error = "Invalid refcount table offset";
-		return -EINVAL;
-	}
-	if (kstrtou32(argv[6], 10, &geo->reftable_clusters)) {
-		ti->error = "Invalid number of refcount table clusters";
-		return -EINVAL;
-	}
-	if (kstrtou32(argv[7], 10, &geo->refcount_order)) {
-		ti->error = "Invalid refcount order";
-		return -EINVAL;
-	}
-	r = qcow2_parse_features(q, &as);
-	if (r)
-		return r;
-	if (q->raw && q->backing_name) {
-		ti->error = "data_file_raw and backing_dev exclude each other";
-		return -EINVAL;
-	}
-	geo->ext_l2 = q->ext_l2;
-	return 0;
-}
-
 /* Open the devices, and check that they fit the geometry. */
-static int qcow2_get_devices(struct qcow2_target *q, char **argv,
-			     const struct qcow2_geometry *geo)
+static int qcow2_get_devices(struct qcow2_target *q,
+			     const struct qcow2_args *args)
 {
+	const struct qcow2_geometry *geo = &args->geo;
 	blk_mode_t mode = BLK_OPEN_READ | (q->read_only ? 0 : BLK_OPEN_WRITE);
 	struct dm_target *ti = q->ti;
 	struct block_device *meta, *data;
@@ -1743,12 +1609,12 @@ static int qcow2_get_devices(struct qcow2_target *q, char **argv,
 	u64 l1_len;
 	int r;
 
-	r = dm_get_device(ti, argv[0], mode, &q->meta_dev);
+	r = dm_get_device(ti, args->metadata_dev, mode, &q->meta_dev);
 	if (r) {
 		ti->error = "Cannot open the metadata device";
 		return r;
 	}
-	r = dm_get_device(ti, argv[1], mode, &q->data_dev);
+	r = dm_get_device(ti, args->data_dev, mode, &q->data_dev);
 	if (r) {
 		ti->error = "Cannot open the data device";
 		return r;
@@ -1801,16 +1667,18 @@ static int qcow2_get_devices(struct qcow2_target *q, char **argv,
 
 /* The backing device is only read, whatever the mode of the table is. */
 static int qcow2_get_backing(struct qcow2_target *q,
-			     const struct qcow2_geometry *geo)
+			     const struct qcow2_args *args)
 {
+	const struct qcow2_geometry *geo = &args->geo;
 	struct dm_target *ti = q->ti;
 	struct block_device *bdev;
 	u64 size;
 	int r;
 
-	if (!q->backing_name)
+	if (!args->backing_dev)
 		return 0;
-	r = dm_get_device(ti, q->backing_name, BLK_OPEN_READ, &q->backing_dev);
+	r = dm_get_device(ti, args->backing_dev, BLK_OPEN_READ,
+			  &q->backing_dev);
 	if (r) {
 		ti->error = "Cannot open the backing device";
 		return r;
@@ -1919,6 +1787,7 @@ static int qcow2_create_pools(struct qcow2_target *q)
 static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 {
 	struct qcow2_config config = {};
+	struct qcow2_args args;
 	struct qcow2_target *q;
 	int r;
 
@@ -1937,15 +1806,20 @@ static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	INIT_WORK(&q->trimmer, qcow2_trimmer);
 	init_waitqueue_head(&q->room);
 
-	r = qcow2_parse_args(q, argc, argv, &config.geo);
+	r = qcow2_parse_args(&args, ti->begin, ti->len, argc, argv, &ti->error);
 	if (r)
 		goto bad;
+	q->read_only_arg = args.read_only;
+	q->raw = args.raw;
+	q->ext_l2 = args.geo.ext_l2;
+	q->no_passdown_arg = args.no_passdown;
+	q->cache_limit = args.cache_limit;
 	q->read_only = q->read_only_arg ||
 		       !(dm_table_get_mode(ti->table) & BLK_OPEN_WRITE);
 	q->mode = q->read_only ? QCOW2_RO : QCOW2_RW;
-	r = qcow2_get_devices(q, argv, &config.geo);
+	r = qcow2_get_devices(q, &args);
 	if (!r)
-		r = qcow2_get_backing(q, &config.geo);
+		r = qcow2_get_backing(q, &args);
 	if (r)
 		goto bad;
 	q->passdown = !q->no_passdown_arg && !q->raw &&
@@ -1955,6 +1829,7 @@ static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 		ti->error = "Cannot allocate work queues and pools";
 		goto bad;
 	}
+	config.geo = args.geo;
 	config.raw = q->raw;
 	config.backing = q->backing_bdev;
 	config.read_only = q->read_only;
