@@ -54,6 +54,9 @@ static void put_string(FILE *f, const char *string, size_t len)
 			fprintf(f, "\\%c", *s);
 		} else if (*s < 0x20 || *s == 0x7f) {
 			fprintf(f, "\\u%04x", *s);
+		} else if (*s == 0xc2 && s[1] < 0xa0) {
+			/* U+0080 to U+009f are control characters, too. */
+			fprintf(f, "\\u%04x", s[1]);
 		} else {
 			fwrite(s, 1, n, f);
 		}

@@ -84,6 +84,15 @@ static void test_control(void **state)
 	expect(o, "\"q\\\"b\\\\n\\u000a\\u0000\\u001b\\u007f\"\n");
 }
 
+/* Some terminals take U+009b as the beginning of an escape sequence. */
+static void test_c1(void **state)
+{
+	struct output *o = *state;
+
+	json_string(&o->j, NULL, "\xc2\x9b" "31m\xc2\x80\xc2\xa0");
+	expect(o, "\"\\u009b31m\\u0080\xc2\xa0\"\n");
+}
+
 static void test_utf8(void **state)
 {
 	struct output *o = *state;
@@ -127,6 +136,7 @@ int main(void)
 		TEST(test_nested),
 		TEST(test_empty),
 		TEST(test_control),
+		TEST(test_c1),
 		TEST(test_utf8),
 		TEST(test_not_utf8),
 	};
