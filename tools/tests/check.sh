@@ -8,10 +8,6 @@
 #
 # WRAPPER is, for example, valgrind with its options.
 
-tool=("$@")
-steps=$(realpath "$(dirname "$0")/image-steps")
-tool[-1]=$(realpath "${tool[-1]}")
-
 # A wrapper makes all slow, and finds what it can find in fewer combinations.
 if [ $# -gt 1 ]; then
 	kinds=("512 1" "64K 16 ext") preallocations=(off) sizes=(1G) thorough=''
@@ -53,10 +49,6 @@ same_check() {
 	echo "exit codes $theirs and $ours" >>out
 	verdict=$ours
 	[ $theirs -eq $ours ] && [ "$(sort -u out | wc -l)" -eq 2 ]
-}
-
-clean() {
-	qemu-img check -q "$1" >out 2>err
 }
 
 #
@@ -280,7 +272,7 @@ base() {
 
 # as_before: the image is good to QEMU, too, and reads as before it was damaged
 as_before() {
-	clean t.qcow2 && same t.qcow2 before.qcow2
+	check t.qcow2 && same t.qcow2 before.qcow2
 }
 
 # repaired CODE: --repair all leaves what exits with CODE; 0 is good to QEMU, too.
@@ -429,7 +421,7 @@ same_check t.qcow2 && exits 0 check t.qcow2 && grep -q 'warning.*dirty' err
 ok "lazy refcounts: told"
 damage t.qcow2 'i.refcount(i.l2(1), 0)'
 exits 0 check --repair all t.qcow2 && damage t.qcow2 'assert i.get(72) == 4' &&
-	clean t.qcow2 && qemu-io -c 'read -P 1 3M 1M' -c 'read -P 2 600M 1M' -c 'read -P 3 5M 1M' t.qcow2 >out 2>err
+	check t.qcow2 && qemu-io -c 'read -P 1 3M 1M' -c 'read -P 2 600M 1M' -c 'read -P 3 5M 1M' t.qcow2 >out 2>err
 ok "lazy refcounts: repaired"
 
 # Bitmaps
@@ -448,7 +440,7 @@ while IFS=@ read -r what judge pattern left how; do
 	fi && grep -qe "$pattern" err
 	ok "check: bitmaps: $what"
 	exits "$left" check --repair all t.qcow2 &&
-		{ [ "$left" -ne 0 ] || { clean t.qcow2 && cmp t.qcow2 before.qcow2; }; }
+		{ [ "$left" -ne 0 ] || { check t.qcow2 && cmp t.qcow2 before.qcow2; }; }
 	ok "repair: bitmaps: $what"
 done <<'TABLE'
 refcount of the directory is 0@same@refcount is 0@0@i.refcount(d, 0)
@@ -462,7 +454,7 @@ directory of another kind@2@unknown type@2@i.put(d + 16, 9, 1)
 TABLE
 cp before.qcow2 t.qcow2
 damage t.qcow2 'i.put(88, 0)'
-same_check t.qcow2 && exits 3 check t.qcow2 && exits 0 check --repair leaks t.qcow2 && clean t.qcow2
+same_check t.qcow2 && exits 3 check t.qcow2 && exits 0 check --repair leaks t.qcow2 && check t.qcow2
 ok "bitmaps that the header does not vouch for are leaks"
 
 # Blocks that must be made again, and more than one of them
@@ -505,7 +497,7 @@ if [ -n "$thorough" ]; then
 				for seed in {1..8}; do
 					[ $bad -lt 5 ] || break 2
 					cp damaged.qcow2 t.qcow2
-					"$steps" crash-repair t.qcow2 $n "$seed" >out 2>err
+					"${steps[-1]}" crash-repair t.qcow2 $n "$seed" >out 2>err
 					status=$?
 					[ $status -eq 9 ] && break 2
 					[ $status -eq 0 ] || bad=$((bad + 1))
@@ -526,21 +518,6 @@ fi
 #
 # Refusals
 #
-# held FILE COMMAND...: run a command while QEMU has FILE open
-held() {
-	local file=$1 status
-	shift
-	coproc qemu-io "$file" >/dev/null 2>&1
-	for _ in {1..100}; do
-		grep -q "^[0-9]*: OFDLCK.*:$(stat -c %i "$file") " /proc/locks && break
-		sleep 0.05
-	done
-	"$@"
-	status=$?
-	kill "$COPROC_PID"
-	wait "$COPROC_PID" 2>/dev/null
-	return $status
-}
 image 1G
 held t.qcow2 refuse 1 'locked' check t.qcow2
 ok "check: image is in use"
@@ -579,7 +556,7 @@ less than a sector@1@less than one sector@i.put(24, 511)
 TABLE
 image 1G
 damage t.qcow2 'i.put(60, 1, 4)'
-exits 2 check --repair all t.qcow2 && grep -q 'snapshots' err && ! clean t.qcow2
+exits 2 check --repair all t.qcow2 && grep -q 'snapshots' err && ! check t.qcow2
 ok "header: snapshots"
 image 1G
 io 'write 5M 1M'
@@ -611,7 +588,7 @@ for kind in "${kinds[@]}" "2M 64"; do
 			cp out measured &&
 			run create t.qcow2 --data-file data.raw --cluster-size "$cluster" --refcount-bits "$bits" ${ext:+--extended-l2} &&
 			[ "$(stat -c %s t.qcow2)" -eq "$(jq .required measured)" ] &&
-			"$steps" prepare t.qcow2 >out 2>err &&
+			prepare_steps prepare t.qcow2 &&
 			[ "$(stat -c %s t.qcow2)" -le "$(jq '."fully-allocated"' measured)" ] &&
 			[ "$(stat -c %s t.qcow2)" -ge "$(jq '."fully-allocated" * 0.98 - 4 * '"$(numfmt --from=iec "$cluster")" measured | cut -d. -f1)" ] &&
 			[ "$(stat -c %s data.raw)" -eq "$(jq '."data-file"' measured)" ]

@@ -2,7 +2,16 @@
 # shellcheck shell=bash disable=SC2154
 #
 # What the tests of the tool that need no kernel have in common.  To be sourced
-# with "tool" set to the command line of the tool; goes to an empty folder.
+# with their own arguments:
+#
+#	[WRAPPER...] TOOL
+#
+# WRAPPER is, for example, valgrind with its options.  Goes to an empty folder.
+
+tool=("$@")
+steps=("${@:1:$#-1}" "$(dirname "$0")/image-steps")
+tool[-1]=$(realpath "${tool[-1]}")
+steps[-1]=$(realpath "${steps[-1]}")
 
 # Thousands of syncs take minutes on a disk.
 room=$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)
@@ -40,8 +49,22 @@ finish() {
 	[ $failed -eq 0 ]
 }
 
+# The wrapper is slow.  Of the calls that one line makes with the same options, in
+# a loop, it gets to see the first.
+declare -A wrapped
 run() {
-	"${tool[@]}" "$@" >out 2>err
+	local call="${BASH_LINENO[*]} $1 ${*//[^ a-z-]/}"
+
+	if [ -n "${wrapped[$call]-}" ]; then
+		"${tool[-1]}" "$@" >out 2>err
+	else
+		wrapped[$call]=1
+		"${tool[@]}" "$@" >out 2>err
+	fi
+}
+
+prepare_steps() {
+	"${steps[@]}" "$@" >out 2>err
 }
 
 # exits CODE ARGUMENTS...
@@ -73,4 +96,52 @@ image() {
 
 same() {
 	qemu-img compare -q -U "$@" >out 2>err
+}
+
+check() {
+	qemu-img check -q "$1" >out 2>err
+}
+
+# hex [-j OFFSET] [-N LENGTH] [FILE]
+hex() {
+	od -An -v -tx1 "$@" | tr -d ' \n'
+}
+
+# poke FILE OFFSET HEX
+poke() {
+	python3 - "$@" <<'PYTHON'
+import sys
+with open(sys.argv[1], "r+b") as f:
+    f.seek(int(sys.argv[2], 0))
+    f.write(bytes.fromhex(sys.argv[3]))
+PYTHON
+}
+
+# overlay FORMAT [OPTIONS]: b.qcow2 or b.raw below t.qcow2
+overlay() {
+	rm -f t.qcow2 t.raw b.qcow2 b.raw b.data
+	if [ "$1" = raw ]; then
+		yes base | head -c 3M >b.raw
+	else
+		qemu-img create -q -f qcow2 -o data_file=b.data b.qcow2 3M &&
+			qemu-io -c 'write -q -P 1 0 3M' b.qcow2
+	fi
+	qemu-img create -q -f qcow2 -b "b.$1" -F "$1" -o "data_file=t.raw${2-}" t.qcow2 4M &&
+		truncate -s 4M t.raw
+}
+
+# held FILE COMMAND...: run a command while QEMU has FILE open
+held() {
+	local file=$1 status
+	shift
+	coproc qemu-io "$file" >/dev/null 2>&1
+	for _ in {1..100}; do
+		grep -q "^[0-9]*: OFDLCK.*:$(stat -c %i "$file") " /proc/locks && break
+		sleep 0.05
+	done
+	"$@"
+	status=$?
+	kill "$COPROC_PID"
+	wait "$COPROC_PID" 2>/dev/null
+	return $status
 }

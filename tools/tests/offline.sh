@@ -8,45 +8,15 @@
 #
 # WRAPPER is, for example, valgrind with its options.
 
-tool=("$@")
-steps=("${@:1:$#-1}" "$(dirname "$0")/image-steps")
-tool[-1]=$(realpath "${tool[-1]}")
-steps[-1]=$(realpath "${steps[-1]}")
-
 # A wrapper makes all slow, and finds what it can find in fewer combinations.
 if [ $# -gt 1 ]; then
-	sizes=(512 2M) widths=(1 64) seeds=1
-	layouts=(cluster_size=512 extended_l2=on)
-	overlays=(",extended_l2=on" ",cluster_size=512")
+	sizes=(512 2M) widths=(1 64)
 else
-	sizes=(512 4K 64K 2M) widths=(1 16 64) seeds=4
-	layouts=(cluster_size=512 "cluster_size=512,refcount_bits=64" cluster_size=64k
-		"cluster_size=2M,refcount_bits=1" extended_l2=on
-		"cluster_size=16k,extended_l2=on" "cluster_size=512,preallocation=metadata")
-	overlays=("" ",extended_l2=on" ",cluster_size=512" ",cluster_size=2M")
+	sizes=(512 4K 64K 2M) widths=(1 16 64)
 fi
 
 # shellcheck source=tools/tests/lib.sh
 . "$(dirname "$0")/lib.sh"
-
-# hex [-j OFFSET] [-N LENGTH] [FILE]
-hex() {
-	od -An -v -tx1 "$@" | tr -d ' \n'
-}
-
-# poke FILE OFFSET HEX
-poke() {
-	python3 - "$@" <<'PYTHON'
-import sys
-with open(sys.argv[1], "r+b") as f:
-    f.seek(int(sys.argv[2], 0))
-    f.write(bytes.fromhex(sys.argv[3]))
-PYTHON
-}
-
-check() {
-	qemu-img check -q "$1" >out 2>err
-}
 
 #
 # create
@@ -293,18 +263,6 @@ run info --json t.qcow2 &&
 		out >/dev/null
 ok "info: extended L2"
 
-# overlay FORMAT [OPTIONS]: b.qcow2 or b.raw below t.qcow2
-overlay() {
-	rm -f t.qcow2 t.raw b.qcow2 b.raw b.data
-	if [ "$1" = raw ]; then
-		yes base | head -c 3M >b.raw
-	else
-		qemu-img create -q -f qcow2 -o data_file=b.data b.qcow2 3M &&
-			qemu-io -c 'write -q -P 1 0 3M' b.qcow2
-	fi
-	qemu-img create -q -f qcow2 -b "b.$1" -F "$1" -o "data_file=t.raw${2-}" t.qcow2 4M &&
-		truncate -s 4M t.raw
-}
 overlay raw
 qemu-img info --output=json t.qcow2 | jq -S 'del(."full-backing-filename")' >want
 run info --json t.qcow2 && jq -S 'del(."dm-qcow2")' out >got && cmp want got &&
@@ -473,21 +431,6 @@ for _ in {1..33}; do many+=(--backing-file b.raw); done
 refuse 1 'more than 32' table t.qcow2 --data-file t.raw "${many[@]}"
 ok "chain: too many backing files"
 
-# held FILE COMMAND...: run a command while QEMU has FILE open
-held() {
-	local file=$1 status
-	shift
-	coproc qemu-io "$file" >/dev/null 2>&1
-	for _ in {1..100}; do
-		grep -q "^[0-9]*: OFDLCK.*:$(stat -c %i "$file") " /proc/locks && break
-		sleep 0.05
-	done
-	"$@"
-	status=$?
-	kill "$COPROC_PID"
-	wait "$COPROC_PID" 2>/dev/null
-	return $status
-}
 image 1G
 held t.qcow2 refuse 5 'locked' table t.qcow2 --data-file t.raw
 ok "table: image is in use by QEMU"
@@ -507,13 +450,12 @@ ok "chain: backing image is in use by QEMU"
 #
 # What open and close do to an image
 #
-prepare_steps() {
-	"${steps[@]}" "$@" >out 2>err
-}
-
 for cluster in "${sizes[@]}"; do
 	for bits in "${widths[@]}"; do
-		image 1G ",cluster_size=$cluster,refcount_bits=$bits"
+		# enough for the refcount table to grow, but QEMU is slow with so many
+		size=1G
+		[ "$cluster" != 512 ] || size=128M
+		image $size ",cluster_size=$cluster,refcount_bits=$bits"
 		[ "$cluster" = 2M ] || qemu-io -c 'write -P 9 3M 5M' t.qcow2 >/dev/null
 		cp t.qcow2 before.qcow2
 		prepare_steps undo t.qcow2 && cmp t.qcow2 before.qcow2
@@ -522,10 +464,10 @@ for cluster in "${sizes[@]}"; do
 			same t.qcow2 before.qcow2
 		ok "prepare: clean and equal, $cluster clusters, $bits bits"
 		# QEMU fills it up: nothing of that may need a longer file
-		size=$(stat -c %s t.qcow2)
+		bytes=$(stat -c %s t.qcow2)
 		cp t.qcow2 full.qcow2
-		qemu-io -c 'write -z 0 1G' full.qcow2 >out 2>err && check full.qcow2 &&
-			[ "$(stat -c %s full.qcow2)" -le "$size" ]
+		qemu-io -c "write -z 0 $size" full.qcow2 >out 2>err && check full.qcow2 &&
+			[ "$(stat -c %s full.qcow2)" -le "$bytes" ]
 		ok "prepare: QEMU needs no more room, $cluster clusters, $bits bits"
 		cp t.qcow2 twice.qcow2
 		prepare_steps prepare twice.qcow2 && cmp t.qcow2 twice.qcow2
@@ -536,29 +478,6 @@ for cluster in "${sizes[@]}"; do
 		ok "trim: clean, equal and short, $cluster clusters, $bits bits"
 	done
 done
-
-# A refcount table that must grow, and a power cut at each write of that.
-image 1G ,cluster_size=512,refcount_bits=64
-qemu-io -c 'write -P 9 3M 1M' t.qcow2 >/dev/null
-cp t.qcow2 before.qcow2
-bad=0 cuts=0
-for ((n = 0; n < 1000; n++)); do
-	for ((seed = 1; seed <= 4 * seeds; seed++)); do
-		cp before.qcow2 crash.qcow2
-		"${steps[-1]}" crash crash.qcow2 $n "$seed" >out 2>err
-		status=$?
-		[ $status -eq 9 ] && break 2
-		[ $status -eq 0 ] || bad=$((bad + 1))
-		cuts=$((cuts + 1))
-		qemu-img check -q crash.qcow2 >out 2>err
-		status=$?
-		# 3: leaked clusters, which is all that a power cut may do
-		[ $status -eq 0 ] || [ $status -eq 3 ] || bad=$((bad + 1))
-		same crash.qcow2 before.qcow2 || bad=$((bad + 1))
-	done
-done
-[ $bad -eq 0 ] && [ $cuts -gt $((15 * seeds)) ]
-ok "prepare: $cuts power cuts, none corrupts the image"
 
 # Unknown autoclear bits go, the others stay.
 image 1G ,data_file_raw=on
@@ -679,8 +598,8 @@ image 5M
 qemu-img resize -q t.qcow2 7M
 qemu-img convert -n -f raw -O qcow2 t.want t.qcow2
 prepared "resize, larger"
-image 1G ,cluster_size=512
-qemu-io -c 'write -q 900M 1M' t.qcow2
+image 100M ,cluster_size=512
+qemu-io -c 'write -q 90M 1M' t.qcow2
 qemu-img resize -q --shrink t.qcow2 7M
 qemu-img convert -n -f raw -O qcow2 t.want t.qcow2
 prepared "resize, smaller"
@@ -727,202 +646,6 @@ cp t.qcow2 before.qcow2
 	grep -q 'dirty.*; repair it with qcow2setup check --repair all' out &&
 	cmp t.qcow2 before.qcow2
 ok "dirty image is refused, with a remedy"
-
-#
-# resize of an image that is closed
-#
-# resized SIZE OPTIONS...: t.qcow2 grows and is what t.want is, with zeros
-resized() {
-	truncate -s "$1" t.want
-	run resize t.qcow2 --size "$@" && check t.qcow2 &&
-		same -f qcow2 -F raw t.qcow2 t.want &&
-		[ "$(qemu-img info --output=json t.qcow2 | jq '."virtual-size"')" = \
-		"$(stat -c %s t.want)" ]
-}
-for options in "${layouts[@]}"; do
-	for size in 1M 1049088; do
-		image $size ",$options"
-		qemu-io -c 'write -q -P 3 1M 512' -c 'write -q -P 4 1000K 20K' \
-			t.qcow2 >/dev/null
-		qemu-img convert -O raw t.qcow2 t.want
-		# what lies behind the old end must not show
-		(yes junk; :) | head -c 3M | dd of=t.raw bs=512 status=none \
-			seek=$(($(stat -c %s t.want) / 512)) conv=notrunc
-		resized 20M --data-file t.raw
-		ok "resize: $options, from $size"
-		[ "$(stat -c %s t.raw)" -ge $((20 << 20)) ] &&
-			prepare_steps prepare t.qcow2 && check t.qcow2 &&
-			qemu-io -c 'write -q -P 5 19M 1M' -c 'write -q -P 6 1M 1M' t.qcow2 >out &&
-			check t.qcow2
-		ok "resize: $options, from $size: QEMU writes to it"
-	done
-done
-for options in "--cluster-size 512" "--cluster-size 64K" --extended-l2; do
-	rm -f t.qcow2
-	(yes raw; :) | head -c 40M >t.raw
-	# shellcheck disable=SC2086 # words are wanted
-	run create t.qcow2 --data-file t.raw --size 1049088 --data-file-raw $options
-	cp t.raw t.want
-	resized 40M --data-file t.raw
-	ok "resize: raw, $options: shows the data"
-done
-rm -f t.qcow2
-run create t.qcow2 --data-file t.raw --size 1M --cluster-size 512 && cp t.qcow2 small.qcow2 &&
-	run resize t.qcow2 --size auto --data-file t.raw && check t.qcow2 &&
-	[ "$(qemu-img info --output=json t.qcow2 | jq '."virtual-size"')" = $((40 << 20)) ]
-ok "resize: to the size of the data"
-cp t.qcow2 before.qcow2
-run resize t.qcow2 --size 40M && cmp t.qcow2 before.qcow2
-ok "resize: to the same size"
-refuse 4 'qemu-img resize --shrink' resize t.qcow2 --size 39M
-ok "resize: smaller"
-truncate -s 20M t.raw
-refuse 4 '20971520.*41943040' resize t.qcow2 --size auto --data-file t.raw
-ok "resize: to the size of the data, which is smaller"
-refuse 1 'multiple of 512.*41943552' resize t.qcow2 --size 41943041
-ok "resize: no multiple of a sector"
-refuse 1 'give --size' resize t.qcow2
-ok "resize: without a size"
-refuse 1 'data-file' resize t.qcow2 --size auto
-ok "resize: auto without data"
-refuse 4 'at most' resize t.qcow2 --size 200G
-ok "resize: larger than such an image can be"
-refuse 4 'same file' resize t.qcow2 --size 50M --data-file t.qcow2
-ok "resize: image is its own data"
-refuse 1 'no backing file' resize t.qcow2 --size 50M --backing-file t.raw
-ok "resize: backing file for an image without one"
-cmp t.qcow2 before.qcow2 && [ "$(stat -c %s t.raw)" = $((20 << 20)) ]
-ok "resize: what is refused changes nothing"
-held t.qcow2 refuse 5 'locked' resize t.qcow2 --size 50M
-ok "resize: in use by QEMU"
-(ulimit -f 40000; trap '' XFSZ
- "${tool[@]}" resize t.qcow2 --size 60M --data-file t.raw >out 2>err)
-[ $? -eq 4 ] && cmp t.qcow2 before.qcow2 && [ "$(stat -c %s t.raw)" = $((20 << 20)) ]
-ok "resize: data cannot be extended, nothing is changed"
-(ulimit -f 800; trap '' XFSZ
- "${tool[@]}" resize t.qcow2 --size 1G >out 2>err)
-[ $? -eq 4 ] && cmp t.qcow2 before.qcow2 && grep -q 'extend' err
-ok "resize: image cannot be extended, nothing is changed"
-for kind in corrupt:06 dirty:05; do
-	cp before.qcow2 t.qcow2
-	poke t.qcow2 79 ${kind#*:}
-	refuse 4 ${kind%:*} resize t.qcow2 --size 50M
-	ok "resize: ${kind%:*} image"
-done
-
-# The last cluster is cut by the old end, and its rest comes to be seen.
-image 1049088 ,cluster_size=64k
-qemu-io -c 'write -q -P 3 1M 512' t.qcow2
-refuse 1 'data-file' resize t.qcow2 --size 2M
-ok "resize: the rest of the last cluster is to be cleared in the data"
-
-# What comes new reads as zeros, although the backing file goes on.
-for options in "${overlays[@]}"; do
-	for size in 2M 2100736; do
-		for format in raw qcow2; do
-			overlay $format "$options"
-			rm t.qcow2
-			qemu-img create -q -f qcow2 -b b.$format -F $format \
-				-o "data_file=t.raw$options" t.qcow2 $size
-			truncate -s 5M t.raw
-			qemu-img convert -O raw t.qcow2 t.want
-			cp t.qcow2 before.qcow2
-			if [ $size = 2M ] || [ "$options" = ,cluster_size=512 ]; then
-				resized 5M
-				ok "resize: $format overlay$options from $size"
-				same before.qcow2 b.raw >/dev/null
-				cp before.qcow2 t.qcow2
-				resized 2500096 --data-file t.raw --backing-file b.$format
-				ok "resize: $format overlay$options, within the backing file"
-			elif [ $format = raw ]; then
-				refuse 1 'data-file' resize t.qcow2 --size 5M
-				ok "resize: $format overlay$options: end is cut, needs the data"
-				resized 5M --data-file t.raw --backing-file b.raw
-				ok "resize: $format overlay$options: end is cut"
-			else
-				refuse 4 'open device' resize t.qcow2 --size 5M --data-file t.raw
-				ok "resize: $format overlay$options: end is cut, needs the device"
-				cmp t.qcow2 before.qcow2
-				ok "resize: $format overlay$options: refused, nothing is changed"
-			fi
-		done
-	done
-done
-
-# Bitmaps whose tables remain as they are, stay valid; others would have to grow.
-image 7M
-qemu-img bitmap --add t.qcow2 b
-run resize t.qcow2 --size 1G && check t.qcow2 &&
-	qemu-io -c 'write -q 900M 1M' t.qcow2 && qemu-img info t.qcow2 >out 2>err &&
-	! grep -q 'in-use' out && grep -q 'name: b' out
-ok "resize: valid bitmap"
-cp t.qcow2 before.qcow2
-refuse 4 'bitmap b .*remove' resize t.qcow2 --size 100G && cmp t.qcow2 before.qcow2
-ok "resize: bitmap would have to grow"
-prepare_steps prepare t.qcow2
-run resize t.qcow2 --size 100G && check t.qcow2
-ok "resize: bitmap that is not valid is no hindrance"
-image 1G
-poke t.qcow2 88 8000000000000000
-run resize t.qcow2 --size 2G && [ "$(hex -j 88 -N 8 t.qcow2)" = 0000000000000000 ]
-ok "resize: unknown autoclear bits are cleared"
-
-# Entries behind the old end, that nobody has looked at so far.
-image 1M ,cluster_size=512
-qemu-io -c 'write -q -P 7 0 1M' t.qcow2
-poke t.qcow2 24 "$(printf '%016x' $((512 * 1024)))"
-qemu-img convert -O raw t.qcow2 t.want
-resized 1M --data-file t.raw
-ok "resize: L2 entries behind the old end are not brought back"
-
-# A power cut at each write: the old image or the new one.
-for kind in "1M 0 cluster_size=512" "1M 0 cluster_size=512,data_file_raw=on,refcount_bits=64" \
-	"1M 0 cluster_size=512,refcount_bits=64" "2M 3M overlay" "2M 3M overlay,extended_l2=on"; do
-	read -r size backing options <<<"$kind"
-	new=$((24 << 20))
-	case $options in
-	*raw*)	new=$((5 << 20)) ;;&
-	overlay*)
-		new=$((3 << 20))
-		overlay raw "${options#overlay},cluster_size=16k"
-		qemu-img resize -q --shrink t.qcow2 "$size" ;;
-	*)	image "$size" ",$options"
-		qemu-io -c 'write -q -P 9 3K 900K' t.qcow2 ;;
-	esac
-	backing=$(numfmt --from=iec "$backing")
-	# Data that is raw, and long enough for both.
-	truncate -s 24M t.raw
-	cp t.qcow2 before.qcow2
-	cp t.qcow2 after.qcow2
-	prepare_steps grow after.qcow2 $new "$backing" && check after.qcow2
-	ok "resize: $options, grown"
-	cp before.qcow2 undone.qcow2
-	prepare_steps undo-grow undone.qcow2 $new "$backing" && cmp before.qcow2 undone.qcow2
-	ok "resize: $options, undone"
-	bad=0 cuts=0 old=0
-	cp before.qcow2 crash.qcow2
-	writes=$("${steps[-1]}" crash-grow crash.qcow2 $new "$backing" 1000000 1)
-	# in between there are only new tables
-	for ((n = 0; n < writes; n++)); do
-		[ $n -lt 30 ] || [ $n -gt $((writes - 30)) ] || continue
-		for ((seed = 1; seed <= seeds; seed++)); do
-			cp before.qcow2 crash.qcow2
-			"${steps[-1]}" crash-grow crash.qcow2 $new "$backing" $n "$seed" >out 2>err || bad=$((bad + 1))
-			cuts=$((cuts + 1))
-			qemu-img check -q crash.qcow2 >out 2>err
-			status=$?
-			[ $status -eq 0 ] || [ $status -eq 3 ] || bad=$((bad + 1))
-			if [ "$(hex -j 24 -N 8 crash.qcow2)" = "$(hex -j 24 -N 8 before.qcow2)" ]; then
-				old=$((old + 1))
-				same crash.qcow2 before.qcow2 || bad=$((bad + 1))
-			else
-				same crash.qcow2 after.qcow2 || bad=$((bad + 1))
-			fi
-		done
-	done
-	[ $bad -eq 0 ] && [ $old -ge $((2 * seeds)) ] && [ $cuts -gt $old ]
-	ok "resize: $options, $cuts power cuts, $old before the switch"
-done
 
 # Entries that would make the kernel write to the wrong place.
 for kind in 'L1 unaligned:196608:8000000000040200:multiple' \
