@@ -54,6 +54,7 @@ help:
 	@echo '  make deps        install what make check needs'
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
+	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
 	@echo '  make vm-build    module for the kernel of the VM (KERNEL=$(KERNEL)), and tool'
 	@echo 'Now: KDIR=$(or $(KDIR),(no kernel headers found))'
 
@@ -143,6 +144,11 @@ lint:
 unit: preflight-tool
 	@$(MAKE) --no-print-directory -C tools unit valgrind
 
+fuzz: preflight-tool
+	@command -v clang > /dev/null || { \
+		echo "dm-qcow2: no clang; run: apt-get install clang libclang-rt-14-dev" >&2; exit 1; }
+	@$(MAKE) --no-print-directory -C tools/fuzz fuzz
+
 check:
 	@selftests/check $(TESTS)
 
@@ -159,5 +165,6 @@ demo:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
-.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit check check-kernels demo \
+.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit fuzz \
+	check check-kernels demo \
 	preflight-cc preflight-module preflight-tool
