@@ -446,7 +446,7 @@ qcow2_header_check(const struct qcow2_header *h, bool read_only,
 
 		if (len > 1023)
 			return QCOW2_FAULT_BACKING_NAME;
-		if (backing < header_length ||
+		if (backing < header_length || len > 1U << bits ||
 		    backing > (1ULL << bits) - len)
 			return QCOW2_FAULT_BACKING_OFFSET;
 		if (autoclear & QCOW2_AUTOCLEAR_RAW_DATA)
