@@ -251,7 +251,7 @@ enum header_fault header_parse(const void *buf, size_t len, struct header *h)
 		backing_len = get32(p + 16);
 		if (backing_len > 1023)
 			return HEADER_BACKING_NAME;
-		if (backing < h->header_length ||
+		if (backing < h->header_length || backing_len > cluster ||
 		    backing > cluster - backing_len)
 			return HEADER_BACKING_OFFSET;
 		if (memchr(p + backing, 0, backing_len))

@@ -159,17 +159,21 @@ def images():
         yield bytes([2, 0, 4]) + head + image()[515:]
 
 
-# What was found: an image, by changes to one of those above.
-FOUND = ()
+def found():
+    """Headers with which faults were found, by fuzzer and variant."""
+    # a backing file name that is longer than the cluster that it must be in
+    one = bytearray(header())
+    struct.pack_into(">QI", one, 8, 1 << 24, 583)
+    yield bytes(one) + bytes(71)
 
 
 def main(folder):
     kinds = {
-        "header": headers(),
+        "header": [*headers(), *found()],
         "entries": entries(),
         "target": [t.encode() for t in TABLES + STATUSES],
         "args": [bytes([0, 0x2B]) + t.encode() for t in TABLES],
-        "image": list(images()) + list(FOUND),
+        "image": [*images(), *(bytes(3) + one for one in found())],
     }
     for kind, inputs in kinds.items():
         os.makedirs(os.path.join(folder, kind), exist_ok=True)

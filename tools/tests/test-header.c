@@ -364,6 +364,15 @@ static void test_names(void **state)
 	}
 }
 
+static enum qcow2_fault header_check_of(const struct build *b)
+{
+	struct qcow2_geometry g;
+	struct qcow2_header h;
+
+	memcpy(&h, b->p, sizeof(h));
+	return qcow2_header_check(&h, false, &g);
+}
+
 static void test_backing(void **state)
 {
 	struct build *b = *state;
@@ -386,6 +395,12 @@ static void test_backing(void **state)
 	expect_fault(b, HEADER_BACKING_OFFSET);
 	backing(b, 2048, "a\0b", 3);
 	expect_fault(b, HEADER_BACKING_NUL);
+	/* A name longer than the cluster leaves no place that is right. */
+	put32(b->p + 20, 9);
+	put64(b->p + 8, 1 << 24);
+	put32(b->p + 16, 583);
+	expect_fault(b, HEADER_BACKING_OFFSET);
+	assert_int_equal(header_check_of(b), QCOW2_FAULT_BACKING_OFFSET);
 }
 
 static void test_feature_names(void **state)
