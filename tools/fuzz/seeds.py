@@ -11,6 +11,9 @@ import sys
 COPIED, ZERO = 1 << 63, 1
 BACKING_FORMAT, FEATURE_NAMES, BITMAPS, LUKS, DATA_FILE = 0xE2792ACA, 0x6803F857, 0x23852875, 0x0537BE77, 0x44415441
 
+# What fuzz-image.c takes for these cluster_bits
+SPREAD = {9: 0, 12: 9, 14: 11, 16: 13, 21: 15}
+
 
 def u64(*values):
     return struct.pack(f">{len(values)}Q", *values)
@@ -66,7 +69,7 @@ def image(bits=9, order=4, extended=False, tables=1, end=0, how=0, more=(), entr
                 table += u64(entry)
         pieces.append(table)
     pieces += more
-    return bytes([how, bits - 9, end]) + b"".join(p.ljust(512, b"\0") for p in pieces)
+    return bytes([how, SPREAD[bits], end]) + b"".join(p.ljust(512, b"\0") for p in pieces)
 
 
 def bitmap(table, name=b"bitmap", flags=2, kind=1, granularity=16, extra=b"", size=1):
