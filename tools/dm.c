@@ -173,6 +173,7 @@ int dm_query(const char *name, struct dm_dev_info *info)
 	if (!ret && dm_task_get_info(dmt, &i) && i.exists) {
 		info->exists = true;
 		info->suspended = i.suspended;
+		info->inactive = i.inactive_table;
 		info->read_only = i.read_only;
 		info->open_count = i.open_count;
 		info->rdev = makedev(i.major, i.minor);

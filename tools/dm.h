@@ -21,6 +21,7 @@
 
 struct dm_dev_info {
 	bool exists, suspended, read_only;
+	bool inactive;		/* has a table that is not live yet */
 	int open_count;
 	dev_t rdev;
 	char uuid[160];

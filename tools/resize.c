@@ -5,6 +5,10 @@
  * A live one is suspended meanwhile: the kernel has then written all that it
  * knows, and reads header and L1 table again when it is resumed.  Whatever goes
  * wrong, the old image and the old table come back.
+ *
+ * If this program is killed on the way, the device stays suspended.  Before the
+ * image changes another table is loaded, the old one at first, so that a device
+ * in that state is known again: another resize goes on from there.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -283,6 +287,7 @@ struct live {
 	struct part meta, data, backing;
 	struct image img;
 	int lock;
+	bool left;			/* suspended by a resize that was killed */
 };
 
 static int part_open(struct part *p, const char *number, unsigned int flags)
@@ -456,7 +461,7 @@ static int read_status(const struct live *l, struct target_status *status,
 }
 
 /* Can it be suspended and changed?  When nobody else does that. */
-static int check_state(const struct live *l)
+static int check_state(struct live *l)
 {
 	struct target_status status;
 	struct dm_dev_info info;
@@ -466,7 +471,11 @@ static int check_state(const struct live *l)
 	ret = dm_query(l->name, &info);
 	if (ret)
 		return ret;
-	if (info.suspended)
+	l->left = info.suspended && info.inactive;
+	if (l->left)
+		note("%s: was left suspended by a resize that was killed",
+		     esc(l->name));
+	else if (info.suspended)
 		return fail(EX_BUSY,
 			    "%s: is suspended; resume it first (dmsetup resume %s)",
 			    esc(l->name), esc(l->name));
@@ -515,7 +524,9 @@ static int open_live(struct live *l)
 /* Everything that is done while nothing can be read or written. */
 static int change_suspended(struct live *l, const struct growth *g)
 {
-	struct dm_line line = { .type = DM_TARGET };
+	struct dm_line line = {
+		.sectors = l->sectors, .type = DM_TARGET, .params = l->params,
+	};
 	struct target_features f = l->table.f;
 	struct reasons reasons;
 	char params[1024];
@@ -541,9 +552,17 @@ static int change_suspended(struct live *l, const struct growth *g)
 	if (reasons.n)
 		return fail(EX_WRONG, "%s: %s; %s", esc(l->name),
 			    reasons.r[0].cause, reasons.r[0].remedy);
+	if (g->size < l->img.geo.size)
+		return fail(EX_WRONG,
+			    "%s: image has %llu bytes already; give --size %llu",
+			    esc(l->name), (unsigned long long)l->img.geo.size,
+			    (unsigned long long)l->img.geo.size);
 	ret = image_load_tables(&l->img, true);
 	if (!ret && interrupted())
 		ret = EX_WRONG;
+	/* From now on it shows that it was not suspended by somebody else. */
+	if (!ret && !l->left)
+		ret = dm_load(l->name, &line);
 	if (!ret)
 		ret = image_grow(&l->img, g);
 	if (ret)
@@ -642,7 +661,7 @@ static int resize_live(struct live *l, const struct options *opt)
 		goto out;
 	}
 	lock_memory();
-	ret = dm_suspend(l->name);
+	ret = l->left ? 0 : dm_suspend(l->name);
 	if (ret)
 		goto out;
 	ret = check_committed(l);

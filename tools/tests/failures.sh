@@ -189,6 +189,46 @@ each_resize_step() {
 	done
 }
 
+# Killed at each call: what it leaves is an image without damage, and a device that
+# the same resize, or dmsetup resume if it says so, makes as it shall be.
+each_resize_kill() {
+	local what=$1 calls k status wrong='' left=0 ended=0
+
+	calls=$(cat calls)
+	for ((k = 1; k <= calls && !${#wrong}; k++)); do
+		"$tool" open image $name --data-file data
+		resize_step INJECT_AT=$k INJECT_SIGNAL=9 2>/dev/null
+		if [ "$(dmsetup info -c --noheadings -o suspended $name)" = Suspended ]; then
+			left=$((left + 1))
+			"$tool" resize $name --size 2G >said 2>&1
+			status=$?
+			if [ $status -eq 5 ] && grep -q 'dmsetup resume' said; then
+				dmsetup resume $name || wrong="call $k: cannot be resumed"
+			elif [ $status -eq 0 ]; then
+				ended=$((ended + 1))
+			else
+				wrong="call $k: exit code $status"
+			fi
+		fi
+		"$tool" resize $name --size 2G >said 2>&1 || wrong="call $k: cannot be resized"
+		[ "$(blockdev --getsize64 /dev/mapper/$name)" -eq $((2 << 30)) ] || wrong="call $k: size"
+		dd if=/dev/mapper/$name bs=1M count=1 iflag=direct status=none |
+			cmp -s - before || wrong="call $k: other content"
+		"$tool" close $name || wrong="call $k: cannot be closed"
+		qemu-img check -q image
+		status=$?
+		# leaks are what a crash may leave
+		[ $status -eq 0 ] || [ $status -eq 3 ] || wrong="call $k: image is damaged"
+		cp original image
+		truncate -s 1G data
+		status=$(left)
+		[ -z "$status" ] || wrong="call $k: left: $status"
+	done
+	[ $left -gt 5 ] && [ $ended -gt 3 ] ||
+		wrong=${wrong:-"left suspended $left times, ended by resize $ended times"}
+	report "$what: all can be ended if it is killed ($left times suspended)" "$wrong"
+}
+
 rm image
 qemu-img create -q -f qcow2 -o data_file=data,cluster_size=4k image 1G || exit 1
 qemu-io -c 'write -q 0 1M' image
@@ -196,10 +236,92 @@ truncate -s 1G data
 # open and close leave a whole last cluster
 "$tool" open image $name --data-file data && "$tool" close $name
 cp image original
+dd if=data of=before bs=1M count=1 status=none
 each_resize_step "resize"
+each_resize_kill "resize"
+
+# A suspension that is not ours is not ended.
+"$tool" open image $name --data-file data
+dmsetup suspend $name
+"$tool" resize $name --size 2G >said 2>&1
+status=$?
+wrong=
+[ $status -eq 5 ] && grep -q "dmsetup resume $name" said || wrong="exit code $status"
+[ "$(dmsetup info -c --noheadings -o suspended $name)" = Suspended ] || wrong="it was resumed"
+dmsetup resume $name
+"$tool" close $name
+cp original image
+report "resize: refused if somebody else has suspended the device" "${wrong:-$(left)}"
 
 rm image
 qemu-img create -q -f qcow2 -o data_file=data image 1G || exit 1
+# What the image records is opened only if the user says so, and then once.
+cp image original
+mv data recorded
+truncate -s 1G named
+strace -f -qq -e trace=%file -o trace "$tool" open image $name --data-file named
+status=$?
+"$tool" close $name
+wrong=
+[ $status -eq 0 ] || wrong="exit code $status"
+! grep -q '"[^"]*\<data"' trace || wrong="$(grep '"[^"]*\<data"' trace | head -n 1)"
+[ "$(grep -c 'openat(.*"image"' trace)" -eq 1 ] || wrong="the image is not opened once"
+[ "$(grep -c 'openat(.*"named"' trace)" -eq 1 ] || wrong="the data are not opened once"
+cp original image
+report "open: the recorded name is not opened" "${wrong:-$(left)}"
+mv recorded data
+strace -f -qq -e trace=%file -o trace "$tool" open image $name --trust-image-paths
+status=$?
+"$tool" close $name
+wrong=
+[ $status -eq 0 ] || wrong="exit code $status"
+[ "$(grep -c 'openat(.*"data"' trace)" -eq 1 ] || wrong="the data are not opened once"
+cp original image
+report "open: a trusted name is opened, once" "${wrong:-$(left)}"
+
+# Of two at the same time exactly one wins.
+wrong=
+for _ in {1..5}; do
+	for i in 1 2; do
+		"$tool" open image $name.$i --data-file data 2>said$i &
+		pid[i]=$!
+	done
+	wins=0
+	for i in 1 2; do
+		wait "${pid[i]}"
+		status=$?
+		case $status in
+		0) wins=$((wins + 1)) ;;
+		5) [ "$(wc -l <said$i)" -eq 1 ] || wrong="not one line is said" ;;
+		*) wrong="exit code $status: $(cat said$i)" ;;
+		esac
+	done
+	[ $wins -le 1 ] || wrong="both have it"
+	[ $wins -eq 1 ] || wrong=${wrong:-"nobody has it"}
+	for i in 1 2; do
+		[ ! -e /dev/mapper/$name.$i ] || "$tool" close $name.$i
+	done
+	cp original image
+done
+report "open: of two at the same time one wins" "${wrong:-$(left)}"
+
+# Each command that needs rights says so.
+wrong=
+chmod 755 "$work"
+chmod 666 image data
+cp "$tool" unprivileged
+"$tool" open image $name --data-file data
+for args in "open image x --data-file data" "close $name" "resize $name --size 2G" "map $name" "status $name"; do
+	# shellcheck disable=SC2086 # words are wanted
+	setpriv --reuid=65534 --regid=65534 --clear-groups ./unprivileged $args >out 2>said
+	status=$?
+	[ $status -eq 2 ] && [ "$(wc -l <said)" -eq 1 ] && [ ! -s out ] &&
+		grep -q '^qcow2setup: .*; ' said || wrong+="${args%% *}: $status, $(cat said); "
+done
+"$tool" close $name
+cp original image
+report "unprivileged: what is missing is said" "${wrong:-$(left)}"
+
 # The kernel's own reason is quoted.
 cp image original
 with_injection INJECT_COUNT=calls --
