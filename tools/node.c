@@ -6,9 +6,11 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "loop.h"
@@ -153,7 +155,7 @@ static int probe_byte(int fd, off_t byte)
 	return fl.l_type == F_UNLCK ? 0 : -EAGAIN;
 }
 
-int node_try_lock(int fd, bool write)
+static int try_lock(int fd, bool write)
 {
 	unsigned int used = PERM_READ, unshared = PERM_WRITE | PERM_RESIZE;
 	unsigned int i;
@@ -187,6 +189,22 @@ int node_try_lock(int fd, bool write)
 		}
 	}
 	return 0;
+}
+
+int node_try_lock(int fd, bool write)
+{
+	const struct timespec step = { .tv_nsec = 10 * 1000 * 1000 };
+	int tries, ret;
+
+	/*
+	 * One after the other, so that of two at the same time one wins, and not
+	 * none.  For others flock() may mean something else: no long wait.
+	 */
+	for (tries = 0; flock(fd, LOCK_EX | LOCK_NB) && tries < 100; tries++)
+		nanosleep(&step, NULL);
+	ret = try_lock(fd, write);
+	flock(fd, LOCK_UN);
+	return ret;
 }
 
 int node_lock(const struct node *node, bool write)
