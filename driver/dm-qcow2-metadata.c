@@ -6,6 +6,7 @@
 #include <linux/bio.h>
 #include <linux/completion.h>
 #include <linux/device-mapper.h>
+#include <linux/highmem.h>
 #include <linux/log2.h>
 #include <linux/mempool.h>
 #include <linux/mm.h>
@@ -121,6 +122,8 @@ static struct bio *qcow2_ios_bio(struct qcow2_metadata *md,
 static void qcow2_ios_rw(struct qcow2_metadata *md, struct qcow2_ios *ios,
 			 blk_opf_t opf, u64 offset, void *buf, size_t len)
 {
+	if (op_is_write(opf) && is_vmalloc_addr(buf))
+		flush_kernel_vmap_range(buf, len);
 	while (len) {
 		struct bio *bio;
 		unsigned int vecs = DIV_ROUND_UP(offset_in_page(buf) + len,
@@ -168,10 +171,14 @@ static int qcow2_md_rw(struct qcow2_metadata *md, blk_opf_t opf, u64 offset,
 		       void *buf, size_t len)
 {
 	struct qcow2_ios ios;
+	int r;
 
 	qcow2_ios_init(&ios);
 	qcow2_ios_rw(md, &ios, opf, offset, buf, len);
-	return qcow2_ios_wait(&ios);
+	r = qcow2_ios_wait(&ios);
+	if (!op_is_write(opf) && is_vmalloc_addr(buf))
+		invalidate_kernel_vmap_range(buf, len);
+	return r;
 }
 
 static int qcow2_md_flush(struct qcow2_metadata *md)
@@ -334,12 +341,6 @@ static void qcow2_slice_free_rcu(struct rcu_head *head)
 	qcow2_slice_free(slice->md, slice);
 }
 
-void qcow2_slot_free(struct qcow2_metadata *md, struct qcow2_slice *slot)
-{
-	if (slot && !qcow2_is_tag(slot))
-		qcow2_slice_free(md, slot);
-}
-
 /* Where a slot is changed; the caller holds the bucket's lock. */
 static struct qcow2_slice *qcow2_slot(struct qcow2_metadata *md,
 				      unsigned long index)
@@ -480,13 +481,17 @@ unsigned long qcow2_metadata_drop(struct qcow2_metadata *md, unsigned long nr)
 	unsigned long visits = 2 * (slices / QCOW2_DROP_SCAN + QCOW2_BUCKETS);
 	unsigned long dropped = 0, i;
 
-	/* Twice around: what the first turn spared, the second takes. */
+	/*
+	 * About twice around, if slices are spread evenly: what the first turn
+	 * spared, the second takes.
+	 */
 	for (i = 0; i < visits && dropped < nr; i++) {
 		unsigned int hand = atomic_inc_return(&md->drop_hand);
 
 		dropped += qcow2_bucket_drop(md, md->buckets +
 					     hand % QCOW2_BUCKETS,
 					     nr - dropped);
+		cond_resched();
 	}
 	return dropped;
 }
@@ -923,6 +928,9 @@ int qcow2_metadata_set_corrupt(struct qcow2_metadata *md)
 
 	h = mempool_alloc(&md->page_pool, GFP_NOIO);
 	r = qcow2_md_rw(md, REQ_OP_READ, 0, h, len);
+	/* Whatever lies there now, it is not ours to change. */
+	if (!r && h->magic != cpu_to_be32(QCOW2_MAGIC))
+		r = -EUCLEAN;
 	if (!r) {
 		h->incompatible_features |= cpu_to_be64(QCOW2_INCOMPAT_CORRUPT);
 		r = qcow2_md_rw(md, REQ_OP_WRITE | REQ_FUA, 0, h, len);
@@ -1792,7 +1800,9 @@ static int qcow2_create_caches(struct qcow2_metadata *md)
 	unsigned int i;
 	int r;
 
-	md->dir = kvcalloc(md->nr_slices, sizeof(*md->dir), GFP_KERNEL);
+	/* more than INT_MAX bytes are possible, but not to be had */
+	md->dir = kvcalloc(md->nr_slices, sizeof(*md->dir),
+			   GFP_KERNEL | __GFP_NOWARN);
 	md->buckets = kvcalloc(QCOW2_BUCKETS, sizeof(*md->buckets), GFP_KERNEL);
 	md->l1 = kvzalloc(round_up((size_t)md->geo.l1_entries * 8,
 				   md->block_bytes), GFP_KERNEL);

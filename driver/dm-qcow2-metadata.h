@@ -167,8 +167,9 @@ struct qcow2_metadata {
 	/*
 	 * Numbers of changes to the map that were made, and that are on stable
 	 * storage.  The device is clean if they are equal.  @changed is
-	 * written under @lock, @durable by the commit worker alone; both are
-	 * read anywhere (qcow2_metadata_clean()).
+	 * written under @lock, @durable by the commit worker alone (while the
+	 * device is live, that is); both are read anywhere
+	 * (qcow2_metadata_clean()).
 	 */
 	unsigned long changed ____cacheline_aligned_in_smp;
 	unsigned long durable;
@@ -340,7 +341,8 @@ static inline unsigned int qcow2_lookup(struct qcow2_metadata *md,
 		}
 		if (unit == first)
 			*state = s;
-		else if (s != *state)
+		else if (s != *state || s == QCOW2_BUSY)
+			/* busy: each slice may have a reason of its own */
 			break;
 		unit += run;
 		if (unit <= end)
@@ -447,7 +449,7 @@ bool qcow2_add_trim(struct qcow2_metadata *md, struct qcow2_slice *slice,
 		    struct qcow2_trim *trim);
 
 /*----------------------------------------------------------------
- * The cache's size; any context, no locks held
+ * The cache's size; process context, no locks held
  *----------------------------------------------------------------
  */
 
@@ -542,8 +544,7 @@ void qcow2_metadata_suspend(struct qcow2_metadata *md);
  * qcow2_metadata_load() - read a slice
  * @md: the metadata
  * @index: slot
- * @slot: set to the new content of the slot, which the caller publishes or
- *	frees with qcow2_slot_free()
+ * @slot: set to the new content of the slot, which the caller publishes
  *
  * Impossible entries become busy units of a slice that is marked bad; the
  * result is still 0.  The caller has called qcow2_metadata_get_room().
@@ -551,7 +552,6 @@ void qcow2_metadata_suspend(struct qcow2_metadata *md);
  */
 int qcow2_metadata_load(struct qcow2_metadata *md, unsigned long index,
 			struct qcow2_slice **slot);
-void qcow2_slot_free(struct qcow2_metadata *md, struct qcow2_slice *slot);
 
 /* Put a loaded slot into its place; the caller holds the bucket's lock. */
 void qcow2_slot_publish(struct qcow2_metadata *md, unsigned long index,
@@ -588,8 +588,7 @@ int qcow2_metadata_reserve(struct qcow2_metadata *md, unsigned long index);
  *
  * Flushes the data device, even if nothing has changed.  After an error
  * nothing of what was being committed counts as durable.  If it is not @fatal,
- * nothing was written, and a later call may succeed; else the function must
- * not be called again.
+ * a later call may succeed; else the function must not be called again.
  */
 int qcow2_metadata_commit(struct qcow2_metadata *md, bool *fatal);
 
