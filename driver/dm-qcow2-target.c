@@ -32,6 +32,9 @@
 /* Changes become durable this long after they were made, flush or no flush. */
 #define QCOW2_COMMIT_PERIOD	HZ
 
+/* Commits that are tried at suspend, if tables cannot be read */
+#define QCOW2_LAST_TRIES	3
+
 /* Bios that are kept in reserve, so that I/O goes on when memory is short. */
 #define QCOW2_BIO_RESERVE	64
 
@@ -70,6 +73,13 @@ struct qcow2_target {
 	bool read_only_arg;
 	/* enum qcow2_mode; written under @lock, read anywhere (READ_ONCE) */
 	unsigned int mode;
+	/*
+	 * The metadata is corrupt: no writes at all, also in mode fail.  Written
+	 * under @lock, before @mode; read anywhere (READ_ONCE).
+	 */
+	bool corrupt;
+	/* The data device has failed a flush; WRITE_ONCE, never cleared */
+	bool flush_failed;
 	struct qcow2_stats __percpu *stats;
 
 	struct dm_target *ti;
@@ -164,6 +174,13 @@ static enum qcow2_mode qcow2_mode(struct qcow2_target *q)
 	return READ_ONCE(q->mode);
 }
 
+/* May nothing be written, not even to clusters that are in use? */
+static bool qcow2_no_writes(struct qcow2_target *q, enum qcow2_mode mode)
+{
+	return mode == QCOW2_RO ||
+	       (mode == QCOW2_FAIL && READ_ONCE(q->corrupt));
+}
+
 static const char *qcow2_mode_name(enum qcow2_mode mode)
 {
 	switch (mode) {
@@ -204,6 +221,7 @@ static void qcow2_corrupt(struct qcow2_target *q)
 	first = q->mode == QCOW2_RW;
 	if (first)
 		q->set_corrupt = true;
+	WRITE_ONCE(q->corrupt, true);
 	spin_unlock_irq(&q->lock);
 
 	qcow2_set_mode(q, QCOW2_RO);
@@ -356,8 +374,12 @@ static int qcow2_end_io(struct dm_target *ti, struct bio *bio,
 {
 	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
 
-	if (likely(io->kind == QCOW2_IO_PLAIN))
+	if (likely(io->kind == QCOW2_IO_PLAIN)) {
+		/* A commit relies on the flush that it does itself: see there. */
+		if (unlikely(*error && (bio->bi_opf & REQ_PREFLUSH)))
+			WRITE_ONCE(((struct qcow2_target *)ti->private)->flush_failed, true);
 		return DM_ENDIO_DONE;
+	}
 
 	if (*error)
 		WRITE_ONCE(io->status, *error);
@@ -406,7 +428,6 @@ static struct bio *qcow2_alloc_fill(struct qcow2_target *q, struct bio *orig,
 			       &q->fill_bs);
 	if (!bio)
 		return NULL;
-	bio_clone_blkg_association(bio, orig);
 	bio->bi_ioprio = orig->bi_ioprio;
 	bio->bi_iter.bi_sector = sector;
 	bio->bi_end_io = qcow2_fill_endio;
@@ -493,6 +514,7 @@ static void qcow2_fill_gap(struct qcow2_io *io, struct qcow2_gap *gap,
 			   enum qcow2_state state)
 {
 	struct qcow2_target *q = io->q;
+	struct qcow2_io *top = io;
 	sector_t nr;
 
 	if (state == QCOW2_UNALLOCATED && gap->sector < q->backing_end) {
@@ -508,7 +530,10 @@ static void qcow2_fill_gap(struct qcow2_io *io, struct qcow2_gap *gap,
 					    GFP_NOIO);
 	gap->bio->bi_private = io;
 	atomic_inc(&io->pending);
-	submit_bio_noacct(gap->bio);
+	/* On behalf of the cgroup that the request came from, as all parts */
+	while (top->parent)
+		top = top->parent;
+	dm_submit_bio_remap(top->bio, gap->bio);
 }
 
 /*
@@ -729,10 +754,10 @@ static enum qcow2_busy qcow2_why_busy(struct qcow2_metadata *md,
 	return busy;
 }
 
-/* What is left of an io is all of its bio. */
-static bool qcow2_io_whole(struct qcow2_io *io)
+/* Are the next @nr sectors of an io all of its bio? */
+static bool qcow2_io_whole(struct qcow2_io *io, unsigned int nr)
 {
-	return io->left == bio_sectors(io->bio);
+	return nr == bio_sectors(io->bio);
 }
 
 /* A clone of the next @nr sectors of an io, as an io of its own. */
@@ -772,7 +797,7 @@ static void qcow2_submit(struct qcow2_io *io, struct block_device *bdev)
  */
 static bool qcow2_read_zeros(struct qcow2_io *io, unsigned int nr)
 {
-	if (qcow2_io_whole(io) && nr == io->left) {
+	if (qcow2_io_whole(io, nr)) {
 		zero_fill_bio(io->bio);
 	} else {
 		struct qcow2_io *part = qcow2_alloc_part(io, nr);
@@ -789,7 +814,7 @@ static bool qcow2_read_from(struct qcow2_io *io, unsigned int nr,
 {
 	struct qcow2_io *part;
 
-	if (qcow2_io_whole(io) && nr == io->left) {
+	if (qcow2_io_whole(io, nr)) {
 		qcow2_io_release(io);
 		qcow2_submit(io, bdev);
 		return false;
@@ -808,7 +833,7 @@ static bool qcow2_overwrite(struct qcow2_io *io, unsigned int nr)
 		       qcow2_range_durable(q->md, io->sector, nr);
 	struct qcow2_io *part;
 
-	if (qcow2_io_whole(io) && nr == io->left) {
+	if (qcow2_io_whole(io, nr)) {
 		if (durable)
 			qcow2_io_release(io);
 		else
@@ -885,8 +910,8 @@ static enum qcow2_state qcow2_busy_state(struct qcow2_io *io, unsigned int *nr)
 }
 
 /*
- * Is the slice of the io's next sector ready for changes?  If not, see to it;
- * results as above.
+ * Is the slice of the io's next sector ready for changes?  If not, see to it.
+ * After QCOW2_WAIT the io is no longer the caller's, and may be gone.
  */
 enum qcow2_ready { QCOW2_READY, QCOW2_AGAIN, QCOW2_WAIT };
 
@@ -943,15 +968,16 @@ static void qcow2_write_zeros(struct qcow2_io *io, sector_t sector,
 static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
 			    enum qcow2_state state)
 {
-	enum qcow2_ready ready = qcow2_make_ready(io);
 	bool zeros = qcow2_zeroing(io->bio);
+	enum qcow2_ready ready;
 	struct qcow2_io *part;
 
+	ready = qcow2_make_ready(io);
 	if (ready != QCOW2_READY)
 		return ready == QCOW2_AGAIN;
 
 	nr = qcow2_slice_end(io, nr) - io->sector;
-	if (qcow2_io_whole(io) && nr == io->left && !zeros) {
+	if (qcow2_io_whole(io, nr) && !zeros) {
 		/* A first write's fields overwrite io->sector and the like. */
 		if (!qcow2_first_write(io, io->sector, nr, state, true))
 			return true;
@@ -988,6 +1014,12 @@ static bool qcow2_zero_units(struct qcow2_target *q, u64 unit, u64 last,
 	struct qcow2_slice *slice;
 	bool arm = false;
 
+	/*
+	 * A slice with a trim stays in core.  Over the limit it has to become
+	 * one that can be dropped, so the hint is forgotten.
+	 */
+	if (READ_ONCE(md->state_bytes) > md->cache_limit)
+		passdown = false;
 	if (passdown)
 		trim = qcow2_trim_alloc(md);
 
@@ -1090,6 +1122,7 @@ static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
 			      enum qcow2_state state)
 {
 	struct qcow2_target *q = io->q;
+	enum qcow2_mode mode;
 
 	if (state == QCOW2_BUSY) {
 		enum qcow2_busy busy = qcow2_why_busy(q->md, io->sector);
@@ -1101,8 +1134,9 @@ static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
 	}
 	if (bio_op(io->bio) == REQ_OP_READ)
 		return qcow2_read_run(io, nr, state);
-	if (qcow2_mode(q) == QCOW2_RO ||
-	    (qcow2_mode(q) == QCOW2_FAIL &&
+	mode = qcow2_mode(q);
+	if (qcow2_no_writes(q, mode) ||
+	    (mode == QCOW2_FAIL &&
 	     (state != QCOW2_DATA || (io->bio->bi_opf & REQ_FUA)))) {
 		WRITE_ONCE(io->status, BLK_STS_IOERR);
 		return true;
@@ -1161,6 +1195,9 @@ static int qcow2_commit(struct qcow2_target *q)
 	bool fatal = false;
 	int r;
 
+	/* What the device has lost then it need not report a second time. */
+	if (READ_ONCE(q->flush_failed))
+		qcow2_set_mode(q, QCOW2_FAIL);
 	if (qcow2_mode(q) == QCOW2_FAIL) {
 		r = -EIO;
 		goto out;
@@ -1169,7 +1206,7 @@ static int qcow2_commit(struct qcow2_target *q)
 	if (!r) {
 		WRITE_ONCE(q->commits, q->commits + 1);
 		/* A discard waits for all that it makes obsolete to be so. */
-		if (q->passdown && !list_empty_careful(&q->md->trims))
+		if (q->passdown)
 			queue_work(q->io_wq, &q->trimmer);
 	} else if (fatal) {
 		qcow2_set_mode(q, QCOW2_FAIL);
@@ -1441,7 +1478,7 @@ static int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 	enum qcow2_state state;
 
 	if (unlikely(mode != QCOW2_RW) &&
-	    (mode == QCOW2_RO || (bio->bi_opf & REQ_FUA)))
+	    (qcow2_no_writes(q, mode) || (bio->bi_opf & REQ_FUA)))
 		return DM_MAPIO_KILL;
 	nr = qcow2_lookup(md, sector, bio_sectors(bio), &state);
 	if (!nr)
@@ -1486,7 +1523,7 @@ static int qcow2_map_zeroes(struct qcow2_target *q, struct qcow2_io *io,
 	enum qcow2_state state;
 	unsigned int nr;
 
-	if (unlikely(qcow2_mode(q) == QCOW2_RO))
+	if (unlikely(qcow2_no_writes(q, qcow2_mode(q))))
 		return DM_MAPIO_KILL;
 	/* Whatever the data device reads as then, the guest does, too. */
 	if (q->raw)
@@ -1541,6 +1578,7 @@ static void qcow2_wait_slow(struct qcow2_target *q)
 static void qcow2_postsuspend(struct dm_target *ti)
 {
 	struct qcow2_target *q = ti->private;
+	unsigned int tries = QCOW2_LAST_TRIES;
 
 	/*
 	 * On suspend DM has waited for all bios.  On removal it has not, but
@@ -1553,11 +1591,13 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	flush_workqueue(q->commit_wq);
 
 	/* No worker is active: the commit is ours. */
-	if (!qcow2_metadata_clean(q->md) && qcow2_commit(q)) {
-		/* There will be no other try. */
-		cancel_delayed_work_sync(&q->waker);
+	while (!qcow2_metadata_clean(q->md) && tries-- &&
+	       qcow2_mode(q) != QCOW2_FAIL)
+		qcow2_commit(q);
+	/* There will be no other try. */
+	cancel_delayed_work_sync(&q->waker);
+	if (!qcow2_metadata_clean(q->md))
 		qcow2_set_mode(q, QCOW2_FAIL);
-	}
 	flush_workqueue(q->commit_wq);
 	/* What it allows to discard is discarded now, or never. */
 	flush_work(&q->trimmer);
