@@ -78,7 +78,7 @@ struct qcow2_target {
 	 * under @lock, before @mode; read anywhere (READ_ONCE).
 	 */
 	bool corrupt;
-	/* The data device has failed a flush; WRITE_ONCE, never cleared */
+	/* The next commit must not succeed; WRITE_ONCE, never cleared */
 	bool flush_failed;
 	struct qcow2_stats __percpu *stats;
 
@@ -368,6 +368,17 @@ static void qcow2_io_put(struct qcow2_io *io)
 	}
 }
 
+/*
+ * The data device has failed a flush that was passed on because nothing was
+ * dirty.  If something is dirty now, its data may be lost.  Any context.
+ */
+static void qcow2_flush_failed(struct qcow2_target *q, struct bio *bio)
+{
+	/* else it was not passed on: its commit has failed */
+	if (bio->bi_bdev == q->data_bdev && !qcow2_metadata_clean(q->md))
+		WRITE_ONCE(q->flush_failed, true);
+}
+
 /* DM's clone has come back from below. */
 static int qcow2_end_io(struct dm_target *ti, struct bio *bio,
 			blk_status_t *error)
@@ -375,9 +386,8 @@ static int qcow2_end_io(struct dm_target *ti, struct bio *bio,
 	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
 
 	if (likely(io->kind == QCOW2_IO_PLAIN)) {
-		/* A commit relies on the flush that it does itself: see there. */
 		if (unlikely(*error && (bio->bi_opf & REQ_PREFLUSH)))
-			WRITE_ONCE(((struct qcow2_target *)ti->private)->flush_failed, true);
+			qcow2_flush_failed(ti->private, bio);
 		return DM_ENDIO_DONE;
 	}
 

@@ -14,7 +14,7 @@ import re
 import time
 
 from qcow2image import COMPRESSED, COPIED, CORRUPT, ZERO
-from qcow2test import (KIB, Failure, KernelLog, expect, fails_with, main, note, same, test, wait_for)
+from qcow2test import (KIB, Failure, KernelLog, Lower, Task, expect, fails_with, main, note, same, test, wait_for)
 
 CLUSTER = 4 * KIB
 COVER = CLUSTER * CLUSTER // 8
@@ -399,6 +399,48 @@ def truncated(bench):
     f.good(*(i * COVER for i in range(8) if i != lost))
     f.close()
     f.unchanged(patched, corrupt=True)
+
+
+@test("a corrupt unit behind one that is busy is not taken for zeros")
+def behind_busy(bench):
+    f = Fixture(bench, cluster=512)
+    image = f.image
+    cover = image.cover
+    # Both are in core and one is bad, before the write that is under way.
+    image.set_u64(image.l2_pos(cover), image.l2(cover) | 2)
+    data = bench.add(Lower(bench, "data", image.data_loop.path))
+    f.dm = image.open(data=data.path)
+    f.disk = bench.io(f.dm)
+    f.disk.write(cover - 1024, b"b" * 512)
+    data.stop()
+    writer = Task(f.disk.write, cover - 512, b"b" * 512)
+    wait_for("the first write", 30, lambda: f.dm.status().first_writes == 2)
+    f.bad(cover)
+    with fails_with(errno.EIO):
+        f.disk.read(cover - 512, 1024)
+    same(f.disk.read(cover - 512, 512), bytes(512), cover - 512)
+    data.go()
+    writer.finish(60)
+    same(f.disk.read(cover - 512, 512), b"b" * 512, cover - 512)
+
+
+@test("no writes to a corrupt image, also when the device fails later")
+def ro_then_fail(bench):
+    f = Fixture(bench)
+    image = f.image
+    image.set_u64(image.l2_pos(COVER), image.l2(COVER) | 2)
+    meta = bench.add(Lower(bench, "meta", image.meta_loop.path))
+    f.dm = image.open(meta=meta.path)
+    f.disk = bench.io(f.dm)
+    f.good(0)
+    meta.no_writes()
+    f.disk.write(20 * CLUSTER, b"f" * CLUSTER)
+    f.bad(COVER)
+    wait_for("mode fail", 30, lambda: f.dm.mode() == "fail")
+    for at in (0, 20 * CLUSTER, 21 * CLUSTER):
+        f.bad(at, "write")
+        f.bad(at, "discard")
+    f.good(0)
 
 
 def fuzz(bench, rounds, options):
