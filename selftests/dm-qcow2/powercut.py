@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Recordings of what reaches the disks, for power cuts: see test_powercut.py."""
+import os
+import re
+import shutil
+
+import qcow2test
+from qcow2test import MIB, Dm, Loop, expect, note, run
+
+EXPORT = "/run/vm/export"
+SEED = int(os.environ.get("POWERCUT_SEED", "1"))
+LOG_SIZE = 256 * MIB
+TOOL = os.path.join(qcow2test.HERE, "../../tools/qcow2setup")
+LOAD, REPLAY = (os.path.join(qcow2test.HERE, n) for n in ("qcow2load", "qcow2replay"))
+EVENTS = ("block_bio_queue", "block_bio_complete")
+
+
+def device_number(path):
+    number = os.stat(path).st_rdev
+    return os.major(number), os.minor(number)
+
+
+class FlushTrace:
+    """Which flush was whose: dm-log-writes does not tell. From the kernel's trace."""
+
+    def __init__(self, bench, devices):
+        """devices: dict of letter: path"""
+        self.devices = {device_number(p): letter for letter, p in devices.items()}
+        self.mount = bench.path("tracefs")
+        os.makedirs(self.mount, exist_ok=True)
+        run("mount", "-t", "tracefs", "tracefs", self.mount)
+        self.dir = f"{self.mount}/instances/qcow2test{os.getpid()}"
+        try:
+            os.mkdir(self.dir)
+            self._put("buffer_size_kb", "8192")
+            which = " || ".join(f"dev == {ma << 20 | mi}" for ma, mi in self.devices)
+            for event in EVENTS:
+                self._put(f"events/block/{event}/filter", f"({which}) && nr_sector == 0")
+                self._put(f"events/block/{event}/enable", "1")
+        except OSError:
+            self.close()
+            raise
+
+    def _put(self, file, text):
+        with open(f"{self.dir}/{file}", "w", encoding="ascii") as f:
+            f.write(text)
+
+    def flushes(self):
+        """In the order of their ends: letter ("?" if another device's was under way,
+        so that the log may have the two the other way round), and how many had
+        been sent before."""
+        with open(f"{self.dir}/trace", encoding="ascii", errors="replace") as f:
+            lines = f.read().splitlines()
+        sent, under_way, ended = 0, [], []
+        for line in lines:
+            m = re.search(r" (block_bio_\w+): (\d+),(\d+) F\w* \d+ \+ 0 |LOST", line)
+            if not m:
+                continue
+            expect(m.group(1), "the kernel's trace has lost events")
+            letter = self.devices[int(m.group(2)), int(m.group(3))]
+            if m.group(1) == EVENTS[0]:
+                under_way.append([letter, sent, letter])
+                sent += 1
+                continue
+            mine = next(f for f in under_way if f[0] == letter)
+            under_way.remove(mine)
+            for other in under_way:
+                if other[0] != letter:
+                    other[2] = mine[2] = "?"
+            ended.append(mine)
+        expect(not under_way, "a flush has not ended")
+        return [(f[2], f[1]) for f in ended]
+
+    def close(self):
+        for event in EVENTS:
+            self._put(f"events/block/{event}/enable", "0")
+        os.rmdir(self.dir)
+        run("umount", self.mount)
+
+
+class Recording:
+    """An image on two slices of a device whose writes are logged."""
+
+    def __init__(self, bench, name, size, room=None, data_size=None, backing=0, mapped=False, export=True, **options):
+        """room: size of the metadata device, in bytes; without it, that of the worst
+        case. data_size: of the data device, if it is to be larger than the image.
+        backing: size of a raw backing file. mapped: let qcow2setup open the image.
+        export: leave the recording to the host, if it wants it."""
+        self.bench, self.name, self.size = bench, name, size
+        self.data_size = data_size or size
+        self.dir = os.path.join(EXPORT if export and os.path.isdir(EXPORT) else bench.path("recording"), name)
+        os.makedirs(self.dir)
+        self.backing = backing
+        path = None
+        if backing:
+            path = bench.file("backing", backing)
+            run(LOAD, "--fill", "B", path, 0, backing // 512)
+        self.image = bench.image(size, name, backing=path, **options)
+        end = -(-self.image.file_size() // self.image.cluster) * self.image.cluster
+        self.image.extend()
+        self.meta_size = room or -(-self.image.file_size() // 4096) * 4096
+        os.truncate(self.image.path, self.meta_size)
+
+        disk = bench.file("disk", self.meta_size + self.data_size)
+        run("dd", f"if={self.image.path}", f"of={disk}", f"count={end}", "iflag=count_bytes",
+            "bs=64k", "conv=notrunc", "status=none")
+        # Free space of the metadata holds what must not be taken for a table.
+        run(LOAD, "--fill", "J", disk, end // 512, (self.meta_size - end) // 512)
+        run(LOAD, "--fill", "P", disk, self.meta_size // 512, self.data_size // 512)
+        run("dd", f"if={disk}", f"of={self.dir}/meta", "bs=64k", f"count={self.meta_size}",
+            "iflag=count_bytes", "status=none")
+
+        self.log = bench.file("log", LOG_SIZE)
+        sectors = (self.meta_size + self.data_size) // 512
+        self.logged = self._dm("log", f"0 {sectors} log-writes {bench.add(Loop(disk)).path} "
+                                      f"{bench.add(Loop(self.log)).path}")
+        self.meta = self._dm("meta", f"0 {self.meta_size // 512} linear {self.logged.path} 0")
+        self.data = self._dm("data", f"0 {self.data_size // 512} linear {self.logged.path} "
+                                     f"{self.meta_size // 512}")
+        self.trace = bench.add(FlushTrace(bench, {"m": self.meta.path, "d": self.data.path}))
+        features = ()
+        if backing:
+            features = ("backing_dev", bench.add(Loop(path, readonly=True)).path)
+        if mapped:
+            self.dm = bench.add(Mapped(self.meta.path, name, self.data.path))
+        else:
+            self.dm = self._dm("q", self.image.line(self.meta.path, self.data.path, *features))
+        self.number, self.time = 0, 1
+
+    def _dm(self, name, table):
+        return self.bench.add(Dm(name, table))
+
+    def load(self, requests, *options):
+        """Go on with the load; options are qcow2load's."""
+        out = run(LOAD, "-l", self.logged.name, "-s", SEED, "-n", requests, "-f", self.number,
+                  "-c", self.time, "-u", self.image.unit // 512, *options,
+                  self.dm.path, self.dir + "/journal")
+        self.number, self.time = out.split()
+
+    def mark(self, text):
+        run("dmsetup", "message", self.logged.name, "0", "mark", text)
+
+    def close(self, seed=SEED):
+        """Take all down, and complete the recording."""
+        self.bench.drop(self.dm)
+        self.bench.drop(self.data)
+        self.bench.drop(self.meta)
+        status = self.logged.setup("status")
+        expect("disabled" not in status, f"the log is not complete: {status}")
+        self.bench.drop(self.logged)
+        flushes = self.trace.flushes()
+        with open(self.dir + "/flushes", "w", encoding="ascii") as f:
+            f.writelines(f"{letter} {rank}\n" for letter, rank in flushes)
+        unclear = sum(letter == "?" for letter, _ in flushes)
+        note(f"{self.name}: {self.number} requests, {len(flushes)} flushes, {unclear} of them of either device")
+        with open(self.dir + "/conf", "w", encoding="ascii") as f:
+            f.write(f"meta_sectors {self.meta_size // 512}\ndata_sectors {self.data_size // 512}\n"
+                    f"backing_sectors {self.backing // 512}\nseed {seed}\nclosed 1\n")
+        if not os.path.exists(self.dir + "/journal"):
+            open(self.dir + "/journal", "w", encoding="ascii").close()
+        os.sync()
+        end, fd = 0, os.open(self.log, os.O_RDONLY)
+        while True:
+            try:
+                end = os.lseek(fd, os.lseek(fd, end, os.SEEK_DATA), os.SEEK_HOLE)
+            except OSError:
+                break
+        os.close(fd)
+        os.truncate(self.log, end)
+        shutil.copyfile(self.log, self.dir + "/log")
+
+    def replay(self, *options):
+        """Judge states: status and report of qcow2replay."""
+        work = self.bench.path("work")
+        os.makedirs(work, exist_ok=True)
+        status, out = run(REPLAY, "-s", SEED, "-j", os.cpu_count(), *options, self.dir, work, ok=False,
+                          timeout=1000)
+        return status, re.sub("^# ", "", out, flags=re.M)
+
+    def judge(self, command=None):
+        """command: judges the content, in place of qcow2replay"""
+        if self.dir.startswith(EXPORT):
+            options = ("-n", 1, "-x", 20, "-k", 0, "-m", 0)
+        else:
+            options = ("-n", 1, "-k", 10, "-m", 500, "-t", TOOL)
+            if command:
+                options += ("-c", command, "-e", 80)
+        status, out = self.replay(*options)
+        note(out)
+        expect(status == 0, "a state is not allowed")
+
+
+class Mapped:
+    """A device that qcow2setup has made."""
+
+    def __init__(self, image, name, data):
+        self.name = f"qcow2test{os.getpid()}-{name}"
+        self.path = f"/dev/mapper/{self.name}"
+        run(TOOL, "open", image, self.name, "--data-file", data)
+
+    def close(self):
+        run(TOOL, "close", self.name)

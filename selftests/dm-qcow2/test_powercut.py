@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Power cuts: whatever the moment, and whatever of the writes since the last
+flush has got to the disks, the image is sound and has all that was promised.
+
+Metadata and data device are two ranges of one dm-log-writes device. qcow2load
+sends requests; qcow2replay makes of the log the states in which a power cut could
+leave the disks, and judges them. Here that are some hundreds per load; where the
+folder /run/vm/export exists the recordings are left there, so that
+selftests/powercut can judge many more at the speed of a real machine.
+
+Settings from the environment: POWERCUT_SEED, POWERCUT_LOADS (names, default: all).
+"""
+import os
+
+import powercut_fs
+import qcow2test
+from powercut import TOOL, FlushTrace, Recording
+from qcow2test import KIB, MIB, Task, expect, run, test
+
+# name: requests, what to add to the load's options, and the image
+LOADS = {
+    "small": (500, (), {"size": 8 * MIB, "cluster": 4 * KIB}),
+    # L2 tables of 64 entries, refcount blocks as well: new ones all the time
+    "tiny": (350, (), {"size": 2 * MIB, "cluster": 512, "refcount_bits": 64}),
+    "large": (300, (), {"size": 8 * MIB, "cluster": 64 * KIB}),
+    "extended": (500, (), {"size": 4 * MIB, "cluster": 16 * KIB, "extended": True}),
+    # ends within a cluster, and the backing file within another one
+    "backing": (400, (), {"size": 4 * MIB - 1536, "cluster": 8 * KIB, "backing": 3 * MIB - 1536}),
+    # one request after the other
+    "serial": (200, ("-t", 1), {"size": 2 * MIB, "cluster": 2 * KIB}),
+    # 64 tables, and room for some of them
+    "full": (300, ("-e",), {"size": 8 * MIB, "cluster": KIB, "room": 40 * KIB}),
+}
+
+
+def recorded(name, function):
+    """Decorator's work: a test of this name, if it is wanted."""
+    wanted = os.environ.get("POWERCUT_LOADS", "").split()
+    if not wanted or name in wanted:
+        test(f"power cuts: {name}")(function)
+
+
+def random_load(name):
+    requests, options, image = LOADS[name]
+
+    def function(bench):
+        r = Recording(bench, name, **image)
+        r.load(requests, *options)
+        r.close()
+        r.judge()
+    return function
+
+
+def resize(bench):
+    """Grow a device while requests come in, twice."""
+    sizes = MIB, 3 * MIB, 10 * MIB + 512
+    r = Recording(bench, "resize", sizes[0], room=2 * MIB, data_size=sizes[-1], cluster=2 * KIB, mapped=True)
+    for size in sizes[1:]:
+        task = Task(r.load, 100)
+        run(TOOL, "resize", r.dm.name, "--size", size)
+        r.mark(f"r{size // 512}")
+        task.finish()
+        r.load(100)
+    r.close()
+    r.judge()
+
+
+def file_system(bench):
+    """What was synced in a file system has to be there. powercut_fs.py judges."""
+    r = Recording(bench, "ext4", 16 * MIB, cluster=4 * KIB)
+    run("mkfs.ext4", "-q", "-F", "-b", 1024, "-E", "lazy_itable_init=0,nodiscard", r.dm.path)
+    where = bench.path("mnt")
+    os.mkdir(where)
+    run("mount", "-t", "ext4", "-o", "discard", r.dm.path, where)
+    try:
+        os.sync()
+        r.mark("s0")
+        for n in range(1, 25):
+            with open(f"{where}/noise{n}", "wb") as f:
+                f.write(os.urandom(40 * KIB))
+            if n > 3:
+                os.unlink(f"{where}/noise{n - 3}")
+            with open(f"{where}/file{n}", "wb") as f:
+                f.write(powercut_fs.content(n))
+                f.flush()
+                os.fsync(f.fileno())
+                # The entry in the folder is to be durable, too.
+                folder = os.open(where, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+            r.mark(f"s{n}")
+    finally:
+        run("umount", where)
+    r.close(seed=0)
+    r.judge(os.path.join(qcow2test.HERE, "powercut_fs.py"))
+
+
+for load in LOADS:
+    recorded(load, random_load(load))
+recorded("resize", resize)
+recorded("ext4", file_system)
+
+
+@test("a commit flushes the data device, then the metadata, and no more than it has to")
+def commit_flushes(bench):
+    image = bench.image(8 * MIB, cluster=4 * KIB)
+    image.attach()
+    meta, data = (bench.linear(n, loop.path) for n, loop in (("m", image.meta_loop), ("d", image.data_loop)))
+    dm = image.open(meta=meta.path, data=data.path)
+    disk = bench.io(dm)
+    for what, action, want in (
+            ("of a new L2 table", lambda: disk.write(0, b"1" * 4096), "dmm"),
+            ("of entries of a table that is there", lambda: disk.write(8192, b"2" * 4096), "dm"),
+            ("of both", lambda: (disk.write(16384, b"3" * 4096), disk.write(4 * MIB, b"4" * 512)), "dmm"),
+            ("of nothing", lambda: None, "d"),
+            ("of an overwrite", lambda: disk.write(0, b"5" * 4096), "d"),
+            ("of a discard", lambda: disk.discard(8192, 4096), "dm")):
+        trace = bench.add(FlushTrace(bench, {"m": meta.path, "d": data.path}))
+        action()
+        disk.fsync()
+        got = "".join(letter for letter, _ in trace.flushes())
+        bench.drop(trace)
+        # The timer may have made two commits of it, both of them whole.
+        expect(got == want or (got.startswith("d") and got.endswith("d") and want in got),
+               f"a commit {what} flushes {got}, expected: {want}")
+
+
+if __name__ == "__main__":
+    qcow2test.main()
