@@ -50,11 +50,13 @@ help:
 	@echo '                   KERNEL= takes another kernel ($(KERNELS)) than $(KERNEL)'
 	@echo '  make check-kernels   all tests with each of these kernels, one after the other'
 	@echo '  make vm-shell    a root shell in the test VM'
+	@echo '  make soak        power cuts with ever new seeds; SOAK_MINUTES=, SOAK_SEED='
 	@echo 'Parts of make check:'
 	@echo '  make deps        install what make check needs'
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
 	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
+	@echo '  make check-planted  would the power cut test find a bug?'
 	@echo '  make vm-build    module for the kernel of the VM (KERNEL=$(KERNEL)), and tool'
 	@echo 'Now: KDIR=$(or $(KDIR),(no kernel headers found))'
 
@@ -113,7 +115,7 @@ clean:
 	@# A VM that is running keeps its folder.
 	@for d in .build/vm/run.* .build/demo.*; do \
 		[ ! -d "$$d" ] || ( flock -n 9 && rm -rf "$$d" ) 9< "$$d" || true; done
-	rm -rf .build/lint.*
+	rm -rf .build/lint.* .build/planted
 	@rmdir .build/vm 2>/dev/null || true
 	@[ ! -d .build ] || find .build -maxdepth 1 -type f -delete
 	@rmdir .build 2>/dev/null || true
@@ -160,11 +162,25 @@ check-kernels:
 	done; \
 	[ -z "$$failed" ] || { echo "check-kernels: failed with kernel:$$failed" >&2; exit 1; }
 
+# A module with bugs that the power cut test has to find, for the VM's kernel
+planted-build:
+	@$(LOCK) $(MAKE) --no-print-directory -C selftests/planted module
+
+check-planted:
+	@selftests/vm/deps check
+	@$(MAKE) --no-print-directory vm-build planted-build
+	@selftests/vm/run --tests selftests/planted
+
+soak:
+	@selftests/vm/deps check
+	@$(MAKE) --no-print-directory vm-build
+	@selftests/powercut --soak
+
 demo:
 	@selftests/vm/deps demo
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
 .PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit fuzz \
-	check check-kernels demo \
+	check check-kernels check-planted planted-build soak demo \
 	preflight-cc preflight-module preflight-tool

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Would the power cut test find a bug? A module is loaded that has some; its
+parameter tells which one is to be had. Each must be found, and for what it does;
+with none the same loads must pass.
+"""
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "../dm-qcow2"))
+
+# pylint: disable=wrong-import-position
+import qcow2test
+from qcow2test import KIB, MIB, Failure, note, test
+from powercut import Recording
+
+os.environ["DM_QCOW2_KO"] = os.path.join(HERE, "../../.build/planted/dm-qcow2.ko")
+PARAMETER = "/sys/module/dm_qcow2/parameters/planted"
+
+# Images, and options of qcow2load
+PLAIN = {"size": 2 * MIB, "cluster": 4 * KIB}, ()
+TABLES = {"size": 2 * MIB, "cluster": KIB}, ("-w", "70,0,0,10,10")
+DISCARDS = {"size": 512 * KIB, "cluster": 4 * KIB}, ("-w", "40,0,0,50,10")
+# Small requests in large units: many that meet units which are not durable
+FUA = {"size": 4 * MIB, "cluster": 64 * KIB}, ("-w", "60,40,0,0,1", "-u", 4)
+
+# Number of the bug, what it is, the load that shows it, what is to be found
+BUGS = (
+    (0, "no bug, plain load", PLAIN, ()),
+    (0, "no bug, many L2 tables", TABLES, ()),
+    (0, "no bug, discards", DISCARDS, ()),
+    (0, "no bug, FUA writes", FUA, ()),
+    (1, "a commit does not flush the data device", PLAIN, ("poison", "old", "zeros")),
+    (2, "a commit flushes the metadata device instead of the data device", PLAIN, ("poison", "old", "zeros")),
+    (3, "refcounts are written after the L1 table", TABLES, ("refcount",)),
+    (4, "the L1 table is written before new L2 tables are flushed", TABLES, ("corrupt", "refcount")),
+    (5, "a commit does not flush L2 tables", PLAIN, ("old", "zeros")),
+    (6, "a discard is passed down before it is committed", DISCARDS, ("discarded",)),
+    (7, "a FUA write to what is not durable is acknowledged early", FUA, ("old", "zeros")),
+    (8, "the rest of a unit is not filled at its first write", PLAIN, ("poison",)),
+    (9, "a flush does not commit", PLAIN, ("old", "zeros")),
+)
+
+
+def found(bench, bug, load, reasons):
+    """Record a load with a bug. The judge must object, and for a reason that fits."""
+    with open(PARAMETER, "w", encoding="ascii") as f:
+        f.write(str(bug))
+    image, options = load
+    recording = Recording(bench, "planted", export=False, **image)
+    recording.load(200, *options)
+    recording.close()
+    status, out = recording.replay("-n", 4, "-k", 0, "-m", 0)
+    note(out)
+    got = {words[2] for words in (line.split(": ") for line in out.splitlines()) if len(words) > 3}
+    if status != bool(reasons) or (reasons and not got & set(reasons)):
+        raise Failure(f"status {status}, {got or 'nothing'} found, {reasons or 'nothing'} expected")
+
+
+for number, name, *rest in BUGS:
+    test(f"found: {name}" if number else name, number, *rest)(found)
+
+
+if __name__ == "__main__":
+    qcow2test.main()
