@@ -19,6 +19,7 @@
 #include <linux/dm-kcopyd.h>
 #include <linux/module.h>
 #include <linux/percpu.h>
+#include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
@@ -1834,7 +1835,7 @@ static int qcow2_create_pools(struct qcow2_target *q)
  * Offsets in bytes.  On a reload this runs while the old table is live, so it
  * keeps nothing of what it reads: see qcow2_preresume().
  */
-static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
+static int __qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 {
 	struct qcow2_config config = {};
 	struct qcow2_args args;
@@ -1919,6 +1920,19 @@ static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	return 0;
 bad:
 	qcow2_dtr(ti);
+	return r;
+}
+
+/*
+ * An image that grows gets its new table while the old one is suspended: memory
+ * must not be waited for that only a write to this very device would free.
+ */
+static int qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
+{
+	unsigned int noio = memalloc_noio_save();
+	int r = __qcow2_ctr(ti, argc, argv);
+
+	memalloc_noio_restore(noio);
 	return r;
 }
 
