@@ -418,7 +418,11 @@ def dm_ioctl(command, name, table="", flags=0):
                                      name.encode(), b"") + specs)
     buffer += bytes(size - len(buffer))
     with open("/dev/mapper/control", "r+b", buffering=0) as control:
-        fcntl.ioctl(control, 3 << 30 | DM_IOCTL.size << 16 | 0xFD << 8 | command, buffer)
+        # Not by fcntl.ioctl, which lets no other thread run if the buffer is large: one
+        # of them may serve the device that this waits for.
+        if LIBC.ioctl(control.fileno(), ctypes.c_ulong(3 << 30 | DM_IOCTL.size << 16 | 0xFD << 8 | command),
+                      (ctypes.c_char * size).from_buffer(buffer)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     *_, start, count, _, flags, event, device, _, _ = DM_IOCTL.unpack_from(buffer)
     targets, at = [], start
     for _ in range(count if command == DM_TABLE_STATUS else 0):
@@ -848,6 +852,21 @@ class Lower:
 def device_sectors(path):
     with open(sysfs(path) + "/size", encoding="ascii") as f:
         return int(f.read())
+
+
+class Expedited:
+    """RCU does not take its time: most of what it takes to make and remove a device."""
+
+    def __init__(self):
+        self.set(1)
+
+    @staticmethod
+    def set(value):
+        with open("/sys/kernel/rcu_expedited", "w", encoding="ascii") as f:
+            f.write(str(value))
+
+    def close(self):
+        self.set(0)
 
 
 class KernelLog:
