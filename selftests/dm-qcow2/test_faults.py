@@ -1,0 +1,850 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Each single request that the target makes fails, and what must come of it.
+
+The devices below are network block devices that this process serves from memory:
+so it knows every request, and can fail any of them, once or from then on, hold it
+back, or hang up. A scenario is run once to count its requests, then once for each
+of them; what must happen follows from what failed, by the rules of
+Documentation/dm-qcow2.rst, which are in Attempt.rules().
+"""
+import collections
+import ctypes
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import random
+import socket
+import struct
+import threading
+import time
+
+from qcow2test import (DM_TABLE_LOAD, KIB, LIBC, Dm, Expedited, Failure, Io, Task, dm_ioctl, expect, fails_with, main,
+                       note, queue_limit, run, same, test, wait_for)
+from qcow2image import CORRUPT, RAW
+
+SEED = int(os.environ.get("FAULTS_SEED", "1"))
+HANG = 120              # seconds; far more than anything here can take
+PERIOD = 0.9            # seconds; a little less than the target's own timer for commits
+
+Request = collections.namedtuple("Request", "device op offset length")
+
+
+# Devices that fail on demand
+
+class Script:
+    """What happens to requests. One for all devices of a rig."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.name = None        # of a request: a function
+        self.rest()
+
+    def rest(self):
+        """Serve everything, note nothing."""
+        self.begin(None, None)
+        self.noting = False
+
+    def begin(self, nth, how):
+        """Note all requests. One of them fails, the nth = (name, number) of its kind, for
+        some are made at the same time, and come in any order: once; or the device is
+        dead from then on, or gone."""
+        self.noting, self.nth, self.how = True, nth, how
+        self.trace, self.failed, self.steps = [], [], {}
+        self.step = self.dead = self.hold = None
+
+    def kinds(self, requests):
+        """What requests are, and how many like it came before."""
+        count = collections.Counter()
+        kinds = []
+        for name in map(self.name, requests):
+            kinds.append((name, count[name]))
+            count[name] += 1
+        return kinds
+
+    def verdict(self, request):
+        with self.lock:
+            if not self.noting:
+                return "serve"
+            self.trace.append(request)
+            self.steps.setdefault(self.step, []).append(request)
+            if self.hold and self.hold(request):
+                return "hold"
+            if self.nth and self.kinds(self.trace)[-1] == self.nth:
+                self.dead = request.device if self.how != "once" else None
+            elif request.device != self.dead or self.dead is None:
+                return "serve"
+            self.failed.append((request, self.step))
+            return "gone" if self.how == "gone" else "fail"
+
+
+class Served:
+    """A network block device, and its server."""
+    SET_SOCK, SET_BLKSIZE, DO_IT, CLEAR_SOCK, CLEAR_QUE, SET_BLOCKS, DISCONNECT, SET_FLAGS = (
+        0xAB00, 0xAB01, 0xAB03, 0xAB04, 0xAB05, 0xAB07, 0xAB08, 0xAB0A)
+    FLAGS = 1 | 4 | 8 | 32      # flags are there; flush, FUA, trim
+    OPS = ("read", "write", "disconnect", "flush", "discard")
+
+    def __init__(self, name, number, size, script):
+        self.name, self.script, self.size = name, script, size
+        self.path = f"/dev/nbd{number}"
+        self.store = bytearray(size)
+        self.held = []
+        self.fd = -1
+        self.connect()
+
+    def connect(self):
+        ours, theirs = socket.socketpair()
+        self.socket = ours
+        self.gone = False
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        for request, value in ((self.SET_BLKSIZE, 512), (self.SET_BLOCKS, self.size // 512),
+                               (self.SET_FLAGS, self.FLAGS), (self.SET_SOCK, theirs.fileno())):
+            fcntl.ioctl(self.fd, request, value)
+        theirs.close()
+        self.tasks = [Task(self.serve, ours), Task(self.attend, self.fd)]
+        wait_for(f"{self.path} is connected", 20, lambda: queue_limit(self.path, "../size") == self.size // 512)
+
+    def attend(self, fd):
+        """The driver wants a process that waits."""
+        try:
+            fcntl.ioctl(fd, self.DO_IT)
+        except OSError:
+            pass        # hung up
+        # Requests that nobody will answer any more
+        fcntl.ioctl(fd, self.CLEAR_SOCK)
+
+    def receive(self, sock, length):
+        data = bytearray()
+        while len(data) < length:
+            part = sock.recv(length - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    def serve(self, sock):
+        try:
+            while True:
+                _, kind, cookie, offset, length = struct.unpack(">II8sQI", self.receive(sock, 28))
+                op = self.OPS[kind & 0xFFFF]
+                if op == "disconnect":
+                    return
+                data = self.receive(sock, length) if op == "write" else b""
+                verdict = self.script.verdict(Request(self.name, op, offset, length))
+                if verdict == "gone":
+                    self.gone = True
+                    sock.shutdown(socket.SHUT_RDWR)
+                    return
+                if verdict == "hold":
+                    self.held.append((sock, cookie, op, offset, length, data))
+                else:
+                    self.answer(sock, cookie, op, offset, length, data, verdict == "fail")
+        except (EOFError, OSError):
+            pass
+
+    def answer(self, sock, cookie, op, offset, length, data, fail):
+        reply = b""
+        if fail:
+            # A device that dies may have done a part of it.
+            if self.script.how == "dead" and op == "write":
+                half = length // 1024 * 512
+                self.store[offset:offset + half] = data[:half]
+        elif op == "write":
+            self.store[offset:offset + length] = data
+        elif op == "discard":
+            self.store[offset:offset + length] = b"\xdd" * length
+        elif op == "read":
+            reply = self.store[offset:offset + length]
+        sock.sendall(struct.pack(">II8s", 0x67446698, errno.EIO if fail else 0, cookie) + reply)
+
+    def release(self, fail=False):
+        """Let the requests go on that were held back."""
+        while self.held:
+            self.answer(*self.held.pop(0), fail)
+
+    def close(self):
+        if self.fd < 0:
+            return
+        if not self.gone:
+            fcntl.ioctl(self.fd, self.DISCONNECT)
+            self.socket.shutdown(socket.SHUT_RDWR)
+        for task in self.tasks:
+            task.finish(HANG)
+        self.socket.close()
+        os.close(self.fd)
+        self.fd = -1
+        self.held.clear()
+
+    def again(self):
+        """Plug it in again after it was gone."""
+        self.close()
+        self.connect()
+
+
+class Rig:
+    """An image on served devices, and the state that each attempt starts from."""
+
+    def __init__(self, bench, cluster=2 * KIB, covers=2.5, tables=2, corrupt=False, **options):
+        """Table 0: 8 units of data, one zero; then one with one unit of data up to
+        "tables" (0: as many as one refcount block has room for); the others are not
+        there."""
+        self.bench = bench
+        run("modprobe", "nbd", "nbds_max=4", "max_part=0")
+        entry = 16 if options.get("extended") else 8
+        size = int(covers * cluster * cluster // entry) // 512 * 512 if cluster < 64 * KIB else 1280 * KIB + 512
+        backing = None
+        rng = random.Random(SEED)
+        if options.pop("backing", False):
+            backing = bench.file("backing", size)
+            with open(backing, "wb") as f:
+                f.write(rng.randbytes(size))
+        self.image = image = bench.image(size, cluster=cluster, backing=backing, **options)
+        if not tables:
+            # Such that the next one needs a refcount block
+            tables = image.per_block() - image.file_size() // cluster
+        self.unit, self.cover, self.raw = image.unit, image.cover, bool(image.get("autoclear_features") & RAW)
+        image.qemu_io(*(f"write -q -P {0x61 + t} {t * self.cover} {8 * self.unit if not t else self.unit}"
+                        for t in range(tables)))
+        image.trim()
+        if self.raw:
+            # QEMU has made all of it data.
+            for n in range(8, 64):
+                image.put(n * self.unit, "unallocated")
+        else:
+            image.put(12 * self.unit, "zero")
+        if corrupt:
+            image.set_u64(image.l2_pos(self.cover), image.l2(self.cover) + cluster)
+        if not self.raw:
+            image.poison_unused(SEED)
+        image.extend()
+        self.states = image.states()
+        self.content = image.content() if not corrupt else bytes(size)
+        self.size = size
+        self.script, self.corrupt = Script(), corrupt
+        self.meta = Served("metadata", 0, -(-image.file_size() // 4096) * 4096, self.script)
+        self.data = Served("data", 1, -(-size // 512) * 512, self.script)
+        self.below = [self.meta, self.data]
+        self.features = []
+        if backing:
+            self.backing = Served("backing", 2, size, self.script)
+            self.below.append(self.backing)
+            self.features = ["backing_dev", self.backing.path]
+        for served in self.below:
+            bench.add(served)
+        self.line = image.line(self.meta.path, self.data.path, *self.features)
+        self.start = [self.file(image.path), self.file(image.data)]
+        if backing:
+            self.start.append(self.file(backing))
+        self.places = self.survey()
+        self.sound, self.reopened = set(), []
+        bench.add(Expedited())
+
+    @staticmethod
+    def file(path):
+        with open(path, "rb") as f:
+            return f.read()
+
+    def survey(self):
+        """The structures of the metadata: (start, end, name)."""
+        image, cluster = self.image, self.image.cluster
+        places = [(0, cluster, "header"),
+                  (image.get("l1_table_offset"), image.get("l1_table_offset") + 8 * image.get("l1_size"), "L1 table"),
+                  (image.get("refcount_table_offset"), image.get("refcount_table_offset") +
+                   image.get("refcount_table_clusters") * cluster, "refcount table")]
+        for i in range(image.reftable_entries()):
+            block = image.u64(image.reftable_pos(i))
+            if block:
+                places.append((block, block + cluster, "refcount block"))
+        for i in range(image.tables):
+            if image.l1(i):
+                table = image.l2_table(i * image.cover)
+                places.append((table, table + cluster, "L2 table"))
+        return places
+
+    def what(self, request, touched):
+        """The name of what a request is for."""
+        if request.op in ("flush", "discard"):
+            return f"{request.op} {request.device}"
+        if request.device == "metadata":
+            where = next((name for start, end, name in self.places if start <= request.offset < end), "new cluster")
+        elif request.device == "data" and request.op == "write" and not any(
+                start <= request.offset < start + length for start, length in touched):
+            where = "fill"
+        else:
+            where = request.device
+        return f"{request.op} {where}"
+
+    def reset(self):
+        self.script.rest()
+        for served, content in zip(self.below, self.start):
+            if served.gone:
+                served.again()
+            served.store[:len(content)] = content
+            served.store[len(content):] = bytes(served.size - len(content))
+
+    def check(self, leaks):
+        """QEMU finds nothing wrong with the metadata as it is now."""
+        digest = hashlib.sha256(self.meta.store).digest() + bytes([leaks])
+        if digest in self.sound:
+            return
+        with open(self.image.path, "wb") as f:
+            f.write(self.meta.store)
+        self.image.check(leaks)
+        self.sound.add(digest)
+
+
+class Attempt:
+    """A scenario with a fault: what was done, what failed, what must be there."""
+
+    def __init__(self, rig, steps, nth=None, how=None, usual=None):
+        """usual: what each step requests when nothing fails"""
+        self.rig, self.steps, self.how, self.usual = rig, steps, how, usual
+        self.script = rig.script
+        # What the device reads as; what it reads as at the latest; what is durable
+        self.core, self.latest, self.durable = (bytearray(rig.content) for _ in range(3))
+        self.states = list(rig.states)
+        self.torn = set()       # sectors that are old or new
+        self.dirty = False
+        self.mode = "rw"
+        self.again = []         # steps that failed
+        self.removed = False
+        self.touched = [s[1:3] for s in steps if len(s) == 3]
+        rig.reset()
+        self.script.name = lambda request: rig.what(request, self.touched)
+        self.dm = Dm("q", rig.line)
+        self.disk = Io(self.dm.path)
+        self.sync = Io(self.dm.path, os.O_DSYNC)
+        try:
+            self.events = self.dm.events()
+            self.script.begin(nth, how)
+            begun = time.monotonic()
+            for number, step in enumerate(steps):
+                self.script.step = number
+                self.do(number, *step)
+            # If the timer's commit came in between, it is not clear whose fault it was.
+            self.late = time.monotonic() - begun > PERIOD
+            self.failed, self.trace = list(self.script.failed), list(self.script.trace)
+            self.made = self.script.steps
+        except BaseException:
+            self.script.rest()
+            self.close()
+            raise
+
+    def names(self, requests):
+        return [self.rig.what(r, self.touched) for r in requests]
+
+    def fault(self, text):
+        failed = ", ".join(self.names(r for r, _ in self.failed)) or "nothing"
+        return Failure(f"{self.how}: {failed} failed: {text}")
+
+    def close(self):
+        self.disk.close()
+        self.sync.close()
+        if not self.removed:
+            self.dm.close()
+            self.removed = True
+
+    # Steps
+
+    def sectors(self, offset, length):
+        return range(offset // 512, (offset + length) // 512)
+
+    def units(self, offset, length):
+        return range(offset // self.rig.unit, -(-(offset + length) // self.rig.unit))
+
+    def do(self, number, kind, offset=0, length=0, retry=False):
+        """Do a step, and take account of its result."""
+        pattern = bytes([0x41 + number]) * length
+        if kind in ("write", "fua"):
+            self.latest[offset:offset + length] = pattern
+        elif kind == "discard":
+            self.latest[offset:offset + length] = bytes(length)
+        fresh = any(self.states[n] != "data" for n in self.units(offset, length)) if length else False
+        error = 0
+        try:
+            self.act(kind, offset, length, pattern)
+        except OSError as e:
+            error = e.errno
+        failed = [] if retry else self.failures(number, kind)
+        wanted = self.rules(number, kind, fresh, failed)
+        if error != wanted:
+            self.failed = self.script.failed
+            raise self.fault(f"{kind}: {errno.errorcode.get(error, error)} instead of {errno.errorcode.get(wanted, 0)}")
+        if error:
+            self.again.append((number, kind, offset, length))
+            # A FUA write can be done, and only its commit fail.
+            if kind == "fua" or kind in ("write", "discard") and (not fresh or self.rig.raw):
+                self.torn.update(self.sectors(offset, length))
+            return
+        if kind in ("write", "fua"):
+            self.core[offset:offset + length] = pattern
+            for n in self.units(offset, length):
+                self.states[n] = "data"
+            self.dirty = self.dirty or fresh
+        elif kind == "discard":
+            self.core[offset:offset + length] = bytes(length)
+            for n in self.units(offset, length):
+                self.states[n] = "zero"
+            self.dirty = True
+        self.torn -= set(self.sectors(offset, length))
+        if kind in ("fsync", "fua") or (kind in ("cycle", "remove", "reload") and self.mode == "rw" and not failed):
+            self.durable[:] = self.core
+            self.dirty = False
+
+    def failures(self, number, kind):
+        """The requests that have failed in a step."""
+        failed = [r for r, step in self.script.failed if step == number]
+        if self.how != "gone" or failed or not self.script.failed:
+            return failed
+        # The server of a device that is gone hears of none. Without a change nothing is committed.
+        failed = [r for r in self.usual.get(number, ()) if r.device == self.script.dead]
+        if self.dirty and kind in ("cycle", "reload", "remove"):
+            # What is left to commit cannot be.
+            failed.append(Request(self.script.dead, "flush", 0, 0))
+        if not self.dirty and kind in ("fsync", "cycle", "reload", "remove"):
+            failed = [r for r in failed if self.rig.what(r, ()) in ("flush data", "read header", "read L1 table")]
+        return failed
+
+    def act(self, kind, offset, length, pattern):
+        dm, disk = self.dm, self.disk
+        if kind == "read":
+            same(disk.read(offset, length), self.core[offset:offset + length], offset)
+        elif kind == "write":
+            disk.write(offset, pattern)
+        elif kind == "fua":
+            self.sync.write(offset, pattern)
+        elif kind == "discard":
+            disk.discard(offset, length)
+        elif kind == "fsync":
+            disk.fsync()
+        elif kind == "cycle":
+            dm.suspend()
+            dm.resume()
+        elif kind == "reload":
+            dm_ioctl(DM_TABLE_LOAD, dm.name, self.rig.line)
+            dm.resume()
+        elif kind == "remove":
+            disk.close()
+            self.sync.close()
+            dm.remove()
+            self.removed = True
+        elif kind == "corrupt":
+            # The entry cannot be true: EIO, and the header is marked by and by.
+            with fails_with(errno.EIO):
+                disk.read(offset, length)
+            names = self.rig.what
+            wait_for("the header is marked", HANG // 2, lambda: self.script.failed or any(
+                names(r, ()) == "write header" for r in self.script.trace))
+
+    def rules(self, number, kind, fresh, failed):
+        """The errno of a step in which requests have failed, by the documentation;
+        what becomes of the mode."""
+        rig, before = self.rig, self.mode
+        names = [n for n in self.names(failed) if n != "discard data"]
+        # Metadata that cannot be written, and a commit that cannot flush, are fatal.
+        fatal = [n for n in names if n in ("flush metadata", "write L1 table", "write L2 table", "write new cluster",
+                                           "write refcount table", "write refcount block")]
+        dirty = self.dirty
+        if kind == "fua" and fresh and failed:
+            # Its own commit; the file layer adds a flush when that is over.
+            made = self.script.steps[number]
+            before_it = made[:next(i for i, r in enumerate(made) if r is failed[0])]
+            dirty = "flush metadata" not in self.names(before_it)
+        if dirty:
+            fatal += [n for n in names if n == "flush data"]
+        if kind != "write":
+            # Refcounts that a commit cannot read, it cannot write.
+            fatal += [n for n in names if n in ("read refcount block", "read new cluster")]
+        if kind in ("cycle", "remove", "reload"):
+            # Suspend is the last chance for a commit.
+            reads = [n for n in names if n in ("read L2 table",)]
+            if fatal or (self.dirty and reads):
+                self.mode = "fail"
+            if kind == "reload" and self.mode == "fail":
+                # A new table starts afresh, and what was not durable may be lost.
+                self.mode = "rw"
+                self.torn.update(range(rig.size // 512))
+                self.events = None
+            # What has failed resumes without a look at the disk.
+            unreadable = [n for n in names if n in ("read header", "read L1 table")]
+            return errno.EIO if unreadable and kind != "remove" and self.mode != "fail" else 0
+        if kind == "corrupt":
+            self.mode = "ro" if "read L2 table" not in names else "rw"
+            return 0
+        if fatal:
+            self.mode = "fail"
+        if names or (before == "fail" and (kind in ("fsync", "fua", "discard") or (kind == "write" and fresh))):
+            return errno.EIO
+        return 0
+
+    # Afterwards
+
+    def compare(self, read, what, *allowed):
+        """Each sector must be as in one of the byte strings that are allowed."""
+        for at in range(0, self.rig.size, 256 * KIB):
+            n = min(256 * KIB, self.rig.size - at)
+            got = read(at, n)
+            if any(got == a[at:at + n] for a in allowed):
+                continue
+            for s in range(at, at + n, 512):
+                if not any(got[s - at:s - at + 512] == a[s:s + 512] for a in allowed):
+                    raise self.fault(f"{what}: sector {s // 512} (unit {s // self.rig.unit}) reads "
+                                     f"{got[s - at:s - at + 8].hex()}, not " +
+                                     " or ".join(a[s:s + 8].hex() for a in allowed))
+
+    def incore(self):
+        """What the device reads as, before it is closed."""
+        if self.rig.raw:
+            return self.compare(self.disk.read, "before it is closed", self.core, self.latest)
+        old = bytearray(self.core)
+        new = bytearray(self.core)
+        for s in self.torn:
+            new[s * 512:s * 512 + 512] = self.latest[s * 512:s * 512 + 512]
+            if self.events is None:
+                old[s * 512:s * 512 + 512] = self.durable[s * 512:s * 512 + 512]
+        return self.compare(self.disk.read, "before it is closed", old, new)
+
+    def failing(self):
+        """All that the documentation says of mode fail."""
+        unit = self.rig.unit
+        with fails_with(errno.EIO):
+            self.disk.fsync()
+        with fails_with(errno.EIO):
+            self.sync.write(7 * unit, b"x" * 512)
+        with fails_with(errno.EIO):
+            self.disk.write(20 * unit, b"x" * unit)
+        if not self.rig.raw:
+            with fails_with(errno.EIO):
+                self.disk.discard(6 * unit, unit)
+        self.disk.write(7 * unit, b"o" * unit)
+        for content in (self.core, self.latest, self.durable):
+            content[7 * unit:8 * unit] = b"o" * unit
+        if self.rig.raw:
+            # That one has been through to the data device, in part or as a whole.
+            self.core[20 * unit:21 * unit] = self.disk.read(20 * unit, unit)
+
+    def verify(self):
+        """Everything that must hold after the steps."""
+        rig, unit = self.rig, self.rig.unit
+        try:
+            if not self.removed:
+                if self.how != "gone":
+                    self.script.rest()
+                    self.live()
+                mode = self.dm.mode()
+                if mode != self.mode:
+                    raise self.fault(f"mode {mode} instead of {self.mode}")
+                if self.events is not None and (self.dm.events() != self.events) != (self.mode != "rw"):
+                    raise self.fault(f"mode {mode}, but {self.dm.events() - self.events} events")
+                # Removal with a device that is dead or gone
+                healthy = self.how != "gone" or not self.failed
+                self.disk.close()
+                self.sync.close()
+                self.dm.remove()
+                self.removed = True
+                if self.mode == "rw" and healthy:
+                    self.durable[:] = self.core
+        finally:
+            self.script.rest()
+            self.close()
+        for served in rig.below:
+            if served.gone:
+                served.again()
+        if self.mode == "ro":
+            # The bit is there unless it could not be set.
+            marked = bool(struct.unpack(">Q", rig.meta.store[72:80])[0] & CORRUPT)
+            if marked == bool(self.failed):
+                raise self.fault(f"the corrupt bit is {'' if marked else 'not '}set")
+        elif not rig.corrupt:
+            # Leaks come of commits that were cut off, and of nothing else.
+            rig.check(leaks=bool(self.failed))
+            # Many attempts end alike.
+            state = [hashlib.sha256(b).digest() for b in (rig.meta.store, rig.data.store, self.durable, self.latest)]
+            if state not in rig.reopened:
+                self.reopen(unit)
+                rig.reopened.append(state)
+        return self
+
+    def live(self):
+        """The device works again (or has never failed). The target is still there."""
+        if self.again and self.again[-1][1] in ("cycle", "reload"):
+            # It is suspended, or the old table is still in place.
+            self.dm.resume()
+        if self.rig.corrupt:
+            return
+        if self.mode == "fail":
+            self.incore()
+            self.failing()
+            return
+        if self.events is not None:
+            self.incore()
+        else:
+            # The new table has what the old one could make durable.
+            self.incore()
+            self.core[:] = self.disk.read(0, self.rig.size)
+            self.torn.clear()
+            return
+        again, self.again = self.again, []
+        for number, kind, offset, length in again:
+            if kind not in ("cycle", "reload"):
+                self.do(number, kind, offset, length, retry=True)
+        self.disk.fsync()
+        self.durable[:] = self.core
+        self.incore()
+
+    def reopen(self, unit):
+        """A new table on the same devices has all that was acknowledged, and works."""
+        dm = Dm("q", self.rig.line)
+        try:
+            disk = Io(dm.path)
+            try:
+                self.compare(disk.read, "opened again", self.durable, self.latest)
+                end = self.rig.size // unit * unit - unit
+                for at in (24 * unit, end):
+                    disk.write(at, b"n" * unit)
+                disk.fsync()
+                for at in (24 * unit, end):
+                    same(disk.read(at, unit), b"n" * unit, at)
+                expect(dm.mode() == "rw", f"opened again, written, and: {dm.status()}")
+            finally:
+                disk.close()
+        finally:
+            dm.close()
+
+
+def attempt(rig, steps, nth=None, how=None, usual=None):
+    """An attempt from beginning to end; again if the machine was too slow."""
+    result = []
+
+    def work():
+        a = Attempt(rig, steps, nth, how, usual)
+        if a.late and a.failed:
+            a.script.rest()
+            a.close()
+        else:
+            result.append(a.verify())
+    for _ in range(10):
+        task = Task(work)
+        try:
+            task.finish(HANG)
+        finally:
+            if task.is_alive():
+                # Whatever hangs below must not keep it from ending.
+                rig.script.rest()
+                for served in rig.below:
+                    served.release(fail=True)
+                task.join(HANG)
+        if result:
+            return result[0]
+    raise Failure("the machine is too slow to get anything done within a second")
+
+
+def sweep(bench, options, steps, wanted, hows):
+    """Let each request of a scenario fail, in some ways."""
+    rig = Rig(bench, **options)
+    unit, cover = rig.unit, rig.cover
+    steps = [(s[0], *(eval_place(p, unit, cover) for p in s[1:])) for s in steps]
+    first = attempt(rig, steps)
+    seen = set(first.names(first.trace))
+    missing = set(wanted.split(", ")) - seen
+    expect(not missing, f"the scenario makes no such request: {missing}; it makes {seen}")
+    count = collections.Counter()
+    hit = set()
+    for how in hows.split(", "):
+        for nth in rig.script.kinds(first.trace):
+            a = attempt(rig, steps, nth, how, first.made)
+            expect(a.failed, f"{nth} was not made this time")
+            count[how] += 1
+            hit.update(a.names(r for r, _ in a.failed[:1]))
+    expect(seen <= hit, f"did not fail: {seen - hit}")
+    note(f"{len(first.trace)} requests: {', '.join(sorted(seen))}; "
+         f"{sum(count.values())} faults, {len(rig.sound)} different images checked")
+
+
+def eval_place(place, unit, cover):
+    """("t", table, unit, bytes) or plain bytes, or units as a string"""
+    if isinstance(place, tuple):
+        table, units, more = place
+        return table * cover + units * unit + more
+    return place if isinstance(place, int) else int(float(place) * unit)
+
+
+COMMIT = "flush data, read L2 table, write L2 table, flush metadata"
+FIRST = f"read refcount table, write data, {COMMIT}"
+PART = f"{FIRST}, write fill"
+NEW = ("read refcount table, read refcount block, write data, flush data, write new cluster, flush metadata, "
+       "write L1 table")
+RESUME = "read header, read L1 table"
+EXTENDED = {"cluster": 64 * KIB, "extended": True, "tables": 1}
+SMALL = {"cluster": 512, "refcount_bits": 64, "covers": 128, "tables": 0}
+ONE_PART = ("write", (0, 9, 1024), 512)
+
+# Name, ways to fail, options of the image, steps, requests that have to be among those made
+for _name, _hows, _options, _steps, _wanted in (
+        ("a read", "once, dead", {},
+         (("read", 0, "2"),), "read L2 table, read data"),
+        ("a read from the backing device", "once", {"backing": True},
+         (("read", (0, 9, 0), "2"),), "read L2 table, read backing"),
+        ("an overwrite and a flush", "once, dead", {},
+         (("write", (0, 1, 512), 1024), ("fsync",)), "read L2 table, write data, flush data"),
+        ("a first write of whole units and a flush", "once", {},
+         (("write", (0, 9, 0), "2"), ("fsync",)), FIRST),
+        ("a first write of a part", "once, dead", {}, (ONE_PART, ("fsync",)), PART),
+        ("a first write with a copy", "once", {"backing": True}, (ONE_PART, ("fsync",)), f"{PART}, read backing"),
+        ("a first write of a part, extended L2 entries", "once", EXTENDED, (ONE_PART, ("fsync",)), PART),
+        ("a first write, data_file_raw", "once", {"raw": True, "covers": 2}, (ONE_PART, ("fsync",)), FIRST),
+        ("a first write that needs an L2 table", "once, dead, gone", {},
+         (("write", (2, 9, 1024), 512), ("fsync",)), f"{NEW}, write refcount block, write fill"),
+        ("a first write that needs a refcount block", "once, dead", SMALL,
+         (("write", (100, 9, 0), 1024), ("fsync",)), f"{NEW}, read new cluster, write refcount table"),
+        ("a FUA first write", "once, dead", {}, (("fua", (0, 9, 1024), 512),), PART),
+        ("a discard, and its pass-down", "once, gone", {},
+         (("discard", (0, 1, 0), "2"), ("fsync",), ("cycle",)), f"{COMMIT}, discard data, {RESUME}"),
+        ("suspend and resume", "once, dead, gone", {}, (ONE_PART, ("cycle",)), f"{PART}, {RESUME}"),
+        ("removal", "once, dead, gone", {}, (ONE_PART, ("remove",)), PART),
+        ("a new table", "once", {}, (ONE_PART, ("reload",)), f"{PART}, {RESUME}"),
+        ("an entry that cannot be true", "once", {"corrupt": True},
+         (("corrupt", (1, 0, 0), 512),), "read L2 table, read header, write header")):
+    test(f"each request fails: {_name} ({_hows})", _options, _steps, _wanted, _hows)(sweep)
+
+
+# Requests that have to wait
+
+class Aio:
+    """Many requests at once, without as many threads."""
+    SETUP, DESTROY, GETEVENTS, SUBMIT = 206, 207, 208, 209
+    READ, WRITE, DSYNC = 0, 1, 2
+
+    def __init__(self, fd, most):
+        self.fd, self.most = fd, most
+        self.context = ctypes.c_ulong()
+        self.call(self.SETUP, most, ctypes.byref(self.context))
+        self.buffer = mmap.mmap(-1, 4096 * most)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+        self.blocks = []
+        self.results = {}
+
+    @staticmethod
+    def call(*arguments):
+        done = LIBC.syscall(*(a if not isinstance(a, int) else ctypes.c_long(a) for a in arguments))
+        if done < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return done
+
+    def submit(self, requests):
+        """(READ or WRITE, offset, length, flags); their numbers"""
+        first = len(self.blocks)
+        for op, offset, length, flags in requests:
+            n = len(self.blocks)
+            if op == self.WRITE:
+                self.buffer[n * 4096:n * 4096 + length] = bytes([n % 255 + 1]) * length
+            self.blocks.append(ctypes.create_string_buffer(struct.pack(
+                "<QIIHhIQQqQII", n, 0, flags, op, 0, self.fd, self.start + n * 4096, length, offset, 0, 0, 0), 64))
+        new = self.blocks[first:]
+        pointers = (ctypes.c_void_p * len(new))(*(ctypes.addressof(b) for b in new))
+        done = 0
+        while done < len(new):
+            done += self.call(self.SUBMIT, self.context, len(new) - done,
+                              ctypes.byref(pointers, done * ctypes.sizeof(ctypes.c_void_p)))
+        return range(first, len(self.blocks))
+
+    def reap(self):
+        """Take what has ended; the results of all that has so far."""
+        events = (ctypes.c_char * (32 * self.most))()
+        now = struct.pack("qq", 0, 0)
+        n = self.call(self.GETEVENTS, self.context, 0, self.most, events, now)
+        for i in range(n):
+            number, _, result, _ = struct.unpack_from("<QQqq", events, 32 * i)
+            self.results[number] = result
+        return self.results
+
+    def all(self, numbers):
+        """Wait for requests; their results."""
+        wait_for("requests end", HANG, lambda: set(numbers) <= set(self.reap()))
+        return [self.results[n] for n in numbers]
+
+    def close(self):
+        self.call(self.DESTROY, self.context)
+
+
+def waiting(bench, what, fail):
+    """Hold one request back that hundreds depend on; then let it go on, or fail."""
+    rig = Rig(bench)
+    unit, script = rig.unit, rig.script
+    rig.reset()
+    dm = bench.add(Dm("q", rig.line))
+    disk = bench.io(dm)
+    aio = bench.add(Aio(disk.fd, 512))
+    place = {"miss": "read L2 table", "busy": "write data", "commit": "write L2 table"}[what]
+    if what != "miss":
+        disk.read(0, unit)
+    held = []
+
+    def hold(request):
+        if rig.what(request, [(0, rig.size)]) != place or held:
+            return False
+        held.append(request)
+        return True
+    script.begin(None, None)
+    script.hold = hold
+    write, read, dsync = aio.WRITE, aio.READ, aio.DSYNC
+    first = aio.submit([(write, 20 * unit + 512, 512, dsync if what == "commit" else 0)])
+    wait_for(f"{place} is held", 60, lambda: held)
+    commits = dm.status().commits
+    if what == "miss":
+        rest = [(read, n % 8 * unit, unit, 0) for n in range(200)] + \
+               [(write, (21 + n) * unit + 512, 512, 0) for n in range(200)]
+    elif what == "busy":
+        rest = [(write, 20 * unit + n % 4 * 512, 512, 0) for n in range(400)]
+    else:
+        rest = [(write, (21 + n % 200) * unit + 512 * (n // 200), 512, dsync) for n in range(400)]
+    rest = aio.submit(rest)
+    # A read of a unit that is busy does not wait, nor does one while a commit is under way.
+    if what != "miss":
+        same(disk.read(19 * unit, 512), bytes(512))
+        same(disk.read(20 * unit, 512), bytes(512))
+    time.sleep(0.3)
+    early = [n for n in [*first, *rest] if n in aio.reap()]
+    expect(not early, f"{len(early)} requests did not wait")
+    rig.meta.release(fail)
+    rig.data.release(fail)
+    results = aio.all([*first, *rest])
+    bad = [r for r in results if r < 0]
+    reads = [r for r in script.trace if rig.what(r, ()) == "read L2 table" and r.offset == held[0].offset]
+    if not fail:
+        expect(not bad, f"{len(bad)} failed: {bad[:3]}")
+    elif what == "busy":
+        expect(results[0] == -errno.EIO and len(bad) == 1, f"{len(bad)} failed, the first: {results[0]}")
+    else:
+        expect(set(results) == {-errno.EIO}, f"{len(bad)} of {len(results)} failed: {collections.Counter(results)}")
+    if what == "miss":
+        expect(len(reads) == 1, f"{len(reads)} reads of the L2 table for all of them")
+    if what == "commit" and not fail:
+        expect(dm.status().commits - commits <= 3, f"{dm.status().commits - commits} commits for all of them")
+    mode = "fail" if what == "commit" and fail else "rw"
+    expect(dm.mode() == mode, f"{dm.status()}")
+    script.rest()
+    # In the busy unit whoever came last is not known, but that it is one of them.
+    got = disk.read(20 * unit, unit)
+    if what == "busy":
+        expect(all(len(set(got[i:i + 512])) == 1 and got[i] for i in range(0, unit, 512)), "a mix of two writes")
+    elif results[0] > 0:
+        same(got, bytes(512) + b"\1" * 512 + bytes(unit - 1024), 20 * unit)
+    else:
+        same(got[:512], bytes(512), 20 * unit)
+    bench.drop(aio)
+    bench.drop(disk)
+    bench.drop(dm)
+    rig.check(leaks=mode == "fail")
+
+
+for _what, _text in (("miss", "a miss"), ("busy", "a busy unit"), ("commit", "a commit")):
+    for _fail in (False, True):
+        test(f"hundreds wait for {_text} that {'fails' if _fail else 'is slow'}", _what, _fail)(waiting)
+
+
+if __name__ == "__main__":
+    main()
