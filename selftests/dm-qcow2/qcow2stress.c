@@ -31,7 +31,6 @@
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -43,13 +42,12 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define SECTOR		512UL
+#define PROGRAM		"qcow2stress"
+#include "pattern.h"
+
 #define MAX_THREADS	64
 #define MAX_REQUEST	(2UL << 20)
 #define HISTORY		(1U << 16)
-
-#define MIN(a, b)	((a) < (b) ? (a) : (b))
-#define MAX(a, b)	((a) > (b) ? (a) : (b))
 
 enum kind {
 	READ, READ_NOWAIT, WRITE, WRITE_FUA, DISCARD, ZERO_OUT, ZERO_RANGE, PUNCH_HOLE, FLUSH, KINDS
@@ -95,47 +93,9 @@ static struct worker workers[MAX_THREADS];
 static struct { struct request request; unsigned long begun, ended; } history[HISTORY];
 static unsigned long begun, counts[KINDS], again;
 
-static void __attribute__((noreturn, format(printf, 1, 2))) die(const char *format, ...)
-{
-	va_list args;
-
-	fflush(stdout);
-	fputs("qcow2stress: ", stderr);
-	va_start(args, format);
-	vfprintf(stderr, format, args);
-	va_end(args);
-	fputc('\n', stderr);
-	_exit(1);
-}
-
-/* splitmix64 */
-static uint64_t next(uint64_t *state)
-{
-	uint64_t z = (*state += 0x9e3779b97f4a7c15ULL);
-
-	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
-	z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
-	return z ^ (z >> 31);
-}
-
 static uint64_t below(struct worker *w, uint64_t limit)
 {
 	return next(&w->rng) % limit;
-}
-
-/* Content that names the request that wrote it, and the sector where. */
-static void fill(unsigned char *buffer, uint64_t offset, uint64_t length, uint64_t id)
-{
-	uint64_t *word = (uint64_t *)buffer;
-	uint64_t sector, i, mix;
-
-	for (sector = offset / SECTOR; sector < (offset + length) / SECTOR; sector++) {
-		mix = id * 0x9e3779b97f4a7c15ULL ^ sector * 0xbf58476d1ce4e5b9ULL;
-		*word++ = id;
-		*word++ = sector;
-		for (i = 2; i < SECTOR / 8; i++)
-			*word++ = mix += 0x94d049bb133111ebULL;
-	}
 }
 
 static void describe(char *text, size_t n, const unsigned char *sector)

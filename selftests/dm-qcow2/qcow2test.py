@@ -403,8 +403,8 @@ DM_IOCTL = struct.Struct("3I II IiI I4x Q128s129s7x")
 DmReply = collections.namedtuple("DmReply", "flags event device targets")
 
 
-def dm_ioctl(command, name, table="", flags=0):
-    """Send a command, maybe with the lines of a table."""
+def dm_request(name, table="", flags=0):
+    """The buffer of a command, maybe with the lines of a table."""
     specs = b""
     lines = table.splitlines()
     for line in lines:
@@ -416,7 +416,12 @@ def dm_ioctl(command, name, table="", flags=0):
     size = 16384
     buffer = bytearray(DM_IOCTL.pack(4, 0, 0, size, DM_IOCTL.size, len(lines), 0, flags, 0, 0,
                                      name.encode(), b"") + specs)
-    buffer += bytes(size - len(buffer))
+    return buffer + bytes(size - len(buffer))
+
+
+def dm_ioctl(command, name, table="", flags=0):
+    """Send a command."""
+    buffer = dm_request(name, table, flags)
     with open("/dev/mapper/control", "r+b", buffering=0) as control:
         # Not by fcntl.ioctl, which lets no other thread run if the buffer is large: one
         # of them may serve the device that this waits for.
