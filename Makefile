@@ -49,6 +49,7 @@ help:
 	@echo '  make check       all tests, in a VM; TESTS="read write" runs some of them,'
 	@echo '                   KERNEL= takes another kernel ($(KERNELS)) than $(KERNEL)'
 	@echo '  make check-kernels   all tests with each of these kernels, one after the other'
+	@echo '  make check-debug tests in kernels that look for races, leaks, wrong locking ...'
 	@echo '  make vm-shell    a root shell in the test VM'
 	@echo '  make soak        power cuts with ever new seeds; SOAK_MINUTES=, SOAK_SEED='
 	@echo 'Parts of make check:'
@@ -176,11 +177,15 @@ soak:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/powercut --soak
 
+# The kernels are built once, which takes a quarter of an hour.
+check-debug:
+	@selftests/debug/check $(DEBUG)
+
 demo:
 	@selftests/vm/deps demo
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
 .PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit fuzz \
-	check check-kernels check-planted planted-build soak demo \
+	check check-debug check-kernels check-planted planted-build soak demo \
 	preflight-cc preflight-module preflight-tool
