@@ -378,7 +378,7 @@ class Ext4:
 
 
 class RamDisk:
-    """A device without discard and write zeroes."""
+    """A device without write zeroes; in newer kernels it can discard."""
     path = "/dev/ram0"
 
     def __init__(self, size):
