@@ -167,6 +167,9 @@ check-kernels:
 planted-build:
 	@$(LOCK) $(MAKE) --no-print-directory -C selftests/planted module
 
+test-programs: preflight-tool
+	@$(LOCK) $(MAKE) --no-print-directory -C tools test-programs
+
 check-planted:
 	@selftests/vm/deps check
 	@$(MAKE) --no-print-directory vm-build planted-build
@@ -187,5 +190,5 @@ demo:
 	@selftests/vm/demo
 
 .PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit fuzz \
-	check check-debug check-kernels check-planted planted-build soak demo \
+	check check-debug check-kernels check-planted planted-build test-programs soak demo \
 	preflight-cc preflight-module preflight-tool
