@@ -390,7 +390,8 @@ class Attempt:
                 self.states[n] = "zero"
             self.dirty = True
         self.torn -= set(self.sectors(offset, length))
-        if kind in ("fsync", "fua") or (kind in ("cycle", "remove", "reload") and self.mode == "rw" and not failed):
+        if kind in ("fsync", "fua") or (kind in ("cycle", "remove", "reload") and self.mode == "rw" and
+                                        self.events is not None):
             self.durable[:] = self.core
             self.dirty = False
 
@@ -459,9 +460,8 @@ class Attempt:
             # Refcounts that a commit cannot read, it cannot write.
             fatal += [n for n in names if n in ("read refcount block", "read new cluster")]
         if kind in ("cycle", "remove", "reload"):
-            # Suspend is the last chance for a commit.
-            reads = [n for n in names if n in ("read L2 table",)]
-            if fatal or (self.dirty and reads):
+            # Suspend is the last chance for a commit, which is tried again if it cannot read.
+            if fatal or (self.dirty and self.how != "once" and "read L2 table" in names):
                 self.mode = "fail"
             if kind == "reload" and self.mode == "fail":
                 # A new table starts afresh, and what was not durable may be lost.
