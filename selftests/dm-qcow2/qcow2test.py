@@ -426,7 +426,7 @@ def dm_ioctl(command, name, table="", flags=0):
         # Not by fcntl.ioctl, which lets no other thread run if the buffer is large: one
         # of them may serve the device that this waits for.
         if LIBC.ioctl(control.fileno(), ctypes.c_ulong(3 << 30 | DM_IOCTL.size << 16 | 0xFD << 8 | command),
-                      (ctypes.c_char * size).from_buffer(buffer)):
+                      (ctypes.c_char * len(buffer)).from_buffer(buffer)):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     *_, start, count, _, flags, event, device, _, _ = DM_IOCTL.unpack_from(buffer)
     targets, at = [], start
