@@ -89,7 +89,7 @@ converted()
 	fresh
 	mv "$dir/i.qcow2" "$dir/from.qcow2"
 	mv "$dir/i.data" "$dir/from.data"
-	qemu-img amend -q -f qcow2 -o "data_file=$dir/from.data" --image-opts \
+	qemu-img amend -q -o "data_file=$dir/from.data" --image-opts \
 		"driver=qcow2,file.filename=$dir/from.qcow2,data-file.filename=$dir/from.data"
 	qemu-img convert -f qcow2 -O qcow2 -o "data_file=$dir/i.data,$1" "$dir/from.qcow2" "$dir/i.qcow2"
 	works
