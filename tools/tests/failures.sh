@@ -32,18 +32,38 @@ report() {
 	fi
 }
 
-# What a run left behind, or nothing.
-left() {
-	local loops
+# What is there now. Called hundreds of times: not one process more than it takes.
+seen() {
+	local f what
 
-	loops=$(losetup -n -O NAME,BACK-FILE | grep -F -e "$work" -e memfd)
-	[ -z "$loops" ] || echo "loop devices: $loops"
-	if dmsetup info -c --noheadings -o name 2>/dev/null |
-		grep -q -e "^$name" -e '^qcow2-backing-'; then
-		echo "devices"
-	fi
-	[ -z "$(find /dev/mapper -name "$name*" -o -name 'qcow2-backing-*')" ] || echo "nodes"
+	for f in /sys/block/loop*/loop/backing_file; do
+		{ read -r what < "$f"; } 2>/dev/null || continue
+		case $what in
+		"$work"*|*memfd*) echo "loop device: $what" ;;
+		esac
+	done
+	for f in /sys/block/dm-*/dm/name; do
+		{ read -r what < "$f"; } 2>/dev/null || continue
+		case $what in
+		"$name"*|qcow2-backing-*) echo "device: $what" ;;
+		esac
+	done
+	for f in /dev/mapper/"$name"* /dev/mapper/qcow2-backing-*; do
+		[ ! -e "$f" ] || echo "node: $f"
+	done
 	cmp image original || echo "a changed image"
+}
+
+# What a run left behind, or nothing.  Loop devices go a moment after their users.
+left() {
+	local what
+
+	for _ in 1 2 3; do
+		what=$(seen)
+		[ -n "$what" ] || return
+		sleep 0.3
+	done
+	echo "$what"
 }
 
 # with_injection ENVIRONMENT... -- OPEN OPTIONS...
