@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What qcow2stress and qcow2race share: random numbers, and content that tells
+ * What qcow2stress and qcow2race share: requests, random numbers, and content that tells
  * who wrote it.
  */
 #ifndef PATTERN_H
@@ -10,6 +10,16 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <unistd.h>
+
+/* What both programs ask of a device */
+enum kind {
+	READ, READ_NOWAIT, WRITE, WRITE_FUA, DISCARD, ZERO_OUT, ZERO_RANGE, PUNCH_HOLE, FLUSH, KINDS
+};
+
+static const char *const names[KINDS] = {
+	"read", "read (nowait)", "write", "write (FUA)", "discard", "BLKZEROOUT",
+	"zero range", "punch hole", "flush",
+};
 
 #define SECTOR		512UL
 

@@ -53,15 +53,6 @@
 #define ID_NUMBER(id)		((id) & ((1ULL << 48) - 1))
 #define BACKING			(0xbbULL << 56)
 
-enum kind {
-	READ, READ_NOWAIT, WRITE, WRITE_FUA, DISCARD, ZERO_OUT, ZERO_RANGE, PUNCH_HOLE, FLUSH, KINDS
-};
-
-static const char *const names[KINDS] = {
-	"read", "read (nowait)", "write", "write (FUA)", "discard", "BLKZEROOUT",
-	"zero range", "punch hole", "flush",
-};
-
 /* Of 1000 requests */
 static const unsigned int weights[KINDS] = { 250, 30, 480, 60, 50, 35, 35, 35, 25 };
 

@@ -49,15 +49,6 @@
 #define MAX_REQUEST	(2UL << 20)
 #define HISTORY		(1U << 16)
 
-enum kind {
-	READ, READ_NOWAIT, WRITE, WRITE_FUA, DISCARD, ZERO_OUT, ZERO_RANGE, PUNCH_HOLE, FLUSH, KINDS
-};
-
-static const char *const names[KINDS] = {
-	"read", "read (nowait)", "write", "write (FUA)", "discard", "BLKZEROOUT",
-	"zero range", "punch hole", "flush",
-};
-
 /* Of 1000 requests */
 static const unsigned int weights[KINDS] = { 290, 30, 370, 30, 110, 40, 40, 70, 20 };
 
