@@ -519,14 +519,22 @@ def vanish(bench, kind, role, moment):
             task = Task(dm.suspend)
             device.vanish()
             task.finish(HANG)
-            dm_resumes(dm)
+        elif moment == "suspended":
+            dm.suspend()
+            device.vanish()
         else:
             device.vanish()
+        resumed = moment == "load" or resumes(dm)
+        expect(moment != "suspended" or not resumed, "resumed without the header")
+        if not resumed:
+            # The load waits: for the device, or for an end to it all.
+            expect(all(t.is_alive() for t in tasks) and not errors, f"errnos {errors} while it is suspended")
+            dm.setup("wipe_table")
         wait_for("the load ends", HANG, lambda: not any(t.is_alive() for t in tasks))
     finally:
         stop.set()
-        with contextlib.suppress(OSError):
-            dm.resume()
+        if any(t.is_alive() for t in tasks):
+            dm.setup("wipe_table", ok=False)
         for task in tasks:
             task.finish(HANG)
     expect(errors and set(errors) <= set(GONE), f"errnos {[errno.errorcode[e] for e in errors]}")
@@ -544,18 +552,22 @@ def vanish(bench, kind, role, moment):
     return image, device, acknowledged
 
 
-def dm_resumes(dm):
-    """A device below is gone: resume may fail, but not hang."""
+def resumes(dm):
+    """A device below is gone: resume may fail, but not hang. It does where the suspend
+    has left nothing to do and the header cannot be read: nothing is lost yet."""
     try:
         dm.resume()
     except OSError as e:
         expect(e.errno in (*GONE, errno.EINVAL), f"resume: {errno.errorcode[e.errno]}")
+        return False
+    return True
 
 
 @test("vanish: a SCSI disk under the metadata", Scsi, "meta", "load")
 @test("vanish: a SCSI disk under the data", Scsi, "data", "load")
 @test("vanish: a SCSI disk under the metadata, while it is suspended", Scsi, "meta", "suspend")
 @test("vanish: a SCSI disk under the data, while it is suspended", Scsi, "data", "suspend")
+@test("vanish: a SCSI disk under the metadata of a suspended device", Scsi, "meta", "suspended")
 @test("vanish: forced removal below the metadata", Forced, "meta", "load")
 @test("vanish: forced removal below the data", Forced, "data", "suspend")
 @test("vanish: null_blk under the metadata is switched off", Null, "meta", "load")
@@ -577,6 +589,41 @@ def vanishing(bench, kind, role, moment):
             if content[at:at + 512] == bytes(512) or content[at - 512:at] != bytes(512)]
     expect(not lost, f"acknowledged, but lost: {[hex(at) for at in lost[:5]]} of {len(acknowledged)}")
     note(f"{len(acknowledged)} places acknowledged")
+
+
+@test("vanish: a SCSI disk under the metadata of a suspended device, plugged in again")
+def comes_back(bench):
+    """What cannot resume keeps its requests; a table with the disk's new name ends the wait."""
+    image = make(bench)
+    image.extend()
+    os.truncate(image.path, -(-image.file_size() // MIB) * MIB)
+    device = bench.add(Scsi(bench, 8 * MIB))
+    fill_device(device.path, image.path)
+    dm = image.open(meta=device.path)
+    disk = bench.io(dm)
+    disk.write(3 * CLUSTER, b"3" * CLUSTER)
+    dm.suspend()
+    device.vanish()
+    expect(not resumes(dm), "resumed without the header")
+    tasks = [Task(disk.write, at * CLUSTER + 512, bytes([at]) * 512) for at in range(10, 20)]
+    read = Task(lambda: same(disk.read(3 * CLUSTER, CLUSTER), b"3" * CLUSTER))
+    time.sleep(1)
+    expect(all(t.is_alive() for t in (*tasks, read)), "a request of a suspended device has ended")
+    path = device.back()
+    dm.load(image.line(path, image.data_loop.path))
+    for task in (*tasks, read):
+        task.finish(HANG)
+    disk.fsync()
+    bench.drop(disk)
+    bench.drop(dm)
+    run("dd", f"if={path}", f"of={image.path}", "bs=1M", "iflag=direct", "conv=notrunc", "status=none")
+    image.check()
+    model = bench.model(image.size)
+    model.write(0, b"a" * 2 * CLUSTER)
+    model.write(3 * CLUSTER, b"3" * CLUSTER)
+    for at in range(10, 20):
+        model.write(at * CLUSTER + 512, bytes([at]) * 512)
+    image.compare(model)
 
 
 if __name__ == "__main__":
