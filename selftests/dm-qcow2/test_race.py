@@ -20,7 +20,7 @@ import time
 from qcow2test import (DM_NOFLUSH_FLAG, HERE, KIB, MIB, Failure, Task, expect, main, note, run, test)
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
-ROUNDS = int(os.environ.get("ROUNDS", 6))
+ROUNDS = int(os.environ.get("ROUNDS", 10))
 REQUESTS = int(os.environ.get("REQUESTS", 25))
 THREADS = int(os.environ.get("THREADS", 16))
 RACE = os.path.join(HERE, "qcow2race")
