@@ -859,19 +859,35 @@ def device_sectors(path):
         return int(f.read())
 
 
-class Expedited:
-    """RCU does not take its time: most of what it takes to make and remove a device."""
+class NullBlk:
+    """A RAM disk of null_blk: it discards, if wanted, but does not write zeroes."""
+    folder = "/sys/kernel/config/nullb/qcow2test"
 
-    def __init__(self):
-        self.set(1)
+    def __init__(self, size, discard=True):
+        run("modprobe", "null_blk", "nr_devices=0")
+        self.mounted = not os.path.isdir("/sys/kernel/config/nullb")
+        if self.mounted:
+            run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+        os.mkdir(self.folder)
+        for name, value in (("size", size // MIB), ("memory_backed", 1), ("discard", int(discard)), ("power", 1)):
+            self.set(name, value)
+        # Named by its folder or by its number, depending on the kernel.
+        with open(f"{self.folder}/index", encoding="ascii") as f:
+            names = ["/dev/qcow2test", f"/dev/nullb{f.read().strip()}"]
+        wait_for(names, 10, lambda: any(map(os.path.exists, names)))
+        self.path = next(filter(os.path.exists, names))
 
-    @staticmethod
-    def set(value):
-        with open("/sys/kernel/rcu_expedited", "w", encoding="ascii") as f:
+    def set(self, name, value):
+        with open(f"{self.folder}/{name}", "w", encoding="ascii") as f:
             f.write(str(value))
 
     def close(self):
-        self.set(0)
+        os.rmdir(self.folder)
+        if self.mounted:
+            run("umount", "/sys/kernel/config")
+        # Not modprobe -r, which would take configfs with it: that frees its inodes after a
+        # grace period, for which its exit does not wait.
+        run("rmmod", "null_blk")
 
 
 class KernelLog:

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 
-from qcow2test import (GIB, KIB, MIB, TIB, Ext4, Lower, Stat, Task, Units, expect, fails_with, main,
+from qcow2test import (GIB, KIB, MIB, TIB, Ext4, Lower, NullBlk, Stat, Task, Units, expect, fails_with, main,
                        queue_limit, run, same, sysfs, test, wait_for)
 
 CLUSTER = 64 * KIB
@@ -23,35 +23,6 @@ LATER = 3
 def blocks(path):
     """Bytes that a file occupies."""
     return os.stat(path).st_blocks * 512
-
-
-class NullBlk:
-    """A RAM disk that can discard, if wanted, but not write zeroes."""
-    folder = "/sys/kernel/config/nullb/qcow2test"
-
-    def __init__(self, size, discard=True):
-        run("modprobe", "null_blk", "nr_devices=0")
-        if not os.path.isdir("/sys/kernel/config/nullb"):
-            run("mount", "-t", "configfs", "none", "/sys/kernel/config")
-            self.mounted = True
-        else:
-            self.mounted = False
-        os.mkdir(self.folder)
-        for name, value in (("size", size // MIB), ("memory_backed", 1), ("discard", int(discard)),
-                            ("power", 1)):
-            with open(f"{self.folder}/{name}", "w", encoding="ascii") as f:
-                f.write(str(value))
-        # Named by its folder or by its number, depending on the kernel.
-        with open(f"{self.folder}/index", encoding="ascii") as f:
-            names = ["/dev/qcow2test", f"/dev/nullb{f.read().strip()}"]
-        wait_for(names, 10, lambda: any(map(os.path.exists, names)))
-        self.path = next(filter(os.path.exists, names))
-
-    def close(self):
-        os.rmdir(self.folder)
-        if self.mounted:
-            run("umount", "/sys/kernel/config")
-        run("modprobe", "-r", "null_blk")
 
 
 # Limits

@@ -21,7 +21,7 @@ import struct
 import threading
 import time
 
-from qcow2test import (DM_TABLE_LOAD, KIB, LIBC, Dm, Expedited, Failure, Io, Task, dm_ioctl, expect, fails_with, main,
+from qcow2test import (DM_TABLE_LOAD, KIB, LIBC, Dm, Failure, Io, Task, dm_ioctl, expect, fails_with, main,
                        note, queue_limit, run, same, test, wait_for)
 from qcow2image import CORRUPT, RAW
 
@@ -240,7 +240,6 @@ class Rig:
             self.start.append(self.file(backing))
         self.places = self.survey()
         self.sound, self.reopened = set(), []
-        bench.add(Expedited())
 
     @staticmethod
     def file(path):
