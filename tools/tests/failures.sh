@@ -325,6 +325,44 @@ for _ in {1..5}; do
 done
 report "open: of two at the same time one wins" "${wrong:-$(left)}"
 
+# What was looked at is what is used: the folder on the way to both files is swapped
+# for one with others, which would have been refused, before each single call.
+mkdir A B
+cp image A/image
+truncate -s 1G A/data
+head -c 1M /dev/zero | tr '\0' B > B/image
+truncate -s 4096 B/data
+cp B/image B.image
+wrong='' swaps=0 refusals=0 k=0
+while [ -z "$wrong" ]; do
+	k=$((k + 1))
+	ln -sfn A current
+	env INJECT_READS=1 INJECT_AT=$k "INJECT_COMMAND=ln -sfn B current" LD_PRELOAD="$inject" \
+		"$tool" open current/image $name --data-file current/data > said 2>&1
+	status=$?
+	if [ $status -eq 0 ]; then
+		for n in 1 2; do
+			f=$(dmsetup table $name | cut -d ' ' -f $((n + 3)))
+			f=$(cat "/sys/dev/block/$f/loop/backing_file")
+			case $n$f in
+			"1$work/A/image"|"2$work/A/data") ;;
+			*) wrong="call $k: device $n is $f" ;;
+			esac
+		done
+		"$tool" close $name || wrong="call $k: cannot be closed"
+		[ "$(readlink current)" = B ] || break
+		swaps=$((swaps + 1))
+	else
+		refusals=$((refusals + 1))
+		[ "$(wc -l <said)" -eq 1 ] || wrong="call $k: not one line is said"
+	fi
+	[ ! -e /dev/mapper/$name ] || wrong="call $k: is open"
+	cmp B/image B.image && [ "$(stat -c %s B/data)" = 4096 ] || wrong="call $k: what was never looked at was changed"
+	cp image A/image
+done
+[ $refusals -gt 0 ] && [ $swaps -gt 5 ] || wrong=${wrong:-"$refusals refused, $swaps opened"}
+report "open: a swap of links, at each of $((k - 1)) calls" "${wrong:-$(left)}"
+
 # Each command that needs rights says so.
 wrong=
 chmod 755 "$work"

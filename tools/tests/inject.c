@@ -7,9 +7,11 @@
  * INJECT_SIGNAL=SIG: a signal arrives there instead.
  * INJECT_COMMAND=CMD: a shell command is run there instead.
  * INJECT_COUNT=FILE: the number of calls is written to FILE at the end.
+ * INJECT_READS=1: calls that open and read files count, too.
  */
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/dm-ioctl.h>
 #include <linux/loop.h>
 #include <signal.h>
@@ -94,4 +96,28 @@ int ioctl(int fd, unsigned long request, ...)
 	     _IOC_TYPE(request) == DM_IOCTL) && goes_wrong())
 		return -1;
 	return REAL(ioctl)(fd, request, arg);
+}
+
+static int read_goes_wrong(void)
+{
+	return getenv("INJECT_READS") && goes_wrong();
+}
+
+ssize_t pread64(int fd, void *buf, size_t len, off_t off);
+ssize_t pread64(int fd, void *buf, size_t len, off_t off)
+{
+	return read_goes_wrong() ? -1 : REAL(pread64)(fd, buf, len, off);
+}
+
+/* The tool makes no files by them: no mode. */
+int open64(const char *path, int flags, ...);
+int open64(const char *path, int flags, ...)
+{
+	return read_goes_wrong() ? -1 : REAL(open64)(path, flags);
+}
+
+int openat64(int dir, const char *path, int flags, ...);
+int openat64(int dir, const char *path, int flags, ...)
+{
+	return read_goes_wrong() ? -1 : REAL(openat64)(dir, path, flags);
 }
