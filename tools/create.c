@@ -431,7 +431,6 @@ static int open_backing(const struct options *opt, const char *image,
 			const struct node *data, struct new_backing *b)
 {
 	const char *arg = opt->backing_file[0];
-	struct image img;
 	int ret;
 
 	if (!opt->backing_files) {
@@ -462,11 +461,10 @@ static int open_backing(const struct options *opt, const char *image,
 			    esc(arg));
 	b->size = align_up(b->node.size, 512);
 	if (opt->backing_format == BACKING_FORMAT_QCOW2) {
-		ret = image_open(&img, AT_FDCWD, arg, NODE_READ_ONLY);
-		b->size = img.h.size & ~511ULL;
-		image_close(&img);
+		ret = image_virtual_size(&b->node, &b->size);
 		if (ret)
 			return ret;
+		b->size &= ~511ULL;
 	}
 	return backing_name(b, arg, image);
 }

@@ -79,6 +79,17 @@ int image_open(struct image *img, int dirfd, const char *path,
 	return image_attach(img, &node);
 }
 
+int image_virtual_size(const struct node *node, uint64_t *size)
+{
+	struct image img;
+	int ret = image_attach(&img, node);
+
+	*size = img.h.size;
+	img.node.fd = -1;
+	image_close(&img);
+	return ret;
+}
+
 void image_close(struct image *img)
 {
 	while (img->undo) {

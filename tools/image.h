@@ -43,6 +43,8 @@ int image_open(struct image *img, int dirfd, const char *path,
 int image_open_locked(struct image *img, const char *path, bool write);
 /* The same for a node that is open already; it becomes the image's. */
 int image_attach(struct image *img, const struct node *node);
+/* The virtual size of the image in a node, which stays the caller's; an exit code. */
+int image_virtual_size(const struct node *node, uint64_t *size);
 void image_close(struct image *img);
 
 /* Why an image cannot be mapped, most important first. */

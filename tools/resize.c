@@ -155,7 +155,6 @@ static int open_offline_backing(struct offline *o, const struct options *opt,
 {
 	const struct span *format = &o->img.h.backing_format;
 	const char *data;
-	struct image img;
 	int ret;
 
 	if (!o->img.h.backing_file.s && opt->backing_files)
@@ -187,10 +186,7 @@ static int open_offline_backing(struct offline *o, const struct options *opt,
 		return 0;
 	/* An image: what it holds cannot be read here, only how much it is. */
 	g->backing = NULL;
-	ret = image_open(&img, AT_FDCWD, o->backing_arg, NODE_READ_ONLY);
-	g->backing_size = img.h.size;
-	image_close(&img);
-	return ret;
+	return image_virtual_size(&o->backing, &g->backing_size);
 }
 
 static int check_offline_data(const struct offline *o, uint64_t size)

@@ -361,6 +361,80 @@ closed()
 	judge
 }
 
+# Its backing file is on a block device: a raw disk, or an image with data of its own.
+closed_over_device()
+{
+	local backing size=$((2 * 1048576 + 3072)) format=raw base=$dir/base
+
+	pattern base $((6 << 20)) > "$dir/base"
+	if [ "$1" = image ]; then
+		qemu-img create -q -f qcow2 -o "data_file=$dir/base.data,cluster_size=512" "$dir/base.qcow2" 6M
+		qemu-img convert -n -O qcow2 -f raw "$dir/base" "$dir/base.qcow2"
+		truncate -s %512 "$dir/base.qcow2"
+		# What it shows in a part of a cluster would have to be read.
+		format=qcow2 base=$dir/base.qcow2 size=$((2 << 20))
+	fi
+	backing=$(losetup -f --show "$base")
+	qemu-img create -q -f qcow2 -b "$base" -F "$format" -o "data_file=$dir/i.data,cluster_size=4k" \
+		"$dir/i.qcow2" "$size"
+	truncate -s "$size" "$dir/i.data"
+	head -c "$size" "$dir/base" > "$dir/model"
+	[ "$1" != image ] || backing+=,data-file=$dir/base.data
+	"$tool" resize "$dir/i.qcow2" --size 5M --data-file "$dir/i.data" --backing-file "$backing"
+	"$tool" resize "$dir/i.qcow2" --size 8M --data-file "$dir/i.data" --backing-file "$backing"
+	truncate -s 8M "$dir/model"
+	open_it --backing-file "$backing"
+	put new 1024 7
+	cmp "/dev/mapper/$name" "$dir/model"
+	"$tool" close "$name"
+	losetup -d "${backing%%,*}"
+	poll 30 loops_gone
+	nothing_left
+	qemu-img check -q -f qcow2 "$dir/i.qcow2" || fault "qemu-img check: $?"
+	qemu-img compare -q -f qcow2 -F raw "$dir/i.qcow2" "$dir/model"
+}
+
+# What the guest has written cannot be committed when the device is suspended: it
+# is in the live table only, which therefore stays.
+commit_fails()
+{
+	local meta inject=$here/../../tools/tests/inject-lib
+
+	truncate -s 200K "$dir/meta.disk"
+	truncate -s 4M "$dir/i.data" "$dir/model"
+	meta=$(losetup -f --show "$dir/meta.disk")
+	dmsetup create "$prefix-meta" --table "0 400 linear $meta 0"
+	"$tool" create "/dev/mapper/$prefix-meta" --data-file "$dir/i.data" --cluster-size 512 --overwrite-device
+	"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data" 2> "$dir/err"
+	put old 7168 1
+	sync "/dev/mapper/$name"
+	table=$(dmsetup table "$name")
+	before=$(sha256sum < "$dir/meta.disk")
+	pattern unsaved 7168 > "$dir/piece"
+	# Less than a second before the suspend: no commit has been tried yet.
+	cat > "$dir/break" <<-E
+		dmsetup load $prefix-meta --table '0 400 flakey $meta 0 0 3600 1 error_writes'
+		dmsetup suspend --noflush $prefix-meta
+		dmsetup resume $prefix-meta
+		dd if=$dir/piece of=/dev/mapper/$name bs=512 seek=4096 oflag=direct conv=notrunc status=none
+	E
+	refused 4 'could not be written.*before it is closed' env INJECT_AT=1 "INJECT_COMMAND=sh -e $dir/break" \
+		LD_PRELOAD="$inject" "$tool" resize "$name" --size 8M
+	[ "$table" = "$(dmsetup table "$name")" ] || fault "another table: $(dmsetup table "$name")"
+	[ "$(dmsetup info -c --noheadings -o suspended "$name")" = Active ]
+	[ "$(stat -c %s "$dir/i.data")" = $((4 << 20)) ] || fault "the data file has grown"
+	[ "$(mode i)" = fail ] || fault "mode $(mode i)"
+	[ "$before" = "$(sha256sum < "$dir/meta.disk")" ] || fault "the metadata was changed"
+	# It can be saved.
+	dd if="$dir/piece" of="$dir/model" bs=512 seek=4096 conv=notrunc status=none
+	cmp "/dev/mapper/$name" "$dir/model"
+	dmsetup remove --retry "$name"
+	dmsetup remove --retry "$prefix-meta"
+	qemu-img check -q -f qcow2 "$meta" || fault "qemu-img check: $?"
+	losetup -d "$meta"
+	for f in $(losetup -n -O NAME -j "$dir/i.data"); do losetup -d "$f"; done
+}
+
 start jq fio mkfs.ext4 resize2fs e2fsck
 need_tool
 check "grows, clusters of 64 KiB" grows ''
@@ -383,4 +457,7 @@ check "interrupted" interrupted
 check "several at once" twice_at_once
 check "image that is closed" closed ''
 check "image that is closed, clusters of 512" closed cluster_size=512
+check "image that is closed, its backing file is a disk" closed_over_device disk
+check "image that is closed, its backing file is an image on a disk" closed_over_device image
+check "a commit that fails in the suspend" commit_fails
 finish
