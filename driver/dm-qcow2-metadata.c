@@ -219,7 +219,7 @@ bool qcow2_mark_dirty(struct qcow2_metadata *md, struct qcow2_slice *slice,
 {
 	u32 blocks = GENMASK(last / md->units_per_block,
 			     first / md->units_per_block);
-	bool was_clean;
+	bool was_clean;	/* the first one arms the timer of the commit */
 
 	WRITE_ONCE(slice->dirty, slice->dirty | blocks);
 
@@ -1549,6 +1549,10 @@ static int qcow2_commit_batch(struct qcow2_metadata *md, bool *fatal)
 	 * were acknowledged so far.  Reading the blocks can go on meanwhile.
 	 */
 	qcow2_ios_init(&ios);
+	/*
+	 * A batch may be more than md->bs has in reserve: who has to wait for
+	 * a bio submits what is plugged, for it sleeps.
+	 */
 	blk_start_plug(&plug);
 	r = qcow2_read_batch(md, &ios);
 	blk_finish_plug(&plug);

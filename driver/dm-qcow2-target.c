@@ -277,6 +277,7 @@ static void qcow2_process(struct work_struct *work);
 /* Let the workqueue go on with an io.  Any context. */
 static void qcow2_io_queue(struct qcow2_io *io)
 {
+	/* Its last run may not have returned yet, but will not look at it. */
 	INIT_WORK(&io->work, qcow2_process);
 	queue_work(io->q->io_wq, &io->work);
 }
@@ -1580,6 +1581,10 @@ static int qcow2_map(struct dm_target *ti, struct bio *bio)
  *----------------------------------------------------------------
  */
 
+/*
+ * Polling: whoever ends the last one must not touch q any more, as a wake-up
+ * would, and suspends are rare.
+ */
 static void qcow2_wait_slow(struct qcow2_target *q)
 {
 	while (atomic_read(&q->slow))
