@@ -417,7 +417,7 @@ def slow(bench):
     s.write(12 * unit, unit)
     s.write(unit + 4096, 4096)
     s.disk.fsync()
-    expect(all(t.is_alive() for t, _ in waiting), "the backing device does not stand still")
+    expect(all(w.is_alive() for w in waiting), "the backing device does not stand still")
     s.back.go()
     for w in waiting:
         w.finish(60)
