@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import mmap
@@ -140,12 +141,22 @@ def run(*argv, ok=True, timeout=COMMAND_TIMEOUT):
 _tests = []
 
 
-def test(name, *args):
-    """Decorator: the function, called with a Bench and args, is one result."""
+def test(name, *args, all_cpus=False):
+    """Decorator: the function, called with a Bench and args, is one result. all_cpus:
+    also if the file is among those that the test VM gives one CPU."""
     def add(function):
-        _tests.append((name, function, args))
+        _tests.append((name, function, args, all_cpus))
         return function
     return add
+
+
+def set_cpus(several):
+    """Only the test VM is asked for it: all its CPUs, or one."""
+    for path in glob.glob("/sys/devices/system/cpu/cpu[1-9]*/online"):
+        with open(path, "r+", encoding="ascii") as f:
+            if f.read().strip() != str(int(several)):
+                f.seek(0)
+                f.write(str(int(several)))
 
 
 def note(*text):
@@ -192,8 +203,10 @@ def main():
     tests = [t for t in _tests if all(a in t[0] for a in sys.argv[1:])]
     print(f"1..{len(tests)}")
     failed = 0
-    for number, (name, function, args) in enumerate(tests, 1):
+    for number, (name, function, args, all_cpus) in enumerate(tests, 1):
         good = False
+        if os.environ.get("VM_ONE_CPU"):
+            set_cpus(all_cpus)
         start = time.monotonic()
         bench = Bench()
         try:

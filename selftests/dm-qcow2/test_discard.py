@@ -693,10 +693,10 @@ def first_write_race(bench, state, part, operation):
 for _operation in ("discard", "punch_hole", "zero_out"):
     for _state, _part in (("zero", True), ("unallocated", False), ("unallocated", True)):
         test(f"race: {_operation} of a {_state} unit while it is first written {'in part' if _part else 'as a whole'}",
-             _state, _part, _operation)(first_write_race)
+             _state, _part, _operation, all_cpus=True)(first_write_race)
 
 
-@test("race: discard of data while it is overwritten and read")
+@test("race: discard of data while it is overwritten and read", all_cpus=True)
 def overwrite_race(bench):
     s = Setup(bench)
     unit = s.unit
@@ -723,7 +723,7 @@ def overwrite_race(bench):
     s.finish()
 
 
-@test("race: reads of what is discarded, again and again")
+@test("race: reads of what is discarded, again and again", all_cpus=True)
 def read_race(bench):
     s = Setup(bench)
     unit = s.unit
@@ -753,7 +753,7 @@ def read_race(bench):
     s.finish()
 
 
-@test("race: a discard while a commit is under way")
+@test("race: a discard while a commit is under way", all_cpus=True)
 def commit_race(bench):
     s = Setup(bench)
     unit = s.unit

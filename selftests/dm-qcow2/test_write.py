@@ -257,7 +257,7 @@ def raw_equality(bench):
         same(f.read(), model.read(0, size), 0, "data file")
 
 
-@test("concurrent writes to the parts of one cluster")
+@test("concurrent writes to the parts of one cluster", all_cpus=True)
 def same_cluster(bench):
     size = 32 * MIB
     image = bench.image(size)
