@@ -181,6 +181,7 @@ soak:
 	@selftests/powercut --soak
 
 # The kernels are built once, which takes a quarter of an hour.
+check-debug: export MORE_TESTS ?= backing extl2 corrupt fail reload
 check-debug:
 	@selftests/debug/check $(DEBUG)
 
