@@ -61,8 +61,8 @@ def module_range():
 
 
 @contextlib.contextmanager
-def faults(kind, probability, module=True):
-    """While the body runs. Fails if there was not a single one."""
+def faults(kind, probability, module=True, needed=True):
+    """While the body runs. needed: fails if there was not a single one."""
     base = f"{DEBUG}/{kind}"
     start, end = module_range() if module else (0, (1 << 64) - 1)
     put(f"{base}/require-start", start)
@@ -76,7 +76,7 @@ def faults(kind, probability, module=True):
         put(f"{base}/probability", 0)
         done = MANY - int(get(f"{base}/times"))
         note(f"{kind}: {done} faults")
-    expect(done, f"{kind}: nothing has failed")
+    expect(done or not needed, f"{kind}: nothing has failed")
 
 
 class Nth:
@@ -263,7 +263,7 @@ def failing_requests(bench, kind, where, seed):
 
     put(switch, 1)
     try:
-        with faults("fail_make_request", rng.choice((2, 10, 30)), module=False):
+        with faults("fail_make_request", rng.choice((2, 10, 30)), module=False, needed=False):
             for n in range(1, 120):
                 way = rng.randrange(20)
                 length = rng.choice((1, 1, 3, 8, 32, 40, 128))
@@ -326,6 +326,8 @@ def failing_device(bench, kind, where, seed):
         modes.append(mode)
         good += g
         bad += b
+    # There are few metadata requests: not each image has one that fails.
+    expect(bad, "no request has failed")
     note(f"{good} requests succeeded, {bad} failed; modes at the end: rw {modes.count('rw')}, "
          f"fail {modes.count('fail')}")
 
