@@ -448,9 +448,20 @@ class Forced:
         pass
 
 
+def make_room(image):
+    """Room for all metadata, in whole MiB, as a device has it."""
+    image.extend()
+    os.truncate(image.path, -(-image.file_size() // MIB) * MIB)
+
+
 def fill_device(path, file):
     """Copy a file onto a device."""
     run("dd", f"if={file}", f"of={path}", "bs=1M", "oflag=direct", "conv=nocreat", "status=none")
+
+
+def read_device(path, file, *options):
+    """Copy what a device holds back into a file."""
+    run("dd", f"if={path}", f"of={file}", "bs=1M", "iflag=direct", "conv=notrunc", "status=none", *options)
 
 
 def vanish(bench, kind, role, moment):
@@ -459,8 +470,7 @@ def vanish(bench, kind, role, moment):
     image = bench.image(8 * MIB, cluster=unit)
     image.qemu_io("write -q -P 97 0 128k")
     image.trim()
-    image.extend()
-    os.truncate(image.path, -(-image.file_size() // MIB) * MIB)
+    make_room(image)
     device = bench.add(kind(bench, 8 * MIB))
     fill_device(device.path, image.path if role == "meta" else image.data)
     image.attach()
@@ -555,8 +565,10 @@ def vanishing(bench, kind, role, moment):
         return
     # Plugged in again: what was acknowledged is there.
     path = device.back()
-    run("dd", f"if={path}", f"of={image.path if role == 'meta' else image.data}", "bs=1M", "iflag=direct",
-        "conv=notrunc", "status=none", *(() if role == "meta" else (f"count={image.size // MIB}",)))
+    if role == "meta":
+        read_device(path, image.path)
+    else:
+        read_device(path, image.data, f"count={image.size // MIB}")
     image.check(leaks=True)
     content = image.content()
     same(content[:2 * CLUSTER], b"a" * 2 * CLUSTER)
@@ -570,8 +582,7 @@ def vanishing(bench, kind, role, moment):
 def comes_back(bench):
     """What cannot resume keeps its requests; a table with the disk's new name ends the wait."""
     image = make(bench)
-    image.extend()
-    os.truncate(image.path, -(-image.file_size() // MIB) * MIB)
+    make_room(image)
     device = bench.add(Scsi(bench, 8 * MIB))
     fill_device(device.path, image.path)
     dm = image.open(meta=device.path)
@@ -591,7 +602,7 @@ def comes_back(bench):
     disk.fsync()
     bench.drop(disk)
     bench.drop(dm)
-    run("dd", f"if={path}", f"of={image.path}", "bs=1M", "iflag=direct", "conv=notrunc", "status=none")
+    read_device(path, image.path)
     image.check()
     model = bench.model(image.size)
     model.write(0, b"a" * 2 * CLUSTER)
