@@ -72,10 +72,10 @@ def pairwise():
     rows = []
     while todo:
         best, gain = None, 0
+        # Sorted: the order of a set is not the same in each run.
+        first = sorted(todo, key=lambda p: sorted(map(str, p)))[:40]
         for _ in range(60):
-            # Sorted: the order of a set is not the same in each run.
-            row = dict(rng.choice(sorted(todo, key=lambda p: sorted(map(str, p)))) if len(todo) < 40 else
-                       rng.choice(tuple(sorted(todo, key=lambda p: sorted(map(str, p))))[:40]))
+            row = dict(rng.choice(first))
             if not fill_in(row, names, todo, rng):
                 continue
             got = sum(p <= set(row.items()) for p in todo)
