@@ -57,7 +57,7 @@ help:
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
 	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
-	@echo '  make check-planted  would the power cut test find a bug?'
+	@echo '  make check-planted  would the tests find a bug?'
 	@echo '  make vm-build    module for the kernel of the VM (KERNEL=$(KERNEL)), and tool'
 	@echo 'Now: KDIR=$(or $(KDIR),(no kernel headers found))'
 
@@ -163,7 +163,7 @@ check-kernels:
 	done; \
 	[ -z "$$failed" ] || { echo "check-kernels: failed with kernel:$$failed" >&2; exit 1; }
 
-# A module with bugs that the power cut test has to find, for the VM's kernel
+# A module with bugs that tests have to find, for the VM's kernel
 planted-build:
 	@$(LOCK) $(MAKE) --no-print-directory -C selftests/planted module
 

@@ -15,6 +15,8 @@
  *   -b BYTES   size of the backing device, whose ranges have content BACKING
  *   -x         a discard zeroes just its range (default: the units within it)
  *   -d         send no discards
+ *   -p         plain requests only: none that may not wait, no write zeroes that must
+ *              not be written
  *
  * Each sector belongs to one thread, units to one or to all of them.  Only the owner
  * writes a sector, and so knows what it must read; the content of others' sectors
@@ -78,7 +80,7 @@ static uint64_t seed = 1;
 static unsigned long rounds = 6, requests = 50;
 static unsigned int threads = 16;
 static uint64_t backing;
-static bool exact, discards = true;
+static bool exact, plain, discards = true;
 static int fd = -1, fd_sync = -1;
 static struct worker workers[MAX_THREADS];
 static struct { uint64_t start, end; } ranges[MAX_RANGES];
@@ -227,6 +229,16 @@ static void command(struct worker *w, enum kind kind, uint64_t start, uint64_t l
 	w->counts[kind]++;
 }
 
+/* What is sent in place of a kind that the device does not do. */
+static enum kind possible(enum kind kind)
+{
+	if (plain && kind == READ_NOWAIT)
+		return READ;
+	if (plain && kind == PUNCH_HOLE)
+		return ZERO_OUT;
+	return kind == DISCARD && !discards ? WRITE : kind;
+}
+
 static enum kind choose(struct worker *w)
 {
 	unsigned int sum = 0, way = below(w, 1000);
@@ -237,12 +249,12 @@ static enum kind choose(struct worker *w)
 		if (way < sum)
 			break;
 	}
-	return kind == DISCARD && !discards ? WRITE : kind;
+	return possible(kind);
 }
 
 static enum kind choose_zeroing(struct worker *w)
 {
-	return discards ? DISCARD + below(w, 4) : ZERO_OUT + below(w, 3);
+	return possible(discards ? DISCARD + below(w, 4) : ZERO_OUT + below(w, 3));
 }
 
 /* Spots from @i that a request of this kind can cover, all of them the thread's own. */
@@ -339,17 +351,24 @@ static void zero_units(struct worker *w, uint64_t max)
 	command(w, choose_zeroing(w), start, end - start);
 }
 
-/* Nobody else is at work. */
+/*
+ * Nobody else is at work.  Every other time what is discarded is also committed, so that
+ * the others find it being discarded below.
+ */
 static void reset(struct worker *w)
 {
+	bool commit = below(w, 2);
 	unsigned long i;
 	unsigned int r;
 
 	for (r = 0; r < nr_ranges; r++)
 		if (below(w, 4))
-			command(w, choose_zeroing(w), ranges[r].start, ranges[r].end - ranges[r].start);
+			command(w, commit && discards ? DISCARD : choose_zeroing(w), ranges[r].start,
+				ranges[r].end - ranges[r].start);
 		else
 			ranges[r].start |= 1;	/* spared */
+	if (commit)
+		command(w, FLUSH, 0, 0);
 	r = 0;
 	for (i = 0; i < nr_spots; i++) {
 		struct spot *s = &spots[i];
@@ -465,7 +484,7 @@ int main(int argc, char **argv)
 	unsigned int i, k;
 	int c;
 
-	while ((c = getopt(argc, argv, "f:s:r:n:t:u:b:xd")) != -1) {
+	while ((c = getopt(argc, argv, "f:s:r:n:t:u:b:xdp")) != -1) {
 		switch (c) {
 		case 'f':	only_fill = strtoull(optarg, NULL, 0) ? : BACKING; break;
 		case 's':	seed = strtoull(optarg, NULL, 0); break;
@@ -476,6 +495,7 @@ int main(int argc, char **argv)
 		case 'b':	backing = strtoull(optarg, NULL, 0); break;
 		case 'x':	exact = true; break;
 		case 'd':	discards = false; break;
+		case 'p':	plain = true; break;
 		default:	return 2;
 		}
 	}

@@ -17,7 +17,7 @@ import random
 import subprocess
 import time
 
-from qcow2test import (DM_NOFLUSH_FLAG, HERE, KIB, MIB, Failure, Task, expect, main, note, run, test)
+from qcow2test import (DM_NOFLUSH_FLAG, HERE, KIB, MIB, Failure, Lower, Task, expect, main, note, run, test)
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 ROUNDS = int(os.environ.get("ROUNDS", 10))
@@ -32,6 +32,8 @@ IMAGES = {
     "extended L2 and backing device": {"cluster": 64 * KIB, "extended": True, "backing": True, "units": 24},
     "extended L2": {"cluster": 16 * KIB, "extended": True, "units": 40},
     "data_file_raw": {"cluster": 64 * KIB, "raw": True},
+    # Fills and discards take a while, so that others meet them under way.
+    "data device with late writes": {"cluster": 4 * KIB, "late": 4},
 }
 
 
@@ -111,11 +113,18 @@ def race(bench, kind, seed, ways=Disturber.WAYS, meanwhile=contextlib.nullcontex
     if not image.get("autoclear_features") & 2:
         # Other than what backs it, and what anybody writes
         run(RACE, "-f", 0xee << 56, image.data, *places)
-    dm = image.open()
+    lower = None
+    if kind.get("late"):
+        image.attach()
+        lower = Lower(bench, "data", image.data_loop.path)
+        lower.slow(writes=kind["late"])
+    dm = image.open(data=lower and lower.path)
 
     argv = [RACE, "-s", seed, "-r", ROUNDS, "-n", REQUESTS, "-t", THREADS, "-u", unit]
     argv += ["-b", os.stat(backing).st_size] if backing else []
     argv += ["-x"] if kind.get("raw") else []
+    # dm-delay does no others.
+    argv += ["-p"] if lower else []
     argv += [dm.path, model, *places]
     with meanwhile:
         disturber = Disturber(dm, rng, ways)
@@ -131,6 +140,8 @@ def race(bench, kind, seed, ways=Disturber.WAYS, meanwhile=contextlib.nullcontex
 
     expect(dm.mode() == "rw", f"{dm.status()}")
     bench.drop(dm)
+    if lower:
+        bench.drop(lower.dm)
     image.check(leaks=True)
     image.detach()
     status, out = run("qemu-img", "compare", "-U", "-f", "qcow2", "-F", "raw", image.path, model, ok=False)
