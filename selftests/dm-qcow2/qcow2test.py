@@ -390,17 +390,6 @@ class Ext4:
         self.loop.close()
 
 
-class RamDisk:
-    """A device without write zeroes; in newer kernels it can discard."""
-    path = "/dev/ram0"
-
-    def __init__(self, size):
-        run("modprobe", "brd", "rd_nr=1", f"rd_size={size // KIB}")
-
-    def close(self):
-        run("modprobe", "-r", "brd")
-
-
 Status = collections.namedtuple("Status", (
     "cluster_sectors tables entries slices state_bytes dirty hits misses first_writes commits "
     "drops refused features mode"))

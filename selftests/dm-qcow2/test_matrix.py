@@ -21,7 +21,7 @@ import random
 import threading
 import time
 
-from qcow2test import (HERE, KIB, MIB, Ext4, Failure, RamDisk, expect, main, note, queue_limit, run, test)
+from qcow2test import (HERE, KIB, MIB, Ext4, Failure, NullBlk, expect, main, note, queue_limit, run, test)
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 REQUESTS = int(os.environ.get("REQUESTS", 2000))
@@ -179,7 +179,7 @@ class Matrix:
         if row["data"] == "ext4":
             data = bench.add(Ext4(bench, 128 * MIB)).path + "/data"
         elif row["data"] == "ram":
-            data = bench.add(RamDisk(64 * MIB)).path
+            data = bench.add(NullBlk(64 * MIB, discard=False)).path
         if row["backing"] != "none":
             length = {"shorter": self.size // 2 & ~511, "equal": self.size,
                       "longer": self.size + 3 * row["cluster"] + 512}[row["backing"]]
