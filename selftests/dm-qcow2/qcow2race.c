@@ -212,7 +212,7 @@ static void transfer(struct worker *w, enum kind kind, uint64_t start, uint64_t 
 static void command(struct worker *w, enum kind kind, uint64_t start, uint64_t length)
 {
 	uint64_t range[2] = { start, length };
-	int mode = FALLOC_FL_KEEP_SIZE, r;
+	int r;
 
 	if (kind == DISCARD)
 		r = ioctl(fd, BLKDISCARD, range);
@@ -220,9 +220,10 @@ static void command(struct worker *w, enum kind kind, uint64_t start, uint64_t l
 		r = ioctl(fd, BLKZEROOUT, range);
 	else if (kind == FLUSH)
 		r = fdatasync(fd);
+	else if (kind == PUNCH_HOLE)
+		r = errno = punch_hole(fd, start, length, exact);
 	else
-		r = fallocate(fd, mode | (kind == PUNCH_HOLE ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE),
-			      start, length);
+		r = fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, start, length);
 	if (r)
 		die("%s at %#llx+%#llx: %s", names[kind], (unsigned long long)start,
 		    (unsigned long long)length, strerror(errno));

@@ -28,7 +28,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <glob.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <pthread.h>
@@ -40,7 +39,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -247,38 +245,10 @@ static int transfer(struct worker *w, const struct request *r)
 	return 0;
 }
 
-/* Do the device and those below it say that they take write zeroes? */
-static bool zeroes_offered(void)
-{
-	unsigned long long bytes;
-	bool offered = true;
-	char path[100];
-	struct stat st;
-	glob_t found;
-	size_t i;
-	FILE *f;
-
-	if (fstat(fd, &st))
-		die("fstat: %s", strerror(errno));
-	snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/{,slaves/*/}queue/write_zeroes_max_bytes",
-		 major(st.st_rdev), minor(st.st_rdev));
-	if (glob(path, GLOB_BRACE, NULL, &found))
-		die("%s: nothing there", path);
-	for (i = 0; i < found.gl_pathc; i++) {
-		f = fopen(found.gl_pathv[i], "r");
-		if (!f || fscanf(f, "%llu", &bytes) != 1)
-			die("%s: %s", found.gl_pathv[i], strerror(errno));
-		fclose(f);
-		offered = offered && bytes;
-	}
-	globfree(&found);
-	return offered;
-}
-
 static int perform(struct worker *w, const struct request *r)
 {
 	uint64_t range[2] = { r->start, r->end - r->start };
-	int mode = FALLOC_FL_ZERO_RANGE, err;
+	int mode = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
 
 	switch (r->kind) {
 	case READ:
@@ -293,17 +263,9 @@ static int perform(struct worker *w, const struct request *r)
 	case ZERO_OUT:
 		return ioctl(fd, BLKZEROOUT, range) ? errno : 0;
 	case PUNCH_HOLE:
-		mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-		err = fallocate(fd, mode, r->start, r->end - r->start) ? errno : 0;
-		/*
-		 * A raw image's go to the data device, which from 6.11 on takes none any
-		 * more once it has refused one of some kind.
-		 */
-		if (err == EOPNOTSUPP && raw && !zeroes_offered())
-			err = ioctl(fd, BLKZEROOUT, range) ? errno : 0;
-		return err;
+		return punch_hole(fd, r->start, r->end - r->start, raw);
 	case ZERO_RANGE:
-		return fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, r->start, r->end - r->start) ? errno : 0;
+		return fallocate(fd, mode, r->start, r->end - r->start) ? errno : 0;
 	case FLUSH:
 		return fdatasync(fd) ? errno : 0;
 	default:
