@@ -22,7 +22,7 @@ import threading
 import time
 
 from qcow2test import (DM_TABLE_LOAD, KIB, LIBC, Dm, Failure, Io, Task, dm_ioctl, expect, fails_with, main,
-                       note, queue_limit, run, same, test, wait_for)
+                       note, queue_limit, run, same, sysfs, test, wait_for)
 from qcow2image import CORRUPT, RAW
 
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
@@ -106,6 +106,9 @@ class Served:
         theirs.close()
         self.tasks = [Task(self.serve, ours), Task(self.attend, self.fd)]
         wait_for(f"{self.path} is connected", 20, lambda: queue_limit(self.path, "../size") == self.size // 512)
+        # Each request is to be seen as it was made.
+        with open(f"{sysfs(self.path)}/queue/nomerges", "w", encoding="ascii") as f:
+            f.write("2")
 
     def attend(self, fd):
         """The driver wants a process that waits."""
