@@ -56,6 +56,10 @@ enum qcow2_mode {
 			 */
 };
 
+/*
+ * Per CPU: changed with this_cpu_inc(), summed with READ_ONCE(); where that reads
+ * half of a change (32 bits), status shows a wrong number once.
+ */
 struct qcow2_stats {
 	u64 hits;
 	u64 misses;
@@ -1988,9 +1992,9 @@ static void qcow2_status(struct dm_target *ti, status_type_t type,
 		for_each_possible_cpu(cpu) {
 			struct qcow2_stats *stats = per_cpu_ptr(q->stats, cpu);
 
-			sum.hits += stats->hits;
-			sum.misses += stats->misses;
-			sum.first_writes += stats->first_writes;
+			sum.hits += READ_ONCE(stats->hits);
+			sum.misses += READ_ONCE(stats->misses);
+			sum.first_writes += READ_ONCE(stats->first_writes);
 		}
 		DMEMIT("%u %lu/%u %lu %llu %lu %llu %llu %llu %lu %lu %lu ",
 		       1U << (geo->cluster_bits - SECTOR_SHIFT), READ_ONCE(md->l1_used),
