@@ -39,6 +39,10 @@ UNKNOWN = None
 NUMBERS = (0, 1, 2, 7, 0x1FF, 0x200, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 55, 1 << 56, 1 << 62, 1 << 63,
            (1 << 63) - 1, (1 << 64) - 1, (1 << 64) - 512)
 
+# Numbers in the header: offset and bytes
+FIELDS = ((4, 4), (8, 8), (16, 4), (20, 4), (24, 8), (32, 4), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4),
+          (64, 8), (72, 8), (80, 8), (88, 8), (96, 4), (100, 4))
+
 
 class Target:
     """A valid image, to be damaged again and again."""
@@ -54,19 +58,23 @@ class Target:
         self.size, self.unit, self.cluster = image.size, image.unit, image.cluster
         cluster = self.cluster
         rng = random.Random(SEED)
-        # In some tables some units of each state
+        # In some tables some units of each state; the last table, if there are several,
+        # is not there yet.
         commands = []
-        for at in range(0, self.size - cluster, max(image.cover, self.size // 8)):
+        end = min(self.size - cluster, max((self.size - 1) // image.cover * image.cover, image.cover))
+        for at in range(0, end, max(image.cover, self.size // 8)):
             commands += [f"write -q -P 1 {at} {min(3 * cluster, self.size - at)}",
                          f"write -q -z {at + 3 * cluster} {cluster}"] if at + 5 * cluster < self.size else []
         if commands and not options.get("options"):
             image.qemu_io(*commands)
         image.trim()
         image.extend()
-        # Clusters that are counted, though nothing uses them: nobody may write there.
+        # Clusters that are counted, though nothing uses them: nobody may write there. So
+        # there have to be others.
+        os.truncate(image.path, image.file_size() + 4 * cluster)
         end = image.file_size() // cluster
-        for number in self.free_clusters(end)[:2]:
-            image.set_refcount(number, 1)
+        for count, number in enumerate(self.free_clusters(end)[:2], 1):
+            image.set_refcount(number, min(count, (1 << options.get("refcount_bits", 16)) - 1))
             image.patch(number * cluster, rng.randbytes(cluster))
         self.meta = image.read(0, image.file_size())
         self.data = rng.randbytes(self.size) + b"\xa5" * GUARD
@@ -113,7 +121,13 @@ class Target:
             offset, length = rng.choice(self.areas[kind])
             at = offset + rng.randrange(length)
             how = rng.randrange(5)
-            if how == 0:
+            if kind == "header" and rng.randrange(2):
+                # a number that is nearly right
+                at, size = rng.choice(FIELDS)
+                old = int.from_bytes(meta[at:at + size], "big")
+                new = rng.choice((old + 1, old - 1, old * 2, old // 2, old + self.cluster, old - self.cluster, 0))
+                new = (new & (1 << 8 * size) - 1).to_bytes(size, "big")
+            elif how == 0:
                 new = bytes([meta[at] ^ 1 << rng.randrange(8)])
             elif how == 1:
                 new = rng.randbytes(rng.choice((1, 1, 2, 8, 32)))
