@@ -293,7 +293,7 @@ def corrupt(bench, name, log, word, bitmap, data_first):
     with open(image.data, "rb") as f:
         data = f.read()
     metadata = image.read(0, image.file_size())
-    log_now = bench.add(KernelLog())
+    log_now = bench.add(KernelLog(room=True))
     dm = image.open()
     disk = bench.io(dm)
     events = dm.events()
