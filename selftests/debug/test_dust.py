@@ -67,7 +67,6 @@ class Setup:
         self.backing = bench.add(Dust("backing", image.backing_loop.path)) if backing else None
         self.line = image.line(self.meta.path, self.data.path,
                                *(("backing_dev", self.backing.path) if backing else ()))
-        self.below = b"B" if backing else b"\0"
         self.dm = self.disk = None
 
     def open(self):

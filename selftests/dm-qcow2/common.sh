@@ -390,9 +390,10 @@ need_tool()
 # one line, which matches
 refused()
 {
-	local want=$1 pattern=$2 rc=0 err
+	local want=$1 pattern=$2 rc=0
 
 	shift 2
+	# Left for the caller, who may want to tell several refusals apart
 	err=$("$@" 2>&1 > "$dir/stdout") || rc=$?
 	[[ $rc =~ ^$want$ ]] || fault "status $rc, not $want: $*: $err"
 	# Nothing that a terminal would take for a command, a newline included.
