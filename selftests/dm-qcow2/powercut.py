@@ -5,6 +5,7 @@ import re
 import shutil
 
 import qcow2test
+from qcow2image import RAW
 from qcow2test import MIB, Dm, Loop, expect, note, run
 
 EXPORT = "/run/vm/export"
@@ -81,10 +82,12 @@ class FlushTrace:
 class Recording:
     """An image on two slices of a device whose writes are logged."""
 
-    def __init__(self, bench, name, size, room=None, data_size=None, backing=0, mapped=False, export=True, **options):
+    def __init__(self, bench, name, size, room=None, data_size=None, backing=0, raw=False, mapped=False,
+                 export=True, **options):
         """room: size of the metadata device, in bytes; without it, that of the worst
         case. data_size: of the data device, if it is to be larger than the image.
-        backing: size of a raw backing file. mapped: let qcow2setup open the image.
+        backing: size of a raw backing file. raw: data_file_raw, but nothing is allocated.
+        mapped: let qcow2setup open the image.
         export: leave the recording to the host, if it wants it."""
         self.bench, self.name, self.size = bench, name, size
         self.data_size = data_size or size
@@ -96,6 +99,10 @@ class Recording:
             path = bench.file("backing", backing)
             run(LOAD, "--fill", "B", path, 0, backing // 512)
         self.image = bench.image(size, name, backing=path, **options)
+        self.raw = raw
+        if raw:
+            # QEMU would allocate everything.
+            self.image.set("autoclear_features", RAW)
         end = -(-self.image.file_size() // self.image.cluster) * self.image.cluster
         self.image.extend()
         self.meta_size = room or -(-self.image.file_size() // 4096) * 4096
@@ -106,7 +113,9 @@ class Recording:
             "bs=64k", "conv=notrunc", "status=none")
         # Free space of the metadata holds what must not be taken for a table.
         run(LOAD, "--fill", "J", disk, end // 512, (self.meta_size - end) // 512)
-        run(LOAD, "--fill", "P", disk, self.meta_size // 512, self.data_size // 512)
+        # With data_file_raw the data device reads as the guest, from the beginning.
+        if not raw:
+            run(LOAD, "--fill", "P", disk, self.meta_size // 512, self.data_size // 512)
         run("dd", f"if={disk}", f"of={self.dir}/meta", "bs=64k", f"count={self.meta_size}",
             "iflag=count_bytes", "status=none")
 
@@ -155,7 +164,7 @@ class Recording:
         note(f"{self.name}: {self.number} requests, {len(flushes)} flushes, {unclear} of them of either device")
         with open(self.dir + "/conf", "w", encoding="ascii") as f:
             f.write(f"meta_sectors {self.meta_size // 512}\ndata_sectors {self.data_size // 512}\n"
-                    f"backing_sectors {self.backing // 512}\nseed {seed}\nclosed 1\n")
+                    f"backing_sectors {self.backing // 512}\nseed {seed}\nclosed 1\nraw {int(self.raw)}\n")
         if not os.path.exists(self.dir + "/journal"):
             open(self.dir + "/journal", "w", encoding="ascii").close()
         os.sync()

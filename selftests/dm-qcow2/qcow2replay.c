@@ -30,7 +30,8 @@
  *	  and L2 tables, every refcount
  *	- in here: each sector that a guest would see must be one that the requests
  *	  allow, given those that were acknowledged before a flush that ended before
- *	  (or another command judges the content: -c)
+ *	  (or another command judges the content: -c); with data_file_raw, those that
+ *	  the data device has, too
  *	- by "qemu-img check" and "qcow2setup check", if the metadata is not that of
  *	  a state that they have seen; all three have to agree about leaks
  *	- a share of them by "qemu-img compare" with the view of this program
@@ -76,6 +77,7 @@ static struct conf {
 	uint64_t backing_sectors;
 	uint64_t seed;			/* of the load; 0: content is not stamped */
 	uint64_t closed;		/* the log ends with the device's removal */
+	uint64_t raw;			/* the data device is a raw disk, too */
 } conf;
 
 struct entry {
@@ -254,6 +256,8 @@ static void read_conf(void)
 			conf.seed = value;
 		else if (!strcmp(key, "closed"))
 			conf.closed = value;
+		else if (!strcmp(key, "raw"))
+			conf.raw = value;
 	}
 	fclose(f);
 	if (!conf.meta_sectors || !conf.data_sectors)
@@ -483,7 +487,7 @@ static void follow_requests(const struct entry *e, unsigned int unit)
 static enum class content(const struct state *st, uint64_t s)
 {
 	if (st->data[s] == INITIAL)
-		return POISON;
+		return conf.raw ? ZEROS : POISON;
 	return st->data[s] == DISCARDED ? TRIMMED : class_of[st->data[s]];
 }
 
@@ -676,6 +680,9 @@ static bool judge_unit(const struct state *st, uint64_t sector, uint64_t end, en
 		else if (state == QCOW2_UNALLOCATED && sector < conf.backing_sectors)
 			c = BACKING;
 		good &= judge_sector(sector, c, state);
+		/* Who reads the data device alone must not miss anything. */
+		if (conf.raw && state != QCOW2_DATA)
+			good &= judge_sector(sector, content(st, sector), QCOW2_DATA);
 	}
 	return good;
 }
@@ -690,6 +697,8 @@ static void data_sector(const struct state *st, uint64_t s, uint8_t *p)
 {
 	if (st->data[s] > DISCARDED)
 		memcpy(p, log_base + (uint64_t)st->data[s] * SECTOR, SECTOR);
+	else if (st->data[s] == INITIAL && conf.raw)
+		memset(p, 0, SECTOR);
 	else
 		stamp(p, st->data[s] == INITIAL ? STAMP_POISON : 'D', 0, s, 0);
 }

@@ -27,6 +27,8 @@ LOADS = {
     "extended": (500, (), {"size": 4 * MIB, "cluster": 16 * KIB, "extended": True}),
     # ends within a cluster, and the backing file within another one
     "backing": (400, (), {"size": 4 * MIB - 1536, "cluster": 8 * KIB, "backing": 3 * MIB - 1536}),
+    # No discards: what they leave behind is the data device's affair.
+    "raw": (300, ("-w", "66,10,14,0,10"), {"size": 2 * MIB, "cluster": 2 * KIB, "raw": True}),
     # one request after the other
     "serial": (200, ("-t", 1), {"size": 2 * MIB, "cluster": 2 * KIB}),
     # 64 tables, and room for some of them
