@@ -685,32 +685,32 @@ SMALL = {"cluster": 512, "refcount_bits": 64, "covers": 128, "tables": 0}
 ONE_PART = ("write", (0, 9, 1024), 512)
 
 # Name, ways to fail, options of the image, steps, requests that have to be among those made
-for _name, _hows, _options, _steps, _wanted in (
-        ("a read", "once, dead", {},
-         (("read", 0, "2"),), "read L2 table, read data"),
-        ("a read from the backing device", "once", {"backing": True},
-         (("read", (0, 9, 0), "2"),), "read L2 table, read backing"),
-        ("an overwrite and a flush", "once, dead", {},
-         (("write", (0, 1, 512), 1024), ("fsync",)), "read L2 table, write data, flush data"),
-        ("a first write of whole units and a flush", "once", {},
-         (("write", (0, 9, 0), "2"), ("fsync",)), FIRST),
-        ("a first write of a part", "once, dead", {}, (ONE_PART, ("fsync",)), PART),
-        ("a first write with a copy", "once", {"backing": True}, (ONE_PART, ("fsync",)), f"{PART}, read backing"),
-        ("a first write of a part, extended L2 entries", "once", EXTENDED, (ONE_PART, ("fsync",)), PART),
-        ("a first write, data_file_raw", "once", {"raw": True, "covers": 2}, (ONE_PART, ("fsync",)), FIRST),
-        ("a first write that needs an L2 table", "once, dead, gone", {},
-         (("write", (2, 9, 1024), 512), ("fsync",)), f"{NEW}, write refcount block, write fill"),
-        ("a first write that needs a refcount block", "once, dead", SMALL,
-         (("write", (100, 9, 0), 1024), ("fsync",)), f"{NEW}, read new cluster, write refcount table"),
-        ("a FUA first write", "once, dead", {}, (("fua", (0, 9, 1024), 512),), PART),
-        ("a discard, and its pass-down", "once, gone", {},
-         (("discard", (0, 1, 0), "2"), ("fsync",), ("cycle",)), f"{COMMIT}, discard data, {RESUME}"),
-        ("suspend and resume", "once, dead, gone", {}, (ONE_PART, ("cycle",)), f"{PART}, {RESUME}"),
-        ("removal", "once, dead, gone", {}, (ONE_PART, ("remove",)), PART),
-        ("a new table", "once", {}, (ONE_PART, ("reload",)), f"{PART}, {RESUME}"),
-        ("an entry that cannot be true", "once", {"corrupt": True},
-         (("corrupt", (1, 0, 0), 512),), "read L2 table, read header, write header")):
-    test(f"each request fails: {_name} ({_hows})", _options, _steps, _wanted, _hows)(sweep)
+SCENARIOS = (
+    ("a read", "once, dead", {},
+     (("read", 0, "2"),), "read L2 table, read data"),
+    ("a read from the backing device", "once", {"backing": True},
+     (("read", (0, 9, 0), "2"),), "read L2 table, read backing"),
+    ("an overwrite and a flush", "once, dead", {},
+     (("write", (0, 1, 512), 1024), ("fsync",)), "read L2 table, write data, flush data"),
+    ("a first write of whole units and a flush", "once", {},
+     (("write", (0, 9, 0), "2"), ("fsync",)), FIRST),
+    ("a first write of a part", "once, dead", {}, (ONE_PART, ("fsync",)), PART),
+    ("a first write with a copy", "once", {"backing": True}, (ONE_PART, ("fsync",)), f"{PART}, read backing"),
+    ("a first write of a part, extended L2 entries", "once", EXTENDED, (ONE_PART, ("fsync",)), PART),
+    ("a first write, data_file_raw", "once", {"raw": True, "covers": 2}, (ONE_PART, ("fsync",)), FIRST),
+    ("a first write that needs an L2 table", "once, dead, gone", {},
+     (("write", (2, 9, 1024), 512), ("fsync",)), f"{NEW}, write refcount block, write fill"),
+    ("a first write that needs a refcount block", "once, dead", SMALL,
+     (("write", (100, 9, 0), 1024), ("fsync",)), f"{NEW}, read new cluster, write refcount table"),
+    ("a FUA first write", "once, dead", {}, (("fua", (0, 9, 1024), 512),), PART),
+    ("a discard, and its pass-down", "once, gone", {},
+     (("discard", (0, 1, 0), "2"), ("fsync",), ("cycle",)), f"{COMMIT}, discard data, {RESUME}"),
+    ("suspend and resume", "once, dead, gone", {}, (ONE_PART, ("cycle",)), f"{PART}, {RESUME}"),
+    ("removal", "once, dead, gone", {}, (ONE_PART, ("remove",)), PART),
+    ("a new table", "once", {}, (ONE_PART, ("reload",)), f"{PART}, {RESUME}"),
+    ("an entry that cannot be true", "once", {"corrupt": True},
+     (("corrupt", (1, 0, 0), 512),), "read L2 table, read header, write header")
+)
 
 
 # Requests that have to wait
@@ -843,10 +843,14 @@ def waiting(bench, what, fail):
     rig.check(leaks=mode == "fail")
 
 
-for _what, _text in (("miss", "a miss"), ("busy", "a busy unit"), ("commit", "a commit")):
-    for _fail in (False, True):
-        test(f"hundreds wait for {_text} that {'fails' if _fail else 'is slow'}", _what, _fail)(waiting)
+def register():
+    for name, hows, *scenario in SCENARIOS:
+        test(f"each request fails: {name} ({hows})", *scenario, hows)(sweep)
+    for what, text in (("miss", "a miss"), ("busy", "a busy unit"), ("commit", "a commit")):
+        for fail in (False, True):
+            test(f"hundreds wait for {text} that {'fails' if fail else 'is slow'}", what, fail)(waiting)
 
 
 if __name__ == "__main__":
+    register()
     main()

@@ -424,10 +424,11 @@ def by_tool(target, rng, counts):
         expect(after == target.data, "a read-only device was changed")
 
 
-def fuzz(bench, size, **options):
+def fuzz(bench, size, options, images=IMAGES):
+    """Use many images of one kind, each with other damage."""
     target = Target(bench, size, **options)
     counts = Counts()
-    for n in range(IMAGES):
+    for n in range(images):
         if ONLY and n != int(ONLY):
             continue
         rng = random.Random(f"{SEED} {n} {size} {sorted(options.items())}")
@@ -449,19 +450,22 @@ def fuzz(bench, size, **options):
     expect(ONLY or (sound.opened and not sound.failed), "the undamaged image cannot be used")
 
 
-for NAME, SIZE, OPTIONS in (
-        ("standard clusters of 4 KiB", 2 * MIB + 512 * KIB, {"cluster": 4 * KIB}),
-        ("clusters of 512 bytes, refcounts of 64 bits", 160 * KIB, {"cluster": 512, "refcount_bits": 64}),
-        ("clusters of 512 bytes, refcounts of 1 bit, odd size", 150 * KIB + 512, {"cluster": 512, "refcount_bits": 1}),
-        ("clusters of 64 KiB", 2 * MIB, {}),
-        ("extended L2 entries", 2 * MIB, {"cluster": 16 * KIB, "extended": True}),
-        ("raw", MIB, {"cluster": 4 * KIB, "raw": True}),
-        ("backing file", MIB, {"cluster": 4 * KIB, "backing": MIB // 2 + 512}),
-        ("backing file, extended L2 entries", 2 * MIB,
-         {"cluster": 16 * KIB, "extended": True, "backing": MIB}),
-        ("preallocated", MIB, {"cluster": 4 * KIB, "options": ",preallocation=metadata"})):
-    test(f"damaged images: {NAME}", SIZE, OPTIONS)(lambda bench, size, options: fuzz(bench, size, **options))
+# Name, size, options of the image
+KINDS = (
+    ("standard clusters of 4 KiB", 2 * MIB + 512 * KIB, {"cluster": 4 * KIB}),
+    ("clusters of 512 bytes, refcounts of 64 bits", 160 * KIB, {"cluster": 512, "refcount_bits": 64}),
+    ("clusters of 512 bytes, refcounts of 1 bit, odd size", 150 * KIB + 512, {"cluster": 512, "refcount_bits": 1}),
+    ("clusters of 64 KiB, odd size", 2 * MIB - 1536, {}),
+    ("extended L2 entries", 2 * MIB, {"cluster": 16 * KIB, "extended": True}),
+    ("raw", MIB, {"cluster": 4 * KIB, "raw": True}),
+    ("backing file", MIB, {"cluster": 4 * KIB, "backing": MIB // 2 + 512}),
+    ("backing file, extended L2 entries", 2 * MIB,
+     {"cluster": 16 * KIB, "extended": True, "backing": MIB}),
+    ("preallocated", MIB, {"cluster": 4 * KIB, "options": ",preallocation=metadata"})
+)
 
 
 if __name__ == "__main__":
+    for NAME, *WHAT in KINDS:
+        test(f"damaged images: {NAME}", *WHAT)(fuzz)
     main()

@@ -4,19 +4,12 @@
 parameter tells which one is to be had. Each must be found, and for what it does;
 with none the same loads must pass.
 """
-import os
-import sys
+from planted import plant
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "../dm-qcow2"))
-
-# pylint: disable=wrong-import-position
+# pylint: disable=wrong-import-order
 import qcow2test
 from qcow2test import KIB, MIB, Failure, note, test
 from powercut import Recording
-
-os.environ["DM_QCOW2_KO"] = os.path.join(HERE, "../../.build/planted/dm-qcow2.ko")
-PARAMETER = "/sys/module/dm_qcow2/parameters/planted"
 
 # Images, and options of qcow2load
 PLAIN = {"size": 2 * MIB, "cluster": 4 * KIB}, ()
@@ -49,8 +42,7 @@ BUGS = (
 
 def found(bench, bug, load, reasons):
     """Record a load with a bug. The judge must object, and for a reason that fits."""
-    with open(PARAMETER, "w", encoding="ascii") as f:
-        f.write(str(bug))
+    plant(bug)
     image, options = load
     for n, requests in enumerate(REQUESTS if reasons else REQUESTS[:1]):
         recording = Recording(bench, f"planted{n}", export=False, **image)

@@ -4,19 +4,13 @@
 those of its bugs that need no power cut: each must be found, as content that is not
 what it should be.
 """
-import os
-import sys
+from planted import plant
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "../dm-qcow2"))
-os.environ["DM_QCOW2_KO"] = os.path.join(HERE, "../../.build/planted/dm-qcow2.ko")
-
-# pylint: disable=wrong-import-position
+# pylint: disable=wrong-import-order
 import qcow2test
 from qcow2test import KIB, Failure, note, test
 from test_race import SEED, race
 
-PARAMETER = "/sys/module/dm_qcow2/parameters/planted"
 PLAIN = {"cluster": 64 * KIB}
 BACKING = {"cluster": 4 * KIB, "backing": True, "units": 12}
 
@@ -33,8 +27,7 @@ TRIES = 4
 
 def found(_, bug, kind, ways):
     """Many threads on an image, with a bug. What they read must tell."""
-    with open(PARAMETER, "w", encoding="ascii") as f:
-        f.write(str(bug))
+    plant(bug)
     for n in range(TRIES if bug else 1):
         bench = qcow2test.Bench()
         try:

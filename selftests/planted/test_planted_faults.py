@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Would test_faults.py and test_fuzz.py find a bug? The module of test_planted.py is
+loaded, and has some: in what it does when a request fails, and with images that are
+not as they should be.
+"""
+from planted import plant
+
+# pylint: disable=wrong-import-order
+import qcow2test
+from qcow2test import Failure, note, test
+from test_faults import SCENARIOS, sweep
+from test_fuzz import KINDS, SEED, fuzz
+
+# Number of the bug, what it is, the scenario of test_faults
+FAULTS = (
+    (12, "an error of a copy is forgotten", "a first write with a copy"),
+    (13, "an error of a fill is forgotten", "a first write of a part"),
+    (14, "an error of an L2 table's write is forgotten", "a first write of whole units and a flush"),
+)
+# Likewise, the kind of image of test_fuzz
+HOSTILE = (
+    (15, "clusters with refcount 2 and more are taken for free", "clusters of 512 bytes, refcounts of 64 bits"),
+    (16, "a fill goes past the end of the disk", "clusters of 64 KiB, odd size"),
+    (17, "a read-only image is marked corrupt", "standard clusters of 4 KiB"),
+)
+# Damage is random: some of it needs to be of the kind that a bug is about.
+IMAGES = 300
+
+
+def found(bench, bug, function, *args):
+    """The test must object, for what it sees."""
+    plant(bug)
+    try:
+        function(bench, *args)
+    except Failure as e:
+        note(e)
+    else:
+        raise Failure("not found")
+    finally:
+        plant(0)
+
+
+def register():
+    scenarios = {name: rest for name, *rest in SCENARIOS}
+    for bug, name, scenario in FAULTS:
+        _, *what = scenarios[scenario]
+        test(f"found: {name}", bug, sweep, *what, "once")(found)
+    kinds = {name: what for name, *what in KINDS}
+    for bug, name, kind in HOSTILE:
+        test(f"found: {name}", bug, fuzz, *kinds[kind], IMAGES)(found)
+
+
+if __name__ == "__main__":
+    register()
+    note(f"SEED={SEED}")
+    qcow2test.main()
