@@ -909,31 +909,32 @@ class KernelLog:
         os.lseek(fd, 0, os.SEEK_END)
         return fd
 
+    @staticmethod
+    def _read(fd):
+        """The messages that have come since the last call."""
+        while True:
+            try:
+                record = os.read(fd, 8192)
+            except BlockingIOError:
+                return
+            except BrokenPipeError:
+                continue
+            yield record.decode(errors="replace").split(";", 1)[1].split("\n", 1)[0]
+
     @classmethod
     def _calm(cls):
         """Leave room for half of the ten."""
         if cls._all is None:
-            cls._all = object.__new__(cls)
-            cls._all.fd = cls._open()
+            cls._all = cls._open()
         now = time.monotonic()
-        cls._times += [now] * len(cls._all.lines("device-mapper"))
+        cls._times += [now for text in cls._read(cls._all) if "device-mapper" in text]
         cls._times = [t for t in cls._times if t > now - 5]
         if len(cls._times) > 5:
             time.sleep(cls._times[0] + 5.1 - now)
 
     def lines(self, pattern=""):
         """What was logged since the last call."""
-        found = []
-        while True:
-            try:
-                record = os.read(self.fd, 8192)
-            except BlockingIOError:
-                return found
-            except BrokenPipeError:
-                continue
-            text = record.decode(errors="replace").split(";", 1)[1].split("\n", 1)[0]
-            if re.search(pattern, text):
-                found.append(text)
+        return [text for text in self._read(self.fd) if re.search(pattern, text)]
 
     def close(self):
         os.close(self.fd)
