@@ -311,6 +311,13 @@ def queue_limit(path, name):
         return int(f.read())
 
 
+def drop_caches(what=2):
+    """What the kernel can free at once: 1 pages of files, 2 what shrinkers have (dentries,
+    inodes, the driver's slices), 3 both."""
+    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
+        f.write(str(what))
+
+
 class Stat:
     """I/O counters of a block device, from the time when it was made."""
     NAMES = ("reads", "read_merges", "read_sectors", "read_ms", "writes", "write_merges",

@@ -15,18 +15,13 @@ import threading
 import time
 
 from qcow2image import OFFSET_MASK
-from qcow2test import (GIB, KIB, MIB, TIB, Failure, expect, fails_with, main, note, same, test,
+from qcow2test import (GIB, KIB, MIB, TIB, Failure, drop_caches, expect, fails_with, main, note, same, test,
                        wait_for)
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 FACTOR = int(os.environ.get("FACTOR", 1))
 # What the limit must leave beyond the directory.
 ROOM = 256 * KIB
-
-
-def drop_caches():
-    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
-        f.write("2")
 
 
 class Watch:

@@ -21,7 +21,7 @@ import random
 import threading
 import time
 
-from qcow2test import (HERE, KIB, MIB, Ext4, Failure, NullBlk, expect, main, note, queue_limit, run, test)
+from qcow2test import (HERE, KIB, MIB, Ext4, Failure, NullBlk, drop_caches, expect, main, note, queue_limit, run, test)
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 REQUESTS = int(os.environ.get("REQUESTS", 2000))
@@ -135,11 +135,6 @@ class Background(threading.Thread):
         self.join()
         if self.fault:
             raise self.fault
-
-
-def drop_caches():
-    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
-        f.write("2")
 
 
 class Matrix:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from qcow2test import KIB, MIB, Dm, Failure, Image, Node, expect, main, note, run, test, wait_for
+from qcow2test import KIB, MIB, Dm, Failure, Image, Node, drop_caches, expect, main, note, run, test, wait_for
 
 SEED = int(os.environ.get("PRESSURE_SEED", "1"))
 HANG = 300
@@ -228,8 +228,7 @@ def writeback(bench, memory, small, options):
         bench.drop(hog)
     status = s.dm.status()
     expect(status.first_writes > 100, f"{status}")
-    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
-        f.write("3")
+    drop_caches(3)
     for (path, _), want in zip(files, sums):
         with open(path, "rb") as f:
             expect(hashlib.sha256(f.read()).hexdigest() == want, f"{path} is not what was written")

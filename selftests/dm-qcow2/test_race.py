@@ -17,7 +17,8 @@ import random
 import subprocess
 import time
 
-from qcow2test import (DM_NOFLUSH_FLAG, HERE, KIB, MIB, Failure, Lower, Task, expect, main, note, run, test)
+from qcow2test import (DM_NOFLUSH_FLAG, HERE, KIB, MIB, Failure, Lower, Task, drop_caches, expect, main,
+                       note, run, test)
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 ROUNDS = int(os.environ.get("ROUNDS", 10))
@@ -72,8 +73,7 @@ class Disturber:
             elif what == "load":
                 self.dm.load(self.other_line())
             elif what == "drop":
-                with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
-                    f.write("2")
+                drop_caches()
             else:
                 expect(self.dm.mode() == "rw", f"{self.dm.status()}")
             self.times[what] += 1
