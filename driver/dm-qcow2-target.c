@@ -1610,10 +1610,15 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	flush_workqueue(q->io_wq);
 	flush_workqueue(q->commit_wq);
 
-	/* No worker is active: the commit is ours. */
+	/*
+	 * The last commits are the worker's, too: what has failed has set the
+	 * timer, and of two at the same time each would take the other's batch.
+	 */
 	while (!qcow2_metadata_clean(q->md) && tries-- &&
-	       qcow2_mode(q) != QCOW2_FAIL)
-		qcow2_commit(q);
+	       qcow2_mode(q) != QCOW2_FAIL) {
+		mod_delayed_work(q->commit_wq, &q->waker, 0);
+		flush_delayed_work(&q->waker);
+	}
 	/* There will be no other try. */
 	cancel_delayed_work_sync(&q->waker);
 	if (!qcow2_metadata_clean(q->md))

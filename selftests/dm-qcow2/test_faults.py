@@ -843,6 +843,39 @@ def waiting(bench, what, fail):
     rig.check(leaks=mode == "fail")
 
 
+@test("suspend tries a commit again, and the second read takes longer than the timer")
+def slow_last_tries(bench):
+    rig = Rig(bench)
+    script, unit = rig.script, rig.unit
+    rig.reset()
+    script.name = lambda request: rig.what(request, [(0, rig.size)])
+    dm = bench.add(Dm("q", rig.line))
+    disk = bench.io(dm)
+    disk.write(20 * unit, b"a" * unit)
+    reads = []
+
+    def hold(request):
+        if script.name(request) != "read L2 table":
+            return False
+        reads.append(request)
+        return len(reads) == 2
+    script.begin(("read L2 table", 0), "once")
+    script.hold = hold
+    suspend = Task(dm.suspend)
+    wait_for("a second try is made", 60, lambda: rig.meta.held)
+    # More than the timer's second
+    time.sleep(1.5)
+    rig.meta.release()
+    suspend.finish(HANG)
+    script.rest()
+    dm.resume()
+    expect(dm.mode() == "rw", f"{dm.status()}")
+    same(disk.read(20 * unit, unit), b"a" * unit, 20 * unit)
+    bench.drop(disk)
+    bench.drop(dm)
+    rig.check(leaks=False)
+
+
 def register():
     for name, hows, *scenario in SCENARIOS:
         test(f"each request fails: {name} ({hows})", *scenario, hows)(sweep)
