@@ -1559,8 +1559,11 @@ static int qcow2_commit_batch(struct qcow2_metadata *md, bool *fatal)
 	r2 = blkdev_issue_flush(md->data_bdev);
 	/*
 	 * What the device has lost of the data it may not report a second
-	 * time.
+	 * time.  Some other flush may have been told, before or while this one
+	 * was waiting for it.
 	 */
+	if (!r2 && READ_ONCE(md->lost))
+		r2 = -EIO;
 	*fatal = r2;
 	if (r2)
 		DMERR("%s: cannot flush the data device: %d", md->name, r2);

@@ -173,6 +173,8 @@ struct qcow2_metadata {
 	 */
 	unsigned long changed ____cacheline_aligned_in_smp;
 	unsigned long durable;
+	/* See qcow2_metadata_set_lost(); WRITE_ONCE, never cleared */
+	bool lost;
 
 	spinlock_t lock;		/* of what names it; nests in bucket locks */
 	struct list_head dirty;		/* slices; protected by @lock */
@@ -369,6 +371,18 @@ static inline unsigned int qcow2_lookup(struct qcow2_metadata *md,
 static inline bool qcow2_metadata_clean(struct qcow2_metadata *md)
 {
 	return READ_ONCE(md->durable) == READ_ONCE(md->changed);
+}
+
+/**
+ * qcow2_metadata_set_lost() - the data device may have lost what is not committed
+ * @md: the metadata
+ *
+ * No commit from now on succeeds, nor does one whose flush has not ended yet.
+ * Any context.
+ */
+static inline void qcow2_metadata_set_lost(struct qcow2_metadata *md)
+{
+	WRITE_ONCE(md->lost, true);
 }
 
 /**

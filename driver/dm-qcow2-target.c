@@ -83,8 +83,6 @@ struct qcow2_target {
 	 * under @lock, before @mode; read anywhere (READ_ONCE).
 	 */
 	bool corrupt;
-	/* The next commit must not succeed; WRITE_ONCE, never cleared */
-	bool flush_failed;
 	struct qcow2_stats __percpu *stats;
 
 	struct dm_target *ti;
@@ -260,6 +258,8 @@ static void qcow2_io_init(struct qcow2_target *q, struct qcow2_io *io,
 static void qcow2_io_release(struct qcow2_io *io)
 {
 	io->kind = QCOW2_IO_PLAIN;
+	/* The map has changed before; pairs with qcow2_check_flush(). */
+	smp_mb__before_atomic();
 	atomic_dec(&io->q->slow);
 }
 
@@ -375,14 +375,25 @@ static void qcow2_io_put(struct qcow2_io *io)
 }
 
 /*
- * The data device has failed a flush that was passed on because nothing was
- * dirty.  If something is dirty now, its data may be lost.  Any context.
+ * A bio that was passed on has failed.  If it was a flush of the data device, or
+ * a FUA write, which may be a flush there, then whatever is dirty, or is being
+ * first-written, may have lost its data.  @own: what it counts for itself in
+ * @q->slow.  Any context.
  */
-static void qcow2_flush_failed(struct qcow2_target *q, struct bio *bio)
+static void qcow2_check_flush(struct qcow2_target *q, struct bio *bio, int own)
 {
+	if (!(bio->bi_opf & (REQ_PREFLUSH | REQ_FUA)))
+		return;
 	/* else it was not passed on: its commit has failed */
-	if (bio->bi_bdev == q->data_bdev && !qcow2_metadata_clean(q->md))
-		WRITE_ONCE(q->flush_failed, true);
+	if (bio->bi_bdev != q->data_bdev)
+		return;
+	if (atomic_read(&q->slow) <= own) {
+		/* What was slow before has changed the map by now. */
+		smp_rmb();
+		if (qcow2_metadata_clean(q->md))
+			return;
+	}
+	qcow2_metadata_set_lost(q->md);
 }
 
 /* DM's clone has come back from below. */
@@ -392,8 +403,8 @@ static int qcow2_end_io(struct dm_target *ti, struct bio *bio,
 	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
 
 	if (likely(io->kind == QCOW2_IO_PLAIN)) {
-		if (unlikely(*error && (bio->bi_opf & REQ_PREFLUSH)))
-			qcow2_flush_failed(ti->private, bio);
+		if (unlikely(*error))
+			qcow2_check_flush(ti->private, bio, 0);
 		return DM_ENDIO_DONE;
 	}
 
@@ -410,8 +421,10 @@ static void qcow2_part_endio(struct bio *bio)
 {
 	struct qcow2_io *io = bio->bi_private;
 
-	if (bio->bi_status)
+	if (bio->bi_status) {
+		qcow2_check_flush(io->q, bio, 1);
 		WRITE_ONCE(io->status, bio->bi_status);
+	}
 	qcow2_io_put(io);
 }
 
@@ -1211,9 +1224,6 @@ static int qcow2_commit(struct qcow2_target *q)
 	bool fatal = false;
 	int r;
 
-	/* What the device has lost then it need not report a second time. */
-	if (READ_ONCE(q->flush_failed))
-		qcow2_set_mode(q, QCOW2_FAIL);
 	if (qcow2_mode(q) == QCOW2_FAIL) {
 		r = -EIO;
 		goto out;

@@ -876,6 +876,97 @@ def slow_last_tries(bench):
     rig.check(leaks=False)
 
 
+class Lost:
+    """A device that has lost what was in its cache tells so once: with an error of a
+    flush, or of a FUA write."""
+    NEW = 20        # the unit that is first-written
+
+    def __init__(self, bench):
+        self.bench, self.rig = bench, Rig(bench)
+        self.script, self.unit = self.rig.script, self.rig.unit
+        self.rig.reset()
+        self.script.name = lambda request: self.rig.what(request, [(0, self.rig.size)])
+        self.dm = bench.add(Dm("q", self.rig.line))
+        self.disk, self.sync = bench.io(self.dm), bench.io(self.dm, flags=os.O_DSYNC)
+        for at in (0, self.rig.cover):
+            self.disk.read(at, self.unit)
+
+    def first_write(self):
+        self.disk.write(self.NEW * self.unit, b"a" * self.unit)
+
+    def fail(self, place):
+        """Of the requests that are made now the first one of a kind fails."""
+        self.script.begin((place, 0), "once")
+
+    def hold(self, place):
+        held = self.rig.data.held
+        self.script.begin(None, None)
+        self.script.hold = lambda request: self.script.name(request) == place and not held
+
+    def finish(self):
+        """No commit may call the unit data, and it is said."""
+        self.script.rest()
+        with fails_with(errno.EIO):
+            self.disk.fsync()
+        expect(self.dm.mode() == "fail", f"{self.dm.status()}")
+        with open(self.rig.image.path, "wb") as f:
+            f.write(self.rig.meta.store)
+        expect(self.rig.image.state(self.NEW * self.unit) == "unallocated", "the entry was written all the same")
+        for thing in (self.disk, self.sync, self.dm):
+            self.bench.drop(thing)
+        self.rig.check(leaks=True)
+
+
+@test("a FUA write that fails may have been a flush that failed: no commit after it")
+def lost_with_fua(bench):
+    s = Lost(bench)
+    for _ in range(20):
+        s.first_write()
+        s.fail("write data")
+        with fails_with(errno.EIO):
+            # Of another table, which is on stable storage
+            s.sync.write(s.rig.cover, b"b" * s.unit)
+        s.script.rest()
+        if s.dm.status().dirty:
+            break
+        # The timer's commit has been here before.
+        s.NEW += 1
+    s.finish()
+
+
+@test("a flush that fails while a commit waits for its own: the commit fails")
+def lost_in_commit(bench):
+    s = Lost(bench)
+    s.hold("flush data")
+    first = Task(s.disk.fsync)
+    wait_for("a flush is held", 60, lambda: s.rig.data.held)
+    s.script.hold = None
+    s.first_write()
+    second = Task(s.disk.fsync)
+    # The flush of the commit has to wait until the first one has ended.
+    time.sleep(0.5)
+    s.rig.data.release(fail=True)
+    for task in (first, second):
+        with fails_with(errno.EIO):
+            task.finish(HANG)
+    s.finish()
+
+
+@test("a flush that fails while a first write is under way: no commit after it")
+def lost_in_first_write(bench):
+    s = Lost(bench)
+    s.hold("write data")
+    write = Task(s.first_write)
+    wait_for("a first write is held", 60, lambda: s.rig.data.held)
+    s.script.hold = None
+    s.fail("flush data")
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    s.rig.data.release()
+    write.finish(HANG)
+    s.finish()
+
+
 def register():
     for name, hows, *scenario in SCENARIOS:
         test(f"each request fails: {name} ({hows})", *scenario, hows)(sweep)
