@@ -305,9 +305,9 @@ static void qcow2_state_pool_free(void *element, void *pool_data)
 }
 
 /*
- * Cannot fail: what the pool's reserve was used for gets clean by commits, which
- * need no slices, and is then dropped by the shrinker, or by the next one who
- * looks for room.
+ * Cannot fail: what the pool's reserve was used for gets clean by commits, and
+ * free of hints by the trimmer, which need no slices, and no worker of those who
+ * do; then it is dropped by the shrinker, or by the next one who looks for room.
  */
 static struct qcow2_slice *qcow2_slice_alloc(struct qcow2_metadata *md,
 					     unsigned long index)

@@ -106,7 +106,12 @@ struct qcow2_target {
 	struct workqueue_struct *commit_wq;
 	struct work_struct worker;
 	struct delayed_work waker;
-	/* Passes discards down after a commit; on @io_wq. */
+	/*
+	 * Passes discards down after a commit.  Its queue (NULL without
+	 * @passdown) is its own, for all of @io_wq may be waiting for slices
+	 * that it lets go.
+	 */
+	struct workqueue_struct *trim_wq;
 	struct work_struct trimmer;
 
 	spinlock_t lock;		/* of what names it; no lock nests in it */
@@ -1233,7 +1238,7 @@ static int qcow2_commit(struct qcow2_target *q)
 		WRITE_ONCE(q->commits, q->commits + 1);
 		/* A discard waits for all that it makes obsolete to be so. */
 		if (q->passdown)
-			queue_work(q->io_wq, &q->trimmer);
+			queue_work(q->trim_wq, &q->trimmer);
 	} else if (fatal) {
 		qcow2_set_mode(q, QCOW2_FAIL);
 	} else {
@@ -1811,6 +1816,8 @@ static void qcow2_dtr(struct dm_target *ti)
 		qcow2_shrinker_free(q->shrinker);
 	if (q->commit_wq)
 		destroy_workqueue(q->commit_wq);
+	if (q->trim_wq)
+		destroy_workqueue(q->trim_wq);
 	if (q->io_wq)
 		destroy_workqueue(q->io_wq);
 	if (q->md)
@@ -1840,6 +1847,12 @@ static int qcow2_create_pools(struct qcow2_target *q)
 	q->commit_wq = alloc_ordered_workqueue("dm-qcow2-commit", WQ_MEM_RECLAIM);
 	if (!q->stats || !q->io_wq || !q->commit_wq)
 		return -ENOMEM;
+	if (q->passdown) {
+		q->trim_wq = alloc_ordered_workqueue("dm-qcow2-trim",
+						     WQ_MEM_RECLAIM);
+		if (!q->trim_wq)
+			return -ENOMEM;
+	}
 	r = bioset_init(&q->bs, QCOW2_BIO_RESERVE,
 			offsetof(struct qcow2_part, bio), 0);
 	if (r)
