@@ -349,10 +349,18 @@ bool image_has_bitmaps(const struct image *img)
 	       img->h.autoclear & QCOW2_AUTOCLEAR_BITMAPS;
 }
 
-/* For image_load_bitmaps(): tables lie in the file and do not overlap. */
+/*
+ * The tables of all bitmaps are read as often as the image is opened, and each of
+ * their entries is remembered by a check.  So much of them is 512 GiB of bitmaps,
+ * with clusters of 64 KiB.
+ */
+#define MAX_BITMAP_TABLES	(64ULL << 20)
+
+/* For image_load_bitmaps(): tables lie in the file, and are not too many. */
 struct table_sum {
 	const struct image *img;
 	uint64_t bytes;
+	const char *why;
 };
 
 static int add_table(const struct bitmap *b, void *arg)
@@ -361,8 +369,16 @@ static int add_table(const struct bitmap *b, void *arg)
 	uint64_t bytes = (uint64_t)b->table_size * 8;
 
 	sum->bytes += bytes;
-	return b->table_offset > sum->img->node.size ||
-	       bytes > sum->img->node.size - b->table_offset;
+	if (sum->bytes > MAX_BITMAP_TABLES) {
+		sum->why = "bitmap tables have more than 64 MiB";
+		return -1;
+	}
+	if (b->table_offset > sum->img->node.size ||
+	    bytes > sum->img->node.size - b->table_offset) {
+		sum->why = "bitmap table lies beyond the end of the metadata";
+		return -1;
+	}
+	return 0;
 }
 
 int image_load_bitmaps(struct image *img, const char **why)

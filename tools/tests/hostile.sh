@@ -183,6 +183,37 @@ done
 [ $other -eq 0 ] && [ $won -gt 0 ]
 ok "two resizes at once: one wins and the image is good; $busy times the other was refused"
 
+# Bitmaps whose tables are as long as can be, in a file that is not there
+image 1G
+for n in {1..8}; do
+	qemu-img bitmap --add t.qcow2 "b$n"
+done
+truncate -s 9G t.qcow2
+python3 - t.qcow2 <<'PYTHON'
+import struct, sys
+with open(sys.argv[1], "r+b") as f:
+    header = f.read(1 << 16)
+    extension = header.find(bytes.fromhex("2385287500000018"))
+    at, = struct.unpack(">Q", header[extension + 24:extension + 32])
+    for n in range(8):
+        f.seek(at)
+        name, extra = struct.unpack(">HI", f.read(24)[18:])
+        f.seek(at)
+        f.write(struct.pack(">QI", (n + 1) << 30, 1 << 27))
+        at += 24 + extra + name + 7 & ~7
+PYTHON
+cp --sparse=always t.qcow2 before.qcow2
+timeout 20 "${tool[@]}" check t.qcow2 >out 2>err
+[ $? -eq 2 ] && grep -q 'more than 64 MiB' err
+ok "large bitmap tables: check"
+timeout 20 "${tool[@]}" resize t.qcow2 --size 2G >out 2>err
+[ $? -eq 4 ] && grep -q 'more than 64 MiB; remove the bitmaps' err && cmp t.qcow2 before.qcow2
+ok "large bitmap tables: resize"
+poke t.qcow2 88 0000000000000000
+timeout 20 "${tool[@]}" check t.qcow2 >out 2>err
+[ $? -eq 3 ] && timeout 20 "${tool[@]}" resize t.qcow2 --size 2G >out 2>err
+ok "large bitmap tables that the header does not vouch for"
+
 # What a user without rights is told
 if [ "$(id -u)" -eq 0 ]; then
 	image 1M
