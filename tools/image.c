@@ -15,6 +15,7 @@
 /* One change, or (len 0) a point at which all before was made durable. */
 struct undo {
 	struct undo *next;
+	bool failed;		/* it did not work, or not for certain */
 	uint64_t off;
 	size_t len;
 	uint8_t old[];
@@ -407,10 +408,9 @@ int image_load_bitmaps(struct image *img, const char **why)
 		return EX_WRONG;
 	}
 	if (bitmaps_parse(img->bitmap_dir, len, img->h.bitmap_count,
-			  img->h.cluster_bits, add_table, &sum, why) ||
-	    sum.bytes > img->node.size) {
+			  img->h.cluster_bits, add_table, &sum, why)) {
 		if (!*why)
-			*why = "bitmap table lies beyond the end of the metadata";
+			*why = sum.why;
 		free(img->bitmap_dir);
 		img->bitmap_dir = NULL;
 		return EX_WRONG;
@@ -648,6 +648,7 @@ static int undo_add(struct image *img, uint64_t off, size_t len)
 		return fail_nomem();
 	u->off = off;
 	u->len = len;
+	u->failed = false;
 	if (len && read_at(img->node.fd, u->old, len, off)) {
 		free(u);
 		return fail(EX_WRONG, "%s: cannot read its metadata: %s",
@@ -671,7 +672,10 @@ int image_change(struct image *img, const void *buf, size_t len, uint64_t off)
 	if (ret)
 		return ret;
 	ret = write_at(img->node.fd, buf, len, off);
-	return ret ? write_failed(img, -ret) : 0;
+	if (!ret)
+		return 0;
+	img->undo->failed = true;
+	return write_failed(img, -ret);
 }
 
 int image_sync(struct image *img)
@@ -680,31 +684,44 @@ int image_sync(struct image *img)
 
 	if (ret)
 		return ret;
-	if (fsync(img->node.fd))
+	if (fsync(img->node.fd)) {
+		img->undo->failed = true;
 		return write_failed(img, errno);
+	}
 	node_drop_cache(&img->node);
 	return 0;
 }
 
 void image_undo(struct image *img)
 {
-	bool failed = false;
-	int ret;
+	/* Whether the step that failed can be undone or not, it was the last. */
+	bool last = img->undo && img->undo->failed;
+	bool failed = false, stuck = false;
+	int ret = 0;
 
 	while (img->undo) {
 		struct undo *u = img->undo;
 
-		/* Backwards through the same steps: as crash-safe as forward. */
-		if (u->len)
+		/*
+		 * Backwards through the same steps: as crash-safe as forward, if
+		 * each comes when the one before it is known to be done.
+		 */
+		if (stuck)
+			;
+		else if (u->len)
 			ret = write_at(img->node.fd, u->old, u->len, u->off);
 		else
 			ret = fsync(img->node.fd);
-		if (ret)
+		if (ret) {
 			failed = true;
+			stuck = !last;
+		}
+		if (!u->len && !u->failed)
+			last = false;
 		img->undo = u->next;
 		free(u);
 	}
-	if (!img->node.bdev && img->node.size != img->size_before) {
+	if (!stuck && !img->node.bdev && img->node.size != img->size_before) {
 		if (ftruncate(img->node.fd, img->size_before))
 			failed = true;
 		img->node.size = img->size_before;

@@ -13,10 +13,15 @@
  *					its backing file, 0 if there is none
  *	image-steps undo-grow IMAGE SIZE BACKING
  *	image-steps crash-grow IMAGE SIZE BACKING N SEED
+ *	image-steps fail-grow IMAGE SIZE BACKING N M
+ *					the write after N others fails, and in the
+ *					undoing of those that were made the one
+ *					after M others
  *	image-steps crash-repair IMAGE N SEED
  *					repair it as check --repair all does
  *
- * Exits with 9 if there are no N writes; crash-grow then prints how many there are.
+ * Exits with 9 if there are no N (or M) writes; crash-grow then prints how many
+ * there are.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -48,6 +53,7 @@ struct pending {
 
 static struct pending *pending;
 static long writes_left = -1;
+static long until_failure = -1;
 
 static void forget_pending(void)
 {
@@ -75,6 +81,8 @@ int __wrap_write_at(int fd, const void *buf, size_t len, uint64_t off)
 {
 	size_t done, n;
 
+	if (until_failure >= 0 && !until_failure--)
+		return -EIO;
 	if (writes_left < 0)
 		return __real_write_at(fd, buf, len, off);
 	for (done = 0; done < len; done += n) {
@@ -191,6 +199,13 @@ int main(int argc, char **argv)
 			ret = NO_SUCH_WRITE;
 		}
 		forget_pending();
+	} else if (!strcmp(argv[1], "fail-grow") && argc == 7) {
+		until_failure = atol(argv[5]);
+		ret = grow(&img, argv[3], argv[4]) ? 0 : NO_SUCH_WRITE;
+		until_failure = atol(argv[6]);
+		image_undo(&img);
+		if (until_failure >= 0)
+			ret = NO_SUCH_WRITE;
 	} else if (!strcmp(argv[1], "crash-repair") && argc == 5) {
 		set_power_cut(argv[3], argv[4]);
 		ret = repair(&img);

@@ -22,6 +22,15 @@ fi
 # shellcheck source=tools/tests/lib.sh
 . "$(dirname "$0")/lib.sh"
 
+# 3: leaked clusters, which is all that a power cut may do
+good_or_leaks() {
+	local status
+
+	qemu-img check -q "$1" >out 2>err
+	status=$?
+	[ $status -eq 0 ] || [ $status -eq 3 ]
+}
+
 # resized SIZE OPTIONS...: t.qcow2 grows and is what t.want is, with zeros
 resized() {
 	truncate -s "$1" t.want
@@ -191,9 +200,25 @@ for kind in "1M 0 cluster_size=512" "1M 0 cluster_size=512,data_file_raw=on,refc
 	prepare_steps undo-grow undone.qcow2 $new "$backing" && cmp before.qcow2 undone.qcow2
 	ok "resize: $options, undone"
 	[ -n "$thorough" ] || continue
-	bad=0 cuts=0 old=0
 	cp before.qcow2 crash.qcow2
 	writes=$("${steps[-1]}" crash-grow crash.qcow2 $new "$backing" 1000000 1)
+
+	# The last write cannot be made, and one of those before cannot be undone.
+	bad=0
+	for ((n = 0; n < writes; n++)); do
+		[ $n -lt 30 ] || [ $n -gt $((writes - 30)) ] || continue
+		cp before.qcow2 crash.qcow2
+		"${steps[-1]}" fail-grow crash.qcow2 $new "$backing" $((writes - 1)) $n >out 2>err
+		status=$?
+		[ $status -ne 9 ] || break
+		[ $status -eq 0 ] && grep -q 'could not be put back' err || bad=$((bad + 1))
+		good_or_leaks crash.qcow2 || bad=$((bad + 1))
+		same crash.qcow2 before.qcow2 || same crash.qcow2 after.qcow2 || bad=$((bad + 1))
+	done
+	[ $bad -eq 0 ] && [ $n -ge 3 ]
+	ok "resize: $options, undone but for each of $n writes"
+
+	bad=0 cuts=0 old=0
 	# in between there are only new tables
 	for ((n = 0; n < writes; n++)); do
 		[ $n -lt 30 ] || [ $n -gt $((writes - 30)) ] || continue
@@ -201,9 +226,7 @@ for kind in "1M 0 cluster_size=512" "1M 0 cluster_size=512,data_file_raw=on,refc
 			cp before.qcow2 crash.qcow2
 			"${steps[-1]}" crash-grow crash.qcow2 $new "$backing" $n "$seed" >out 2>err || bad=$((bad + 1))
 			cuts=$((cuts + 1))
-			qemu-img check -q crash.qcow2 >out 2>err
-			status=$?
-			[ $status -eq 0 ] || [ $status -eq 3 ] || bad=$((bad + 1))
+			good_or_leaks crash.qcow2 || bad=$((bad + 1))
 			if [ "$(hex -j 24 -N 8 crash.qcow2)" = "$(hex -j 24 -N 8 before.qcow2)" ]; then
 				old=$((old + 1))
 				same crash.qcow2 before.qcow2 || bad=$((bad + 1))
@@ -230,10 +253,7 @@ if [ -n "$thorough" ]; then
 			[ $status -eq 9 ] && break 2
 			[ $status -eq 0 ] || bad=$((bad + 1))
 			cuts=$((cuts + 1))
-			qemu-img check -q crash.qcow2 >out 2>err
-			status=$?
-			# 3: leaked clusters, which is all that a power cut may do
-			[ $status -eq 0 ] || [ $status -eq 3 ] || bad=$((bad + 1))
+			good_or_leaks crash.qcow2 || bad=$((bad + 1))
 			same crash.qcow2 before.qcow2 || bad=$((bad + 1))
 		done
 	done
