@@ -261,19 +261,17 @@ static bool span_is(const struct span *s, const char *text)
 	return s->s && s->len == strlen(text) && !memcmp(s->s, text, s->len);
 }
 
-/* The device or file at @b->node is what @m names as its backing file. */
-static int use_backing(struct mapping *m, struct walk *w, int dir,
-		       const char *data)
+int backing_is_image(const struct header *h, const struct node *node,
+		     const char *data, bool trust, bool *image)
 {
-	bool qcow2 = span_is(&m->img.h.backing_format, "qcow2"), ours = false;
-	struct node *node = &m->backing->node;
+	bool qcow2 = span_is(&h->backing_format, "qcow2"), ours = false;
 	int ret;
 
-	ret = check_once(m, node);
-	if (!ret && node->bdev)
+	if (node->bdev) {
 		ret = check_stacked(node, &ours);
-	if (ret)
-		return ret;
+		if (ret)
+			return ret;
+	}
 	if (data && (!qcow2 || ours))
 		return fail(EX_PARAMETER,
 			    "%s: is used as a raw disk, which has no data file; leave " DATA_FILE_WORD " out",
@@ -282,12 +280,29 @@ static int use_backing(struct mapping *m, struct walk *w, int dir,
 	 * A device that stands for an image shows what the image holds: one
 	 * of ours, or qemu-nbd's.  It is a mistake if it shows the image file.
 	 */
-	if (qcow2 && node->bdev && !ours && !data &&
-	    !w->opt->trust_image_paths && has_magic(node))
+	if (qcow2 && node->bdev && !ours && !data && !trust && has_magic(node))
 		return fail(EX_PARAMETER,
 			    "%s: holds a qcow2 image, whose data file is not named; give --backing-file %s" DATA_FILE_WORD "DEV|FILE",
 			    esc(node->path), esc(node->path));
-	if (qcow2 && (!node->bdev || data || (!ours && has_magic(node))))
+	*image = qcow2 && (!node->bdev || data || (!ours && has_magic(node)));
+	return 0;
+}
+
+/* The device or file at @b->node is what @m names as its backing file. */
+static int use_backing(struct mapping *m, struct walk *w, int dir,
+		       const char *data)
+{
+	struct node *node = &m->backing->node;
+	bool image;
+	int ret;
+
+	ret = check_once(m, node);
+	if (!ret)
+		ret = backing_is_image(&m->img.h, node, data,
+				       w->opt->trust_image_paths, &image);
+	if (ret)
+		return ret;
+	if (image)
 		return open_backing_image(m, w, dir, data);
 
 	ret = node_lock(node, false);

@@ -44,6 +44,14 @@ unsigned int mapping_block_size(const struct mapping *m);
  * second path, or NULL.
  */
 char *backing_arg_split(char *arg);
+/*
+ * Is @node, which an image with header @h has as its backing file, an image, or a
+ * disk that shows what the guest would see?  @data: the data file that the user
+ * named for it, or NULL; @trust: then it may be the one that it records.  Sets
+ * *@image; refuses what is a mistake, with an exit code.
+ */
+int backing_is_image(const struct header *h, const struct node *node,
+		     const char *data, bool trust, bool *image);
 
 /* Is @name a plain path that may be opened?  @why: what it is instead. */
 bool plain_path(const struct span *name, const char **why);

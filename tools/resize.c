@@ -153,8 +153,8 @@ static int open_offline_data(struct offline *o, const struct options *opt)
 static int open_offline_backing(struct offline *o, const struct options *opt,
 				struct growth *g)
 {
-	const struct span *format = &o->img.h.backing_format;
 	const char *data;
+	bool image;
 	int ret;
 
 	if (!o->img.h.backing_file.s && opt->backing_files)
@@ -176,15 +176,16 @@ static int open_offline_backing(struct offline *o, const struct options *opt,
 	ret = node_open(&o->backing, AT_FDCWD, o->backing_arg, NODE_READ_ONLY);
 	if (!ret)
 		ret = node_lock(&o->backing, false);
+	if (!ret)
+		ret = backing_is_image(&o->img.h, &o->backing, data, false,
+				       &image);
 	if (ret)
 		return ret;
 	g->backing_size = o->backing.size;
 	g->backing = &o->backing;
-	/* A device without data of its own shows what the guest would see. */
-	if ((o->backing.bdev && !data) || format->len != 5 ||
-	    memcmp(format->s, "qcow2", 5))
+	if (!image)
 		return 0;
-	/* An image: what it holds cannot be read here, only how much it is. */
+	/* What it holds cannot be read here, only how much it is. */
 	g->backing = NULL;
 	return image_virtual_size(&o->backing, &g->backing_size);
 }

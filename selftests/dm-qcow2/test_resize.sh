@@ -379,7 +379,12 @@ closed_over_device()
 		"$dir/i.qcow2" "$size"
 	truncate -s "$size" "$dir/i.data"
 	head -c "$size" "$dir/base" > "$dir/model"
-	[ "$1" != image ] || backing+=,data-file=$dir/base.data
+	if [ "$1" = image ]; then
+		# Its metadata is not what it shows.
+		refused 1 'holds a qcow2 image.*,data-file=' "$tool" resize "$dir/i.qcow2" --size 5M \
+			--data-file "$dir/i.data" --backing-file "$backing"
+		backing+=,data-file=$dir/base.data
+	fi
 	"$tool" resize "$dir/i.qcow2" --size 5M --data-file "$dir/i.data" --backing-file "$backing"
 	"$tool" resize "$dir/i.qcow2" --size 8M --data-file "$dir/i.data" --backing-file "$backing"
 	truncate -s 8M "$dir/model"
