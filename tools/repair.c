@@ -128,9 +128,12 @@ static int empty_entries(struct verify *v)
 	for (i = 0; i < img->geo.l1_entries; i++) {
 		uint64_t at = img->geo.l1_offset + i * 8ULL;
 
-		/* Unless something else is there, too: then it may be that's. */
+		/*
+		 * Unless something else is there, too: then it may be that's.
+		 * The file may end behind the last entry.
+		 */
 		if (be64_to_cpu(img->l1[i]) != QCOW2_OFLAG_COPIED ||
-		    !verify_alone(v, at & ~((1ULL << img->geo.cluster_bits) - 1)))
+		    !verify_once(v, at & ~((1ULL << img->geo.cluster_bits) - 1)))
 			continue;
 		ret = write_at(img->node.fd, &none, sizeof(none), at);
 		if (ret)

@@ -139,6 +139,9 @@ static int get_geometry(struct verify *v)
 	case QCOW2_FAULT_VERSION:
 		return fail(EX_WRONG, "%s: %s; use qemu-img check",
 			    esc(img->node.path), qcow2_fault_str(fault));
+	case QCOW2_FAULT_SIZE_ZERO:
+		return fail(EX_WRONG, "%s: %s; enlarge it with qemu-img resize",
+			    esc(img->node.path), qcow2_fault_str(fault));
 	default:
 		return fail(EX_WRONG, "%s: %s; restore it from a backup",
 			    esc(img->node.path), qcow2_fault_str(fault));
@@ -217,12 +220,17 @@ bool verify_block(const struct verify *v, uint64_t index, uint64_t *off)
 	*off = be64_to_cpu(v->img->reftable[index]) &
 	       QCOW2_REFTABLE_OFFSET_MASK;
 	return *off && !(*off & (cluster_size(v) - 1)) && inside(v, *off) &&
-	       refs_at(&v->refs, *off / cluster_size(v)).n == 1;
+	       verify_once(v, *off);
+}
+
+bool verify_once(const struct verify *v, uint64_t off)
+{
+	return refs_at(&v->refs, off / cluster_size(v)).n == 1;
 }
 
 bool verify_alone(const struct verify *v, uint64_t off)
 {
-	return refs_at(&v->refs, off / cluster_size(v)).n == 1 &&
+	return verify_once(v, off) &&
 	       cluster_size(v) <= v->img->node.size - off;
 }
 

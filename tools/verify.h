@@ -50,7 +50,9 @@ void verify_free(struct verify *v);
 
 /* A refcount block that can be read and is nothing else, and its place. */
 bool verify_block(const struct verify *v, uint64_t index, uint64_t *off);
-/* Nothing else is in this cluster, so that it can be written. */
+/* Nothing else is in this cluster. */
+bool verify_once(const struct verify *v, uint64_t off);
+/* The same, and the file has all of it, so that it can be written as a whole. */
 bool verify_alone(const struct verify *v, uint64_t off);
 /* L1 entry @index names a table that can be looked at. */
 bool verify_l2(const struct verify *v, uint32_t index, uint64_t *off);

@@ -535,6 +535,15 @@ refuse 1 'not a qcow2' check t.raw && refuse 4 'not a qcow2' map t.raw
 ok "not an image"
 refuse 1 'no such file' check none && refuse 4 'no such file' map none
 ok "no such image"
+qemu-img create -q -f qcow2 -o data_file=e.raw e.qcow2 0
+refuse 1 'less than one sector; enlarge it with qemu-img resize' check e.qcow2
+ok "check: virtual size 0"
+# QEMU ends the file behind the last entry of the L1 table.
+image 64M
+cp t.qcow2 before.qcow2
+damage t.qcow2 'i.put(i.get(40), 1 << 63)'
+exits 2 check t.qcow2 && exits 0 check --repair all t.qcow2 && check t.qcow2 && cmp t.qcow2 before.qcow2
+ok "repair: an L1 entry with nothing but COPIED, in a cluster that is cut off"
 refuse 1 'not known' check --repair some t.qcow2
 ok "repair: of an unknown kind"
 while IFS=@ read -r what code pattern how; do
