@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/loop.h>
+#include <linux/magic.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -10,9 +11,11 @@
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "interrupt.h"
 #include "loop.h"
 #include "node.h"
 #include "util.h"
@@ -191,19 +194,56 @@ static int try_lock(int fd, bool write)
 	return 0;
 }
 
-int node_try_lock(int fd, bool write)
+/*
+ * On these a lock of flock() is one of all bytes, and whoever lets go of it lets
+ * go of the bytes' own locks, too.
+ */
+static bool flock_is_apart(int fd)
+{
+	struct statfs st;
+
+	if (fstatfs(fd, &st))
+		return false;
+	switch ((uint32_t)st.f_type) {
+	case NFS_SUPER_MAGIC:
+	case SMB_SUPER_MAGIC:
+	case CIFS_SUPER_MAGIC:
+	case SMB2_SUPER_MAGIC:
+	case V9FS_MAGIC:
+	case AFS_SUPER_MAGIC:
+	case AFS_FS_MAGIC:
+		return false;
+	default:
+		return true;
+	}
+}
+
+bool node_flock(int fd, unsigned int ms)
 {
 	const struct timespec step = { .tv_nsec = 10 * 1000 * 1000 };
-	int tries, ret;
+	unsigned int waited;
+
+	for (waited = 0; flock(fd, LOCK_EX | LOCK_NB); waited += 10) {
+		if (errno != EWOULDBLOCK || waited >= ms || interrupted())
+			return false;
+		nanosleep(&step, NULL);
+	}
+	return true;
+}
+
+int node_try_lock(int fd, bool write)
+{
+	bool held;
+	int ret;
 
 	/*
 	 * One after the other, so that of two at the same time one wins, and not
 	 * none.  For others flock() may mean something else: no long wait.
 	 */
-	for (tries = 0; flock(fd, LOCK_EX | LOCK_NB) && tries < 100; tries++)
-		nanosleep(&step, NULL);
+	held = flock_is_apart(fd) && node_flock(fd, 1000);
 	ret = try_lock(fd, write);
-	flock(fd, LOCK_UN);
+	if (held)
+		flock(fd, LOCK_UN);
 	return ret;
 }
 

@@ -52,6 +52,12 @@ int node_lock(const struct node *node, bool write);
 int node_try_lock(int fd, bool write);
 
 /*
+ * Wait at most @ms milliseconds for the exclusive lock of flock().  False: it is
+ * somebody else's, or does not exist here.
+ */
+bool node_flock(int fd, unsigned int ms);
+
+/*
  * Refuse what is in use in a way that locks do not show: a mounted or claimed
  * block device, a file behind somebody's loop device.  What others only read,
  * a reader may have, too.  (claim.c)

@@ -387,6 +387,9 @@ static int activate(struct mapping *m, const char *name,
 	return ret;
 }
 
+/* One that is at it needs less than a second. */
+#define SERIALIZE_MS	5000
+
 /*
  * Only one at a time may look for the device of an image and make it.  The lock
  * must not stay with the descriptor that a loop device gets.
@@ -398,9 +401,12 @@ static int serialize(const struct node *node)
 
 	snprintf(self, sizeof(self), "/proc/self/fd/%d", node->fd);
 	fd = open(self, O_RDONLY | O_CLOEXEC);
-	/* Where it is not supported, two at once may fail. */
+	/*
+	 * Where it is not supported, or somebody else has it for something else,
+	 * two at once may fail.
+	 */
 	if (fd >= 0)
-		flock(fd, LOCK_EX);
+		node_flock(fd, SERIALIZE_MS);
 	return fd;
 }
 

@@ -275,6 +275,13 @@ locks()
 	refused 5 'lock|use' "$tool" open "$dir/mid.qcow2" "$name-2" --data-file "$dir/mid.data" "${chain[@]:2}"
 	"$tool" close "$name"
 	nothing
+	# Whoever may read them can have this lock, for any time.
+	flock "$dir/base.qcow2" sleep 300 &
+	other=$!
+	open_top top "$name"
+	kill "$other"
+	"$tool" close "$name"
+	nothing
 	qemu-io -f qcow2 -c 'write -q 0 64k' "$dir/mid.qcow2"
 }
 
