@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -48,9 +49,16 @@ static void open_image(struct below *b)
 	const struct device *metadata = &b->layer[0].metadata;
 	dev_t dev;
 	ino_t ino;
+	struct stat st;
 	int fd;
 	bool same;
 
+	/* The file may be gone, or out of reach: the device is closed all the same. */
+	if (stat(metadata->file, &st)) {
+		note("%s: not trimmed: %s", esc(metadata->file),
+		     strerror(errno));
+		return;
+	}
 	if (node_open(&b->image, AT_FDCWD, metadata->file, 0)) {
 		node_close(&b->image);
 		return;

@@ -93,6 +93,19 @@ whole_cycle()
 	[ "$before" = "$(sha256sum < "$dir/a.qcow2")" ] || fault "open and close changed the image"
 }
 
+# The name of the image leads nowhere any more.
+close_without_name()
+{
+	image i "$((1 << 20))"
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
+	rm "$dir/i.qcow2"
+	"$tool" close --verbose "$name" > "$dir/out" 2>&1
+	grep -q 'not trimmed' "$dir/out" || fault "$(cat "$dir/out")"
+	not grep -q 'check the name' "$dir/out"
+	poll 30 loops_gone
+	nothing_left
+}
+
 # What is created must be what qemu-img takes, for any cluster size and width.
 create_sizes()
 {
@@ -696,6 +709,7 @@ start jq setpriv mkfs.ext4
 need_tool
 mkdir -p /run/modprobe.d
 check "create, open, status, close" whole_cycle
+check "close when the image has been removed" close_without_name
 check "create: any cluster size and refcount width" create_sizes
 check "create: never touches the data, never overwrites an image" create_over_a_disk
 check "no space: nothing is left, nothing is changed" create_no_space
