@@ -385,9 +385,13 @@ static void qcow2_io_put(struct qcow2_io *io)
  * first-written, may have lost its data.  @own: what it counts for itself in
  * @q->slow.  Any context.
  */
-static void qcow2_check_flush(struct qcow2_target *q, struct bio *bio, int own)
+static void qcow2_check_flush(struct qcow2_target *q, struct bio *bio,
+			      blk_status_t status, int own)
 {
 	if (!(bio->bi_opf & (REQ_PREFLUSH | REQ_FUA)))
+		return;
+	/* It was not even begun. */
+	if (status == BLK_STS_AGAIN)
 		return;
 	/* else it was not passed on: its commit has failed */
 	if (bio->bi_bdev != q->data_bdev)
@@ -409,7 +413,7 @@ static int qcow2_end_io(struct dm_target *ti, struct bio *bio,
 
 	if (likely(io->kind == QCOW2_IO_PLAIN)) {
 		if (unlikely(*error))
-			qcow2_check_flush(ti->private, bio, 0);
+			qcow2_check_flush(ti->private, bio, *error, 0);
 		return DM_ENDIO_DONE;
 	}
 
@@ -427,7 +431,7 @@ static void qcow2_part_endio(struct bio *bio)
 	struct qcow2_io *io = bio->bi_private;
 
 	if (bio->bi_status) {
-		qcow2_check_flush(io->q, bio, 1);
+		qcow2_check_flush(io->q, bio, bio->bi_status, 1);
 		WRITE_ONCE(io->status, bio->bi_status);
 	}
 	qcow2_io_put(io);

@@ -934,6 +934,35 @@ def lost_with_fua(bench):
     s.finish()
 
 
+@test("a FUA write that must not wait, and would have to, has lost nothing")
+def nothing_lost(bench):
+    s = Lost(bench)
+    held, aio = s.rig.data.held, bench.add(Aio(s.disk.fd, 1200))
+    buffer = mmap.mmap(-1, 512)
+    for n in range(3):
+        s.first_write()
+        s.script.begin(None, None)
+        s.script.hold = lambda request: s.script.name(request) == "write data"
+        # More than the device and its scheduler take at a time
+        rest = Task(aio.submit, [(aio.WRITE, s.rig.cover, 512, 0)] * 400)
+        wait_for("the device is busy", 60, lambda: len(held) > 100)
+        time.sleep(0.3)
+        with fails_with(errno.EAGAIN):
+            os.pwritev(s.disk.fd, [buffer], s.rig.cover + 512, os.RWF_DSYNC | 8)   # RWF_NOWAIT
+        dirty = s.dm.status().dirty
+        s.script.hold = None
+        s.rig.data.release()
+        rest.finish(HANG)
+        aio.all(range(400 * n, 400 * (n + 1)))
+        s.script.rest()
+        s.disk.fsync()
+        expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+        if dirty:
+            break
+        s.NEW += 1
+    expect(dirty, "the timer's commit was always there first")
+
+
 @test("a flush that fails while a commit waits for its own: the commit fails")
 def lost_in_commit(bench):
     s = Lost(bench)
