@@ -1721,6 +1721,7 @@ void qcow2_metadata_suspend(struct qcow2_metadata *md)
 	LIST_HEAD(slices);
 	unsigned long i;
 
+	WRITE_ONCE(md->lost, false);
 	for (i = 0; i < md->nr_slices; i++) {
 		if (rcu_access_pointer(md->dir[i]) &&
 		    qcow2_is_tag(rcu_access_pointer(md->dir[i])))

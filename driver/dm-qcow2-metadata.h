@@ -173,7 +173,7 @@ struct qcow2_metadata {
 	 */
 	unsigned long changed ____cacheline_aligned_in_smp;
 	unsigned long durable;
-	/* See qcow2_metadata_set_lost(); WRITE_ONCE, never cleared */
+	/* See qcow2_metadata_set_lost(); WRITE_ONCE, cleared while suspended */
 	bool lost;
 
 	spinlock_t lock;		/* of what names it; nests in bucket locks */
@@ -377,7 +377,8 @@ static inline bool qcow2_metadata_clean(struct qcow2_metadata *md)
  * qcow2_metadata_set_lost() - the data device may have lost what is not committed
  * @md: the metadata
  *
- * No commit from now on succeeds, nor does one whose flush has not ended yet.
+ * No commit from now on succeeds, nor does one whose flush has not ended yet,
+ * until all is clean and suspended: then there was nothing to lose.
  * Any context.
  */
 static inline void qcow2_metadata_set_lost(struct qcow2_metadata *md)

@@ -126,12 +126,15 @@ struct qcow2_target {
 	wait_queue_head_t room;		/* for the last two to change */
 	/* ios that are more than a remap; for suspend, see there */
 	atomic_t slow;
+	/* First writes whose data is on its way: they will be dirty */
+	atomic_t first_writes;
 };
 
 enum qcow2_io_kind {
 	QCOW2_IO_PLAIN,		/* nothing to be done at its end */
 	QCOW2_IO_SLOW,		/* is cut into parts, or waits for a commit */
 	QCOW2_IO_FIRST_WRITE,
+	QCOW2_IO_OVER,		/* ended by the target itself */
 };
 
 /*
@@ -263,8 +266,6 @@ static void qcow2_io_init(struct qcow2_target *q, struct qcow2_io *io,
 static void qcow2_io_release(struct qcow2_io *io)
 {
 	io->kind = QCOW2_IO_PLAIN;
-	/* The map has changed before; pairs with qcow2_check_flush(). */
-	smp_mb__before_atomic();
 	atomic_dec(&io->q->slow);
 }
 
@@ -275,6 +276,7 @@ static void qcow2_io_end(struct qcow2_io *io)
 
 	bio->bi_status = READ_ONCE(io->status);
 	qcow2_io_release(io);
+	io->kind = QCOW2_IO_OVER;
 	/* It may have been through bio_endio() already, and through rq_qos. */
 	bio_clear_flag(bio, BIO_QOS_THROTTLED);
 	bio_clear_flag(bio, BIO_QOS_MERGED);
@@ -338,6 +340,9 @@ static void qcow2_end_first_write(struct qcow2_io *io)
 		qcow2_set_states(w->slice, w->first, w->last, w->prev);
 	}
 	spin_unlock_irqrestore(&bucket->lock, flags);
+	/* It is dirty by now; pairs with qcow2_check_flush(). */
+	smp_mb__before_atomic();
+	atomic_dec(&q->first_writes);
 
 	qcow2_queue_list(&waiters);
 	if (arm)
@@ -382,22 +387,19 @@ static void qcow2_io_put(struct qcow2_io *io)
 /*
  * A bio that was passed on has failed.  If it was a flush of the data device, or
  * a FUA write, which may be a flush there, then whatever is dirty, or is being
- * first-written, may have lost its data.  @own: what it counts for itself in
- * @q->slow.  Any context.
+ * first-written, may have lost its data.  Any context.
  */
 static void qcow2_check_flush(struct qcow2_target *q, struct bio *bio,
-			      blk_status_t status, int own)
+			      blk_status_t status)
 {
 	if (!(bio->bi_opf & (REQ_PREFLUSH | REQ_FUA)))
 		return;
-	/* It was not even begun. */
-	if (status == BLK_STS_AGAIN)
+	/* A write that had to wait, or had no place, was not even begun. */
+	if (status == BLK_STS_AGAIN ||
+	    (status == BLK_STS_NOSPC && !(bio->bi_opf & REQ_PREFLUSH)))
 		return;
-	/* else it was not passed on: its commit has failed */
-	if (bio->bi_bdev != q->data_bdev)
-		return;
-	if (atomic_read(&q->slow) <= own) {
-		/* What was slow before has changed the map by now. */
+	if (!atomic_read(&q->first_writes)) {
+		/* Those that were there before have changed the map by now. */
 		smp_rmb();
 		if (qcow2_metadata_clean(q->md))
 			return;
@@ -413,9 +415,11 @@ static int qcow2_end_io(struct dm_target *ti, struct bio *bio,
 
 	if (likely(io->kind == QCOW2_IO_PLAIN)) {
 		if (unlikely(*error))
-			qcow2_check_flush(ti->private, bio, *error, 0);
+			qcow2_check_flush(ti->private, bio, *error);
 		return DM_ENDIO_DONE;
 	}
+	if (io->kind == QCOW2_IO_OVER)
+		return DM_ENDIO_DONE;
 
 	if (*error)
 		WRITE_ONCE(io->status, *error);
@@ -431,7 +435,7 @@ static void qcow2_part_endio(struct bio *bio)
 	struct qcow2_io *io = bio->bi_private;
 
 	if (bio->bi_status) {
-		qcow2_check_flush(io->q, bio, bio->bi_status, 1);
+		qcow2_check_flush(io->q, bio, bio->bi_status);
 		WRITE_ONCE(io->status, bio->bi_status);
 	}
 	qcow2_io_put(io);
@@ -508,6 +512,7 @@ static bool qcow2_begin_first_write(struct qcow2_target *q,
 	 * writes to the same unit do not get in each other's way.
 	 */
 	qcow2_begin_write(md, &io->write, q->raw);
+	atomic_inc(&q->first_writes);
 out:
 	spin_unlock_irqrestore(&bucket->lock, flags);
 	return slice;

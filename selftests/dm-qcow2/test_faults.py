@@ -927,7 +927,8 @@ def lost_with_fua(bench):
             # Of another table, which is on stable storage
             s.sync.write(s.rig.cover, b"b" * s.unit)
         s.script.rest()
-        if s.dm.status().dirty:
+        status = s.dm.status()
+        if status.dirty or status.mode == "fail":
             break
         # The timer's commit has been here before.
         s.NEW += 1
