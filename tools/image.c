@@ -694,8 +694,6 @@ int image_sync(struct image *img)
 
 void image_undo(struct image *img)
 {
-	/* Whether the step that failed can be undone or not, it was the last. */
-	bool last = img->undo && img->undo->failed;
 	bool failed = false, stuck = false;
 	int ret = 0;
 
@@ -712,12 +710,11 @@ void image_undo(struct image *img)
 			ret = write_at(img->node.fd, u->old, u->len, u->off);
 		else
 			ret = fsync(img->node.fd);
+		/* What has failed before may do so again: it was the last step. */
 		if (ret) {
 			failed = true;
-			stuck = !last;
+			stuck = !u->failed;
 		}
-		if (!u->len && !u->failed)
-			last = false;
 		img->undo = u->next;
 		free(u);
 	}

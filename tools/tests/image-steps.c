@@ -14,14 +14,14 @@
  *	image-steps undo-grow IMAGE SIZE BACKING
  *	image-steps crash-grow IMAGE SIZE BACKING N SEED
  *	image-steps fail-grow IMAGE SIZE BACKING N M
- *					the write after N others fails, and in the
- *					undoing of those that were made the one
- *					after M others
+ *					the write or sync after N others fails, and
+ *					in the undoing of those that were made the
+ *					one after M others
  *	image-steps crash-repair IMAGE N SEED
  *					repair it as check --repair all does
  *
- * Exits with 9 if there are no N (or M) writes; crash-grow then prints how many
- * there are.
+ * Exits with 9 if there are no N (or M) writes; crash-grow and fail-grow then print
+ * how many there are.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -106,6 +106,10 @@ int __wrap_write_at(int fd, const void *buf, size_t len, uint64_t off)
 
 int __wrap_fsync(int fd)
 {
+	if (until_failure >= 0 && !until_failure--) {
+		errno = EIO;
+		return -1;
+	}
 	forget_pending();
 	/* Nothing is going to fail here, and many syncs take long. */
 	return fcntl(fd, F_GETFD) < 0 ? -1 : 0;
@@ -202,6 +206,8 @@ int main(int argc, char **argv)
 	} else if (!strcmp(argv[1], "fail-grow") && argc == 7) {
 		until_failure = atol(argv[5]);
 		ret = grow(&img, argv[3], argv[4]) ? 0 : NO_SUCH_WRITE;
+		if (ret)
+			printf("%ld\n", atol(argv[5]) - until_failure);
 		until_failure = atol(argv[6]);
 		image_undo(&img);
 		if (until_failure >= 0)
