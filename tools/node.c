@@ -223,6 +223,8 @@ bool node_flock(int fd, unsigned int ms)
 	const struct timespec step = { .tv_nsec = 10 * 1000 * 1000 };
 	unsigned int waited;
 
+	if (!flock_is_apart(fd))
+		return false;
 	for (waited = 0; flock(fd, LOCK_EX | LOCK_NB); waited += 10) {
 		if (errno != EWOULDBLOCK || waited >= ms || interrupted())
 			return false;
@@ -240,7 +242,7 @@ int node_try_lock(int fd, bool write)
 	 * One after the other, so that of two at the same time one wins, and not
 	 * none.  For others flock() may mean something else: no long wait.
 	 */
-	held = flock_is_apart(fd) && node_flock(fd, 1000);
+	held = node_flock(fd, 1000);
 	ret = try_lock(fd, write);
 	if (held)
 		flock(fd, LOCK_UN);
