@@ -845,13 +845,8 @@ def waiting(bench, what, fail):
 
 def slow_last_tries(bench):
     """Suspend tries a commit again, and the second read takes longer than the timer."""
-    rig = Rig(bench)
-    script, unit = rig.script, rig.unit
-    rig.reset()
-    script.name = lambda request: rig.what(request, [(0, rig.size)])
-    dm = bench.add(Dm("q", rig.line))
-    disk = bench.io(dm)
-    disk.read(0, unit)
+    s = Lost(bench)
+    rig, script, unit, dm, disk = s.rig, s.script, s.unit, s.dm, s.disk
     reads = []
 
     def hold(request):
@@ -881,9 +876,7 @@ def slow_last_tries(bench):
     dm.resume()
     expect(len(reads) > 1 and dm.mode() == "rw", f"{len(reads)} reads, {dm.status()}")
     same(disk.read(at, unit), b"a" * unit, at)
-    bench.drop(disk)
-    bench.drop(dm)
-    rig.check(leaks=False)
+    s.close(leaks=False)
 
 
 class Lost:
@@ -922,9 +915,12 @@ class Lost:
         with open(self.rig.image.path, "wb") as f:
             f.write(self.rig.meta.store)
         expect(self.rig.image.state(self.NEW * self.unit) == "unallocated", "the entry was written all the same")
+        self.close(leaks=True)
+
+    def close(self, leaks):
         for thing in (self.disk, self.sync, self.dm):
             self.bench.drop(thing)
-        self.rig.check(leaks=True)
+        self.rig.check(leaks)
 
 
 def lost_with_fua(bench):

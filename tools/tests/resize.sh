@@ -200,9 +200,6 @@ for kind in "1M 0 cluster_size=512" "1M 0 cluster_size=512,data_file_raw=on,refc
 	prepare_steps undo-grow undone.qcow2 $new "$backing" && cmp before.qcow2 undone.qcow2
 	ok "resize: $options, undone"
 	[ -n "$thorough" ] || continue
-	cp before.qcow2 crash.qcow2
-	writes=$("${steps[-1]}" crash-grow crash.qcow2 $new "$backing" 1000000 1)
-
 	# One of the last steps cannot be made, and one of those before cannot be undone.
 	bad=0 faults=0
 	cp before.qcow2 crash.qcow2
@@ -223,6 +220,8 @@ for kind in "1M 0 cluster_size=512" "1M 0 cluster_size=512,data_file_raw=on,refc
 	ok "resize: $options, $faults times two steps fail"
 
 	bad=0 cuts=0 old=0
+	cp before.qcow2 crash.qcow2
+	writes=$("${steps[-1]}" crash-grow crash.qcow2 $new "$backing" 1000000 1)
 	# in between there are only new tables
 	for ((n = 0; n < writes; n++)); do
 		[ $n -lt 30 ] || [ $n -gt $((writes - 30)) ] || continue
