@@ -18,11 +18,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "commands.h"
@@ -37,7 +35,7 @@
 #include "util.h"
 
 #define SECTOR		512
-#define LOCK_TRIES	60
+#define LOCK_MS		3000
 
 /* @size: of the data; @old: of the image; sets *@new */
 static int choose_size(const struct options *opt, const char *path,
@@ -380,20 +378,14 @@ static int extend_metadata(struct image *img, uint64_t size)
 /* Two at once must not do this to one device. */
 static int live_lock(struct live *l)
 {
-	const struct timespec step = { .tv_nsec = 50 * 1000 * 1000 };
-	int i;
-
 	l->lock = open(l->meta.path, O_RDONLY | O_CLOEXEC);
 	if (l->lock < 0)
 		return fail_errno("%s: cannot open it", esc(l->meta.path));
 	/* udev takes such a lock, too, for moments. */
-	for (i = 0; flock(l->lock, LOCK_EX | LOCK_NB); i++) {
-		if (i == LOCK_TRIES || interrupted())
-			return fail(EX_BUSY,
-				    "%s: is being resized, or locked by another program; try again later",
-				    esc(l->name));
-		nanosleep(&step, NULL);
-	}
+	if (!node_flock(l->lock, LOCK_MS))
+		return fail(EX_BUSY,
+			    "%s: is being resized, or locked by another program; try again later",
+			    esc(l->name));
 	return 0;
 }
 
