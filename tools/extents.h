@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../driver/dm-qcow2-format.h"
+#include "../driver/format.h"
 
 struct extent {
 	uint64_t start, length;		/* bytes of the disk */

@@ -15,7 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../driver/dm-qcow2-format.h"
+#include "../driver/format.h"
 
 enum header_fault {
 	HEADER_OK = 0,

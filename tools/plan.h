@@ -13,7 +13,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "../driver/dm-qcow2-format.h"
+#include "../driver/format.h"
 
 struct plan {
 	/* Clusters that the metadata must have room for, from offset 0. */

@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../driver/dm-qcow2-format.h"
+#include "../driver/format.h"
 
 #define TARGET_MAX_FEATURES	16
 

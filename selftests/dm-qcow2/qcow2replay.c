@@ -50,7 +50,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "../../driver/dm-qcow2-format.h"
+#include "../../driver/format.h"
 #include "qcow2stamp.h"
 
 #define NAME		"qcow2replay"

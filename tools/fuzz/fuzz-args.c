@@ -7,7 +7,7 @@
 
 #include <linux/device-mapper.h>
 
-#include "../driver/dm-qcow2-args.h"
+#include "../driver/args.h"
 #include "fuzz.h"
 #include "target.h"
 

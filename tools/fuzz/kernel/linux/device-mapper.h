@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What driver/dm-qcow2-args.c takes from the kernel, for userspace. */
+/* What driver/args.c takes from the kernel, for userspace. */
 #ifndef FUZZ_LINUX_DEVICE_MAPPER_H
 #define FUZZ_LINUX_DEVICE_MAPPER_H
 

@@ -3,7 +3,7 @@
 #include <linux/kstrtox.h>
 #include <linux/string.h>
 
-#include "dm-qcow2-args.h"
+#include "args.h"
 
 #define QCOW2_NR_ARGS		8
 #define QCOW2_MAX_FEATURES	8	/* words */

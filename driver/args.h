@@ -7,7 +7,7 @@
 #ifndef DM_QCOW2_ARGS_H
 #define DM_QCOW2_ARGS_H
 
-#include "dm-qcow2-format.h"
+#include "format.h"
 
 struct qcow2_args {
 	const char *metadata_dev;

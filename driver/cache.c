@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What of the map is in core.
+ */
+#include <linux/device-mapper.h>
+#include <linux/percpu.h>
+#include <linux/slab.h>
+
+#include "cache.h"
+#include "compat.h"
+#include "l2.h"
+
+#define DM_MSG_PREFIX "qcow2"
+
+/* Slices that are kept in reserve, by a writer and by a reader */
+#define QCOW2_SLICE_RESERVE	16
+#define QCOW2_SLICE_READ_RESERVE 2
+/* What the limit leaves for slices, at least. */
+#define QCOW2_MIN_CACHE		(256U << 10)
+/* What it is without one: states of 16 TiB at 64 KiB clusters */
+#define QCOW2_DEFAULT_CACHE	(64U << 20)
+/* Slices to drop at once: the search has its cost, too. */
+#define QCOW2_DROP_BATCH	8
+
+/* A load under way; lives on the stack of the worker that does it. */
+struct qcow2_load {
+	struct list_head node;		/* bucket->loads; bucket lock */
+	unsigned long index;
+	struct list_head waiters;	/* bucket lock */
+};
+
+/*----------------------------------------------------------------
+ * Memory
+ *----------------------------------------------------------------
+ */
+
+static void *qcow2_slice_pool_alloc(gfp_t gfp, void *pool_data)
+{
+	struct qcow2_map *map = pool_data;
+	struct qcow2_slice *slice = kmalloc(sizeof(*slice), gfp);
+
+	if (!slice)
+		return NULL;
+	slice->words = kmalloc(qcow2_words_bytes(map), gfp);
+	if (!slice->words) {
+		kfree(slice);
+		return NULL;
+	}
+	return slice;
+}
+
+static void qcow2_slice_pool_free(void *element, void *pool_data)
+{
+	struct qcow2_slice *slice = element;
+
+	kfree(slice->words);
+	kfree(slice);
+}
+
+/*
+ * Cannot fail: what the pool's reserve was used for gets clean by commits, which
+ * need no slices, and no worker of those who do; then it is dropped by the shrinker,
+ * or by the next one who looks for room.
+ */
+static struct qcow2_slice *qcow2_slice_alloc(struct qcow2_cache *cache,
+					     unsigned long index)
+{
+	/* GFP_NOIO because writeback may be waiting for the bio that needs it */
+	struct qcow2_slice *slice = mempool_alloc(&cache->slices, GFP_NOIO);
+
+	slice->index = index;
+	slice->referenced = true;
+	slice->ready = false;
+	slice->bad = false;
+	slice->dirty = 0;
+	slice->failed = 0;
+	slice->pins = 0;
+	slice->trim = NULL;
+	INIT_LIST_HEAD(&slice->node);
+	INIT_LIST_HEAD(&slice->dirty_node);
+	return slice;
+}
+
+static void qcow2_cache_free_slice(struct qcow2_map *map,
+				   struct qcow2_slice *slice)
+{
+	struct qcow2_cache *cache = map->cache;
+
+	mempool_free(slice, &cache->slices);
+}
+
+static unsigned long qcow2_cache_drop(struct qcow2_cache *cache,
+				      unsigned long nr)
+{
+	unsigned long dropped = qcow2_map_drop(cache->map, nr);
+
+	return dropped ? dropped : qcow2_map_forget_trims(cache->map, nr);
+}
+
+static bool qcow2_account(struct qcow2_cache *cache, bool force)
+{
+	struct qcow2_map *map = cache->map;
+	unsigned long bytes = qcow2_slice_bytes(map);
+	unsigned long flags;
+	bool ok;
+
+	spin_lock_irqsave(&map->lock, flags);
+	ok = force || map->state_bytes + bytes <= cache->limit;
+	if (ok)
+		map->state_bytes += bytes;
+	spin_unlock_irqrestore(&map->lock, flags);
+	return ok;
+}
+
+static bool qcow2_drop_for_room(struct qcow2_cache *cache)
+{
+	while (!qcow2_account(cache, false))
+		if (!qcow2_cache_drop(cache, QCOW2_DROP_BATCH))
+			return false;
+	return true;
+}
+
+/*
+ * Account for one more slice.  If all that could go to make room for it is
+ * dirty, have that written first.
+ */
+static void qcow2_get_room(struct qcow2_cache *cache)
+{
+	if (likely(qcow2_drop_for_room(cache)))
+		return;
+	if (cache->commit)
+		qcow2_commit_now(cache->commit);
+	/* It may be in use, or be dirty again: then the limit has to wait. */
+	if (!qcow2_drop_for_room(cache))
+		qcow2_account(cache, true);
+}
+
+/* No slice has come of it. */
+static void qcow2_put_room(struct qcow2_cache *cache)
+{
+	struct qcow2_map *map = cache->map;
+	unsigned long flags;
+
+	spin_lock_irqsave(&map->lock, flags);
+	map->state_bytes -= qcow2_slice_bytes(map);
+	spin_unlock_irqrestore(&map->lock, flags);
+}
+
+static unsigned long qcow2_shrink_count(struct shrinker *shrinker,
+					struct shrink_control *sc)
+{
+	struct qcow2_cache *cache = qcow2_shrinker_private(shrinker);
+
+	return qcow2_map_droppable(cache->map);
+}
+
+static unsigned long qcow2_shrink_scan(struct shrinker *shrinker,
+				       struct shrink_control *sc)
+{
+	struct qcow2_cache *cache = qcow2_shrinker_private(shrinker);
+	unsigned long dropped = qcow2_cache_drop(cache, sc->nr_to_scan);
+
+	return dropped ? dropped : SHRINK_STOP;
+}
+
+/*----------------------------------------------------------------
+ * Loading
+ *----------------------------------------------------------------
+ */
+
+static bool qcow2_slice_ready(struct qcow2_cache *cache, unsigned long index)
+{
+	return cache->alloc &&
+	       qcow2_alloc_has_table(cache->alloc, index >>
+				     cache->map->slices_per_l2_shift);
+}
+
+/*
+ * Read a slice; @slot is set to the new content of its slot.  Impossible entries
+ * become busy units of a slice that is marked bad; the result is still 0.
+ */
+static int qcow2_read_slice(struct qcow2_cache *cache, unsigned long index,
+			    struct qcow2_slice **slot)
+{
+	struct qcow2_map *map = cache->map;
+	unsigned long sub = index & (BIT(map->slices_per_l2_shift) - 1);
+	enum qcow2_state state;
+	bool copied;
+	u64 offset;
+	void *buf;
+	int r;
+
+	r = qcow2_l1_table(cache->l1, index >> map->slices_per_l2_shift,
+			   &offset, &copied);
+	if (r)
+		return r;
+	if (!offset) {
+		/*
+		 * The commit worker may be creating the table just now, but
+		 * not with entries of this slice: to have any, it must have
+		 * been loaded.
+		 */
+		*slot = qcow2_tag(QCOW2_UNALLOCATED);
+		return 0;
+	}
+
+	buf = mempool_alloc(&cache->buffers, GFP_NOIO);
+	offset += (u64)sub * map->slice_bytes;
+	r = qcow2_mdio_rw(cache->io, REQ_OP_READ, offset, buf, map->slice_bytes);
+	if (r) {
+		DMERR_LIMIT("%s: cannot read the L2 table at %#llx: %d",
+			    cache->io->name, (unsigned long long)offset, r);
+	} else {
+		*slot = qcow2_slice_alloc(cache, index);
+		if (qcow2_l2_decode_slice(map, cache->io->name, *slot, buf, &state)) {
+			mempool_free(*slot, &cache->slices);
+			*slot = qcow2_tag(state);
+		} else {
+			(*slot)->ready = qcow2_slice_ready(cache, index);
+		}
+	}
+	mempool_free(buf, &cache->buffers);
+	return r;
+}
+
+int qcow2_cache_load(struct qcow2_cache *cache, unsigned long index,
+		     struct list_head *waiter)
+{
+	struct qcow2_map *map = cache->map;
+	struct qcow2_bucket *bucket = qcow2_bucket(map, index);
+	struct qcow2_load load = { .index = index }, *other;
+	struct qcow2_slice *slot = NULL;
+	int r;
+
+	INIT_LIST_HEAD(&load.waiters);
+	spin_lock_irq(&bucket->lock);
+	if (rcu_access_pointer(map->dir[index])) {
+		spin_unlock_irq(&bucket->lock);
+		return 0;
+	}
+	list_for_each_entry(other, &bucket->loads, node) {
+		if (other->index == index) {
+			if (waiter)
+				list_add_tail(waiter, &other->waiters);
+			spin_unlock_irq(&bucket->lock);
+			return waiter ? 1 : -EBUSY;
+		}
+	}
+	list_add_tail(&load.node, &bucket->loads);
+	spin_unlock_irq(&bucket->lock);
+
+	this_cpu_inc(*cache->misses);
+	qcow2_get_room(cache);
+	r = qcow2_read_slice(cache, index, &slot);
+	if (r || qcow2_is_tag(slot))
+		qcow2_put_room(cache);
+	/* Before anyone can see the slice: no first write goes into it. */
+	if (r == -EUCLEAN || (!r && !qcow2_is_tag(slot) && slot->bad))
+		qcow2_mode_corrupt(cache->health);
+
+	spin_lock_irq(&bucket->lock);
+	if (!r)
+		qcow2_slot_publish(map, index, slot);
+	list_del(&load.node);
+	spin_unlock_irq(&bucket->lock);
+
+	map->wake(&load.waiters, r);
+	return r;
+}
+
+void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index)
+{
+	struct qcow2_map *map = cache->map;
+	struct qcow2_bucket *bucket = qcow2_bucket(map, index);
+	struct qcow2_slice *slice, *slot;
+
+	qcow2_get_room(cache);
+	slice = qcow2_slice_alloc(cache, index);
+	spin_lock_irq(&bucket->lock);
+	slot = qcow2_slot(map, index);
+	if (slot && qcow2_is_tag(slot)) {
+		qcow2_set_states(slice, 0, BIT(map->slice_shift) - 1,
+				 qcow2_tag_state(slot));
+		slice->ready = qcow2_slice_ready(cache, index);
+		qcow2_slot_publish(map, index, slice);
+		slice = NULL;
+	}
+	spin_unlock_irq(&bucket->lock);
+
+	if (slice) {
+		mempool_free(slice, &cache->slices);
+		qcow2_put_room(cache);
+	}
+}
+
+/*----------------------------------------------------------------
+ * Life
+ *----------------------------------------------------------------
+ */
+
+int qcow2_cache_init(struct qcow2_cache *cache)
+{
+	struct qcow2_map *map = cache->map;
+	bool writer = cache->commit;
+	int r;
+
+	map->cache = cache;
+	map->free_slice = qcow2_cache_free_slice;
+	cache->limit = cache->limit ?
+		       max(cache->limit, map->state_bytes + QCOW2_MIN_CACHE) :
+		       map->state_bytes + QCOW2_DEFAULT_CACHE;
+	cache->misses = alloc_percpu(unsigned long);
+	if (!cache->misses)
+		return -ENOMEM;
+	r = mempool_init(&cache->slices, writer ? QCOW2_SLICE_RESERVE :
+						  QCOW2_SLICE_READ_RESERVE,
+			 qcow2_slice_pool_alloc, qcow2_slice_pool_free, map);
+	if (r)
+		return r;
+	r = mempool_init_kmalloc_pool(&cache->buffers, writer ? 2 : 1,
+				      map->slice_bytes);
+	if (r)
+		return r;
+	cache->shrinker = qcow2_shrinker_alloc(cache, qcow2_shrink_count,
+					       qcow2_shrink_scan,
+					       cache->io->name);
+	return cache->shrinker ? 0 : -ENOMEM;
+}
+
+void qcow2_cache_stop(struct qcow2_cache *cache)
+{
+	if (cache->shrinker)
+		qcow2_shrinker_free(cache->shrinker);
+	cache->shrinker = NULL;
+}
+
+void qcow2_cache_exit(struct qcow2_cache *cache)
+{
+	mempool_exit(&cache->buffers);
+	mempool_exit(&cache->slices);
+	free_percpu(cache->misses);
+}

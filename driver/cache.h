@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What of the map is in core: loading slices, and letting them go.
+ *
+ * Slices that are clean and that nobody works with can be dropped, to keep to
+ * a limit or because the system needs memory; then hints for discards that wait.
+ * Tagged slots stay.
+ */
+#ifndef DM_QCOW2_CACHE_H
+#define DM_QCOW2_CACHE_H
+
+#include <linux/mempool.h>
+
+#include "commit.h"
+
+struct shrinker;
+
+struct qcow2_cache {
+	/* Constant */
+	struct qcow2_map *map;
+	struct qcow2_mdio *io;
+	struct qcow2_l1 *l1;
+	struct qcow2_alloc *alloc;	/* NULL: read-only */
+	struct qcow2_commit *commit;	/* NULL: read-only */
+	struct qcow2_health *health;
+	u64 limit;			/* of map->state_bytes */
+
+	mempool_t slices;		/* struct qcow2_slice with their words */
+	mempool_t buffers;		/* of slice_bytes */
+	struct shrinker *shrinker;
+	unsigned long __percpu *misses;
+};
+
+/**
+ * qcow2_cache_init() - get ready to load slices
+ * @cache: all zeros but for the constant fields; @cache->limit is what was asked for
+ *	(bytes), 0 for the default
+ *
+ * Returns 0 or -ENOMEM; qcow2_cache_exit() is right after both.  Process context.
+ */
+int qcow2_cache_init(struct qcow2_cache *cache);
+
+/* Ends what calls from outside; to be called first. */
+void qcow2_cache_stop(struct qcow2_cache *cache);
+
+/* To be called after qcow2_map_exit(). */
+void qcow2_cache_exit(struct qcow2_cache *cache);
+
+/**
+ * qcow2_cache_load() - get a slice into core
+ * @cache: the cache
+ * @index: slot
+ * @waiter: is left with another worker that loads it just now
+ *
+ * Returns 0, a negative errno, or 1 if @waiter has been left: then map->wake() is
+ * called for it.  Without @waiter that is -EBUSY.  What has been loaded can be
+ * dropped again at any time.  Workqueue context.
+ */
+int qcow2_cache_load(struct qcow2_cache *cache, unsigned long index,
+		     struct list_head *waiter);
+
+/* Make a struct qcow2_slice of a tagged slot, if it still is one.  Workqueue. */
+void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index);
+
+/* May hints for discards use more memory?  Any context. */
+static inline bool qcow2_cache_has_room(struct qcow2_cache *cache)
+{
+	return READ_ONCE(cache->map->state_bytes) <= cache->limit;
+}
+
+#endif /* DM_QCOW2_CACHE_H */
