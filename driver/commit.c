@@ -14,8 +14,8 @@
 
 #define DM_MSG_PREFIX "qcow2"
 
-/* Entries that are kept in reserve */
-#define QCOW2_ENTRY_RESERVE	32
+/* Entries that are kept in reserve: enough for a slice */
+#define QCOW2_ENTRY_RESERVE	(2 * QCOW2_MAX_BLOCKS)
 
 /* Contents of blocks that could not be written, see struct qcow2_kept */
 #define QCOW2_MAX_KEPT		64
@@ -94,42 +94,62 @@ static struct qcow2_entry *qcow2_entry_alloc(struct qcow2_commit *c, bool wait)
 	return e;
 }
 
+/* Blocks of a slice that can be taken; the bucket lock is held. */
+static u32 qcow2_to_take(const struct qcow2_slice *slice)
+{
+	return slice->dirty & ~(slice->dirty >> QCOW2_MAX_BLOCKS) &
+	       (BIT(QCOW2_MAX_BLOCKS) - 1);
+}
+
+/*
+ * All dirty blocks of a slice have been taken.  What has become dirty again since
+ * is for the next commit: nothing is to be twice in a round.  The bucket lock is held.
+ */
+static void qcow2_slice_taken(struct qcow2_map *map, struct qcow2_slice *slice)
+{
+	spin_lock(&map->lock);
+	if (slice->dirty & (BIT(QCOW2_MAX_BLOCKS) - 1)) {
+		list_move_tail(&slice->dirty_node, &map->dirty);
+	} else {
+		list_del_init(&slice->dirty_node);
+		map->nr_dirty--;
+	}
+	spin_unlock(&map->lock);
+}
+
 /*
  * Take the dirty blocks of a slice.  Returns false if there is no memory for all
- * of them.
+ * of them; of the first slice of a round there always is.
  */
 static bool qcow2_take_slice(struct qcow2_commit *c, struct qcow2_slice *slice)
 {
 	struct qcow2_bucket *bucket = qcow2_bucket(c->map, slice->index);
 	struct qcow2_map *map = c->map;
-	struct qcow2_entry *e = NULL;
-	u32 left = 1;
+	bool more = true;
 
-	while (left) {
+	while (more) {
 		/* Waits for what the last round has given back, if at all. */
-		e = qcow2_entry_alloc(c, list_empty(&c->entries));
+		struct qcow2_entry *e = qcow2_entry_alloc(c, list_empty(&c->entries));
+		u32 blocks;
+
 		if (!e)
 			return false;
 		spin_lock_irq(&bucket->lock);
-		left = slice->dirty & (BIT(QCOW2_MAX_BLOCKS) - 1);
-		if (left) {
+		blocks = qcow2_to_take(slice);
+		if (blocks) {
 			e->slice = slice;
-			e->block = __ffs(left);
-			left &= left - 1;
+			e->block = __ffs(blocks);
 			qcow2_block_take(map, slice, e->block, e->words);
 			list_add_tail(&e->node, &c->entries);
 			e = NULL;
 		}
-		if (!left) {
-			spin_lock(&map->lock);
-			list_del_init(&slice->dirty_node);
-			map->nr_dirty--;
-			spin_unlock(&map->lock);
-		}
+		more = qcow2_to_take(slice);
+		if (!more)
+			qcow2_slice_taken(map, slice);
 		spin_unlock_irq(&bucket->lock);
+		if (e)
+			mempool_free(e, &c->entry_pool);
 	}
-	if (e)
-		mempool_free(e, &c->entry_pool);
 	return true;
 }
 
@@ -161,10 +181,6 @@ static void qcow2_take_entries(struct qcow2_commit *c)
 
 		slice = list_first_entry(&c->committing, struct qcow2_slice,
 					 dirty_node);
-		/*
-		 * No second look at a slice in the same round: a block that has
-		 * become dirty again would be in it twice.
-		 */
 		if (!qcow2_take_slice(c, slice))
 			break;
 	}
@@ -802,7 +818,8 @@ static int qcow2_commit(struct qcow2_commit *c)
 	if (c->corrupt)
 		qcow2_mode_corrupt(c->health);
 	error = blk_status_to_errno(qcow2_error_get(&c->error));
-	qcow2_mode_space(c->health, error == -ENOSPC);
+	if (!error || error == -ENOSPC)
+		qcow2_mode_space(c->health, error);
 	if (!error) {
 		WRITE_ONCE(map->durable, changed);
 		WRITE_ONCE(c->commits, c->commits + 1);
