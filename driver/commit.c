@@ -330,15 +330,15 @@ static void qcow2_read_wave(struct qcow2_commit *c, struct qcow2_ios *ios)
 }
 
 /*
- * Bring the blocks of a wave up to date, and write them.  Returns true if any of
- * them is on its way to the disk then, so that a flush is needed.
+ * Bring the blocks of a wave up to date, and write them.  Returns true if a flush is
+ * needed, because a write was tried: one that has failed may be on the disk, too.
  */
 static bool qcow2_write_wave(struct qcow2_commit *c, bool new)
 {
 	struct qcow2_map *map = c->map;
 	struct blk_plug plug;
 	struct qcow2_ios ios;
-	bool written = false;
+	bool tried = false;
 	unsigned int i;
 
 	qcow2_ios_init(&ios);
@@ -377,8 +377,8 @@ free:
 
 		if (!e)
 			continue;
+		tried = true;
 		if (!qcow2_error_get(&e->error)) {
-			written = true;
 			k = qcow2_find_kept(c, e->offset);
 			if (k)
 				qcow2_drop_kept(c, k);
@@ -394,7 +394,7 @@ free:
 				    c->io->name, (unsigned long long)e->offset);
 		qcow2_mdio_put_block(c->io, e->buf);
 	}
-	return written;
+	return tried;
 }
 
 /*----------------------------------------------------------------
@@ -452,21 +452,25 @@ static void qcow2_count_one(struct qcow2_commit *c, u64 cluster, int part)
 	qcow2_refcount_set(c->parts[part].buf, i, c->alloc->geo.refcount_order, 1);
 }
 
-/* Read or write all parts. */
-static void qcow2_rw_parts(struct qcow2_commit *c, blk_opf_t opf)
+/* Read or write all parts that have not failed.  True if there are any. */
+static bool qcow2_rw_parts(struct qcow2_commit *c, blk_opf_t opf)
 {
 	struct qcow2_ios ios;
+	bool tried = false;
 	unsigned int i;
 
 	qcow2_ios_init(&ios);
 	for (i = 0; i < c->nr_parts; i++) {
 		struct qcow2_refpart *p = c->parts + i;
 
-		if (!qcow2_error_get(&p->error))
-			qcow2_mdio_start(c->io, &ios, &p->error, opf, p->offset,
-					 p->buf, c->io->block_bytes);
+		if (qcow2_error_get(&p->error))
+			continue;
+		tried = true;
+		qcow2_mdio_start(c->io, &ios, &p->error, opf, p->offset, p->buf,
+				 c->io->block_bytes);
 	}
 	qcow2_ios_wait(&ios);
+	return tried;
 }
 
 /*
@@ -474,7 +478,7 @@ static void qcow2_rw_parts(struct qcow2_commit *c, blk_opf_t opf)
  * Returns where to go on.
  */
 static struct qcow2_entry *qcow2_refcounts(struct qcow2_commit *c,
-					   struct qcow2_entry *t, bool *written)
+					   struct qcow2_entry *t, bool *tried)
 {
 	unsigned int shift = qcow2_alloc_region_shift(c->alloc), i;
 	struct qcow2_entry *end = t, *next;
@@ -494,7 +498,8 @@ static struct qcow2_entry *qcow2_refcounts(struct qcow2_commit *c,
 			qcow2_count_one(c, end->cluster >> shift << shift,
 					end->parts[1]);
 	}
-	qcow2_rw_parts(c, REQ_OP_WRITE);
+	if (qcow2_rw_parts(c, REQ_OP_WRITE))
+		*tried = true;
 	for (end = t; end != next; end = list_next_entry(end, table_node)) {
 		for (i = 0; !end->tried && i < 2; i++) {
 			struct qcow2_refpart *p = c->parts + end->parts[i];
@@ -513,8 +518,6 @@ static struct qcow2_entry *qcow2_refcounts(struct qcow2_commit *c,
 		if (qcow2_error_get(&p->error))
 			DMERR_LIMIT("%s: cannot update the refcounts at %#llx",
 				    c->io->name, (unsigned long long)p->offset);
-		else
-			*written = true;
 		qcow2_mdio_put_block(c->io, p->buf);
 	}
 	return next;
@@ -524,21 +527,21 @@ static struct qcow2_entry *qcow2_refcounts(struct qcow2_commit *c,
 static int qcow2_stage_tables(struct qcow2_commit *c)
 {
 	struct qcow2_entry *e;
-	bool written = false;
+	bool tried = false;
 
 	c->counted = ULONG_MAX;
 	e = list_first_entry(&c->tables, struct qcow2_entry, table_node);
 	while (!list_entry_is_head(e, &c->tables, table_node))
-		e = qcow2_refcounts(c, e, &written);
+		e = qcow2_refcounts(c, e, &tried);
 	e = list_first_entry(&c->entries, struct qcow2_entry, node);
 	for (;;) {
 		e = qcow2_fill_wave(c, e, true);
 		if (!c->nr_wave)
 			break;
 		if (qcow2_write_wave(c, true))
-			written = true;
+			tried = true;
 	}
-	return written ? qcow2_mdio_flush(c->io) : 0;
+	return tried ? qcow2_mdio_flush(c->io) : 0;
 }
 
 /*----------------------------------------------------------------
@@ -551,7 +554,7 @@ static int qcow2_stage_reftable(struct qcow2_commit *c)
 {
 	unsigned int shift = qcow2_alloc_region_shift(c->alloc);
 	struct qcow2_alloc *a = c->alloc;
-	bool written = false;
+	bool tried = false;
 	struct qcow2_entry *t, *from, *to;
 	unsigned int per_block = c->io->block_bytes / 8;
 	__be64 *buf = NULL;
@@ -586,15 +589,14 @@ static int qcow2_stage_reftable(struct qcow2_commit *c)
 		if (r)
 			DMERR_LIMIT("%s: cannot write the refcount table: %d",
 				    c->io->name, r);
-		else
-			written = true;
+		tried = true;
 		for (t = from; r && t != to; t = list_next_entry(t, table_node))
 			if (qcow2_alloc_fresh(a, t->cluster >> shift))
 				qcow2_error_note(&t->held, errno_to_blk_status(r));
 	}
 	if (buf)
 		qcow2_mdio_put_block(c->io, buf);
-	if (!written)
+	if (!tried)
 		return 0;
 	r = qcow2_mdio_flush(c->io);
 	if (r)
@@ -617,7 +619,7 @@ static bool qcow2_linkable(const struct qcow2_entry *e)
 }
 
 /* Write one block of the L1 table: the links of the tables from @from to @to. */
-static bool qcow2_write_l1(struct qcow2_commit *c, unsigned long block,
+static void qcow2_write_l1(struct qcow2_commit *c, unsigned long block,
 			   struct qcow2_entry *from, struct qcow2_entry *to,
 			   __be64 *buf)
 {
@@ -643,14 +645,13 @@ static bool qcow2_write_l1(struct qcow2_commit *c, unsigned long block,
 	for (e = from; e != to; e = list_next_entry(e, node))
 		if (r && qcow2_linkable(e))
 			qcow2_error_note(&e->held, errno_to_blk_status(r));
-	return !r;
 }
 
 static bool qcow2_write_links(struct qcow2_commit *c)
 {
 	unsigned int per_block = qcow2_l1_per_block(c->l1);
 	struct qcow2_entry *from, *to;
-	bool written = false;
+	bool tried = false;
 	__be64 *buf = NULL;
 
 	for (from = list_first_entry(&c->entries, struct qcow2_entry, node);
@@ -668,12 +669,12 @@ static bool qcow2_write_links(struct qcow2_commit *c)
 			continue;
 		if (!buf)
 			buf = qcow2_mdio_get_block(c->io, true);
-		if (qcow2_write_l1(c, block, from, to, buf))
-			written = true;
+		qcow2_write_l1(c, block, from, to, buf);
+		tried = true;
 	}
 	if (buf)
 		qcow2_mdio_put_block(c->io, buf);
-	return written;
+	return tried;
 }
 
 /*
@@ -682,13 +683,13 @@ static bool qcow2_write_links(struct qcow2_commit *c)
  */
 static int qcow2_stage_links(struct qcow2_commit *c, struct qcow2_entry *e)
 {
-	bool written = false;
+	bool tried = false;
 	struct qcow2_ios ios;
 	int r = 0;
 
 	for (;;) {
 		if (c->nr_wave && qcow2_write_wave(c, false))
-			written = true;
+			tried = true;
 		e = qcow2_fill_wave(c, e, false);
 		if (!c->nr_wave)
 			break;
@@ -696,8 +697,8 @@ static int qcow2_stage_links(struct qcow2_commit *c, struct qcow2_entry *e)
 		qcow2_ios_wait(&ios);
 	}
 	if (qcow2_write_links(c))
-		written = true;
-	if (written)
+		tried = true;
+	if (tried)
 		r = qcow2_mdio_flush(c->io);
 	if (r)
 		return r;
