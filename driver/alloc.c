@@ -19,6 +19,9 @@
  */
 #define QCOW2_MAX_CLUSTERS	BIT_ULL(27)
 
+/* Clusters that are given up because they cannot be written */
+#define QCOW2_MAX_SKIPPED	64
+
 /* The piece of the L1 table that is looked at in one go; bytes */
 #define QCOW2_SCAN_BYTES	65536U
 
@@ -90,6 +93,7 @@ static int qcow2_read_reftable(struct qcow2_alloc *a)
 				    qcow2_fault_str(fault));
 			return -EUCLEAN;
 		}
+		cond_resched();
 	}
 	if (!a->beyond)
 		WRITE_ONCE(a->ready, true);
@@ -170,9 +174,6 @@ static int qcow2_find_cluster(struct qcow2_alloc *a, u64 *cluster)
 				continue;
 		}
 		if (test_bit(c, a->used)) {
-			/* a refcount block that no commit has counted yet */
-			if (block && qcow2_alloc_fresh(a, c >> shift))
-				continue;
 			DMERR_LIMIT("%s: refcount of cluster %#llx is corrupt (0): %s",
 				    a->io->name,
 				    (unsigned long long)c << a->geo.cluster_bits,
@@ -200,6 +201,18 @@ static int qcow2_zero_cluster(struct qcow2_alloc *a, u64 cluster)
 	return qcow2_ios_wait(&ios);
 }
 
+/*
+ * A cluster cannot be written.  The next request tries the next one, but not
+ * without end: it may be the device, and not the cluster.
+ */
+static void qcow2_skip(struct qcow2_alloc *a, u64 next)
+{
+	if (a->skipped < QCOW2_MAX_SKIPPED) {
+		a->skipped++;
+		WRITE_ONCE(a->cursor, next);
+	}
+}
+
 /* Have a refcount block for a region, if only of zeros that nothing refers to. */
 static int qcow2_reserve_region(struct qcow2_alloc *a, unsigned long region)
 {
@@ -209,8 +222,11 @@ static int qcow2_reserve_region(struct qcow2_alloc *a, unsigned long region)
 	if (qcow2_region_block(a, region))
 		return 0;
 	r = qcow2_zero_cluster(a, self);
-	if (r)
+	if (r) {
+		if (r != -ENOSPC)
+			qcow2_skip(a, self + (1ULL << qcow2_alloc_region_shift(a)));
 		return r;
+	}
 	__set_bit(self, a->used);
 	spin_lock(&a->lock);
 	a->reftable[region] = cpu_to_be64(self << a->geo.cluster_bits);
@@ -243,8 +259,11 @@ static int qcow2_reserve_cluster(struct qcow2_alloc *a, u64 *cluster)
 	if (r)
 		return r;
 	r = qcow2_reserve_region(a, *cluster >> qcow2_alloc_region_shift(a));
-	if (!r)
+	if (!r) {
 		r = qcow2_zero_cluster(a, *cluster);
+		if (r && r != -ENOSPC)
+			qcow2_skip(a, *cluster + 1);
+	}
 	if (r) {
 		DMERR_LIMIT("%s: cannot write a new metadata cluster at %#llx: %d",
 			    a->io->name,
@@ -390,6 +409,7 @@ static int qcow2_check_l1(struct qcow2_alloc *a)
 			r = qcow2_l1_bad(l1, i, entry, fault);
 			qcow2_l1_spoil(l1, i);
 		}
+		cond_resched();
 	}
 	return r;
 }
@@ -449,6 +469,7 @@ int qcow2_alloc_resume(struct qcow2_alloc *a)
 
 	a->ready = false;
 	a->beyond = false;
+	a->skipped = 0;
 	a->refblock_offset = 0;
 	a->cursor = 0;
 	memset(a->reserved, 0, a->l1->needed * sizeof(*a->reserved));

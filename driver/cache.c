@@ -120,6 +120,15 @@ static bool qcow2_drop_for_room(struct qcow2_cache *cache)
 	return true;
 }
 
+bool qcow2_cache_has_room(struct qcow2_cache *cache)
+{
+	struct qcow2_map *map = cache->map;
+
+	if (READ_ONCE(map->state_bytes) > cache->limit)
+		qcow2_map_drop(map, QCOW2_DROP_BATCH);
+	return READ_ONCE(map->state_bytes) <= cache->limit;
+}
+
 /*
  * Account for one more slice.  If all that could go to make room for it is
  * dirty, have that written first.
@@ -274,6 +283,9 @@ void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index)
 	struct qcow2_bucket *bucket = qcow2_bucket(map, index);
 	struct qcow2_slice *slice, *slot;
 
+	slot = rcu_access_pointer(map->dir[index]);
+	if (!slot || !qcow2_is_tag(slot))
+		return;
 	qcow2_get_room(cache);
 	slice = qcow2_slice_alloc(cache, index);
 	spin_lock_irq(&bucket->lock);

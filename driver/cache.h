@@ -62,10 +62,10 @@ int qcow2_cache_load(struct qcow2_cache *cache, unsigned long index,
 /* Make a struct qcow2_slice of a tagged slot, if it still is one.  Workqueue. */
 void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index);
 
-/* May hints for discards use more memory?  Any context. */
-static inline bool qcow2_cache_has_room(struct qcow2_cache *cache)
-{
-	return READ_ONCE(cache->map->state_bytes) <= cache->limit;
-}
+/*
+ * May hints for discards use more memory?  Drops slices if need be.  Process
+ * context.
+ */
+bool qcow2_cache_has_room(struct qcow2_cache *cache);
 
 #endif /* DM_QCOW2_CACHE_H */

@@ -17,13 +17,20 @@ int qcow2_claim_take(struct qcow2_claim *claim, dev_t dev, bool writer)
 
 	mutex_lock(&qcow2_claims_lock);
 	list_for_each_entry(other, &qcow2_claims, node)
-		if (other != claim && other->dev == dev &&
+		if (other != claim && other->dev == dev && !other->parked &&
 		    (writer || other->writer))
 			r = -EBUSY;
+	if (!r && !list_empty(&claim->node) && claim->stale)
+		r = -ESTALE;
 	if (!r) {
+		list_for_each_entry(other, &qcow2_claims, node)
+			if (other != claim && other->dev == dev && writer)
+				other->stale = true;
 		claim->dev = dev;
 		claim->writer = writer;
 		claim->waiting = false;
+		claim->parked = false;
+		claim->stale = false;
 		if (list_empty(&claim->node))
 			list_add(&claim->node, &qcow2_claims);
 	}
@@ -35,6 +42,13 @@ void qcow2_claim_wait(struct qcow2_claim *claim)
 {
 	mutex_lock(&qcow2_claims_lock);
 	claim->waiting = true;
+	mutex_unlock(&qcow2_claims_lock);
+}
+
+void qcow2_claim_park(struct qcow2_claim *claim)
+{
+	mutex_lock(&qcow2_claims_lock);
+	claim->parked = true;
 	mutex_unlock(&qcow2_claims_lock);
 }
 

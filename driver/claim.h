@@ -14,6 +14,8 @@ struct qcow2_claim {
 	dev_t dev;
 	bool writer;
 	bool waiting;			/* has metadata that waits to be written */
+	bool parked;			/* is in nobody's way */
+	bool stale;			/* parked, and somebody else has written */
 };
 
 static inline void qcow2_claim_init(struct qcow2_claim *claim)
@@ -23,13 +25,17 @@ static inline void qcow2_claim_init(struct qcow2_claim *claim)
 
 /*
  * Claim a metadata device for a table that is about to be live.  Does no harm if
- * the claim is there already.  Returns 0, or -EBUSY if another table's is in the
- * way.  Process context.
+ * the claim is there already.  Returns 0; -EBUSY if another table's is in the way;
+ * -ESTALE if it was parked, and another table has been live as a writer since.
+ * Process context.
  */
 int qcow2_claim_take(struct qcow2_claim *claim, dev_t dev, bool writer);
 
 /* The table is suspended, and keeps the claim only for what it has yet to write. */
 void qcow2_claim_wait(struct qcow2_claim *claim);
+
+/* The table is suspended, and knows more than is on disk, but cannot write it. */
+void qcow2_claim_park(struct qcow2_claim *claim);
 
 /* Any claim is over.  Process context. */
 void qcow2_claim_drop(struct qcow2_claim *claim);

@@ -17,6 +17,12 @@
 /* Entries that are kept in reserve: enough for a slice */
 #define QCOW2_ENTRY_RESERVE	(2 * QCOW2_MAX_BLOCKS)
 
+/*
+ * What entries of a round use at most, more or less; bytes.  That is 1 TiB of the
+ * guest at 64 KiB clusters.
+ */
+#define QCOW2_ENTRY_MEMORY	(8U << 20)
+
 /* Contents of blocks that could not be written, see struct qcow2_kept */
 #define QCOW2_MAX_KEPT		64
 
@@ -47,8 +53,8 @@ struct qcow2_entry {
 };
 
 /*
- * What should have been written to a block and was not: a sector that a failed
- * write has made unreadable can still be written.
+ * What should have been written to a block of an L2 table or of refcounts, and
+ * was not: a sector that a failed write has made unreadable can still be written.
  */
 struct qcow2_kept {
 	struct list_head node;		/* c->kept */
@@ -60,6 +66,12 @@ static unsigned long qcow2_entry_l1(struct qcow2_commit *c,
 				    const struct qcow2_entry *e)
 {
 	return e->slice->index >> c->map->slices_per_l2_shift;
+}
+
+static size_t qcow2_entry_bytes(const struct qcow2_commit *c)
+{
+	return struct_size_t(struct qcow2_entry, words,
+			     BIT(c->map->block_shift) / QCOW2_UNITS_PER_WORD);
 }
 
 /* Is an entry not to be written (any more)? */
@@ -141,6 +153,7 @@ static bool qcow2_take_slice(struct qcow2_commit *c, struct qcow2_slice *slice)
 			e->block = __ffs(blocks);
 			qcow2_block_take(map, slice, e->block, e->words);
 			list_add_tail(&e->node, &c->entries);
+			c->nr_entries++;
 			e = NULL;
 		}
 		more = qcow2_to_take(slice);
@@ -176,7 +189,9 @@ static int qcow2_table_cmp(void *priv, const struct list_head *a,
 /* Take what is dirty, as far as memory goes. */
 static void qcow2_take_entries(struct qcow2_commit *c)
 {
-	while (!list_empty(&c->committing)) {
+	c->nr_entries = 0;
+	while (!list_empty(&c->committing) &&
+	       c->nr_entries * qcow2_entry_bytes(c) < QCOW2_ENTRY_MEMORY) {
 		struct qcow2_slice *slice;
 
 		slice = list_first_entry(&c->committing, struct qcow2_slice,
@@ -218,8 +233,20 @@ static void qcow2_find_places(struct qcow2_commit *c)
 		}
 		e->offset += (u64)(e->slice->index & sub_mask) * c->map->slice_bytes +
 			     e->block * c->map->block_bytes;
+		cond_resched();
 	}
 	list_sort(NULL, &c->tables, qcow2_table_cmp);
+}
+
+/* Of what has happened to the metadata, a guest need know only one thing. */
+static void qcow2_commit_error(struct qcow2_commit *c,
+			       const struct qcow2_error *error)
+{
+	blk_status_t status = qcow2_error_get(error);
+
+	if (status && status != BLK_STS_NOSPC)
+		status = BLK_STS_IOERR;
+	qcow2_error_note(&c->error, status);
 }
 
 /* Everything has been tried: what has failed is dirty again. */
@@ -232,17 +259,19 @@ static void qcow2_release_entries(struct qcow2_commit *c)
 		bool failed = qcow2_entry_failed(e);
 
 		if (failed) {
-			qcow2_error_note(&c->error, qcow2_error_get(&e->error));
+			qcow2_commit_error(c, &e->error);
 			if (e->table)
-				qcow2_error_note(&c->error,
-						 qcow2_error_get(&e->table->held));
+				qcow2_commit_error(c, &e->table->held);
 		}
 		spin_lock_irq(&bucket->lock);
 		qcow2_block_done(c->map, e->slice, e->block, failed);
 		spin_unlock_irq(&bucket->lock);
+		cond_resched();
 	}
-	list_for_each_entry_safe(e, next, &c->entries, node)
+	list_for_each_entry_safe(e, next, &c->entries, node) {
 		mempool_free(e, &c->entry_pool);
+		cond_resched();
+	}
 	INIT_LIST_HEAD(&c->entries);
 	INIT_LIST_HEAD(&c->tables);
 }
@@ -269,22 +298,47 @@ static void qcow2_drop_kept(struct qcow2_commit *c, struct qcow2_kept *k)
 	c->nr_kept--;
 }
 
-/* A block that had been there before could not be written. */
-static void qcow2_keep(struct qcow2_commit *c, const struct qcow2_entry *e)
+/*
+ * A block that had been there before was tried to be written.  Keep what it should
+ * be if that has failed.  Returns true if it was kept before, so that all of this
+ * is nothing new.
+ */
+static bool qcow2_keep(struct qcow2_commit *c, u64 offset, const void *buf,
+		       bool failed)
 {
-	struct qcow2_kept *k = qcow2_find_kept(c, e->offset);
+	struct qcow2_kept *k = qcow2_find_kept(c, offset);
+	bool before = k;
 
+	if (!failed) {
+		if (k)
+			qcow2_drop_kept(c, k);
+		return before;
+	}
 	if (!k && c->nr_kept < QCOW2_MAX_KEPT) {
-		k = kmalloc(struct_size(k, buf, c->map->block_bytes / 8),
+		k = kmalloc(struct_size(k, buf, c->io->block_bytes / 8),
 			    GFP_NOWAIT | __GFP_NOWARN);
-		if (!k)
-			return;
-		k->offset = e->offset;
-		list_add(&k->node, &c->kept);
-		c->nr_kept++;
+		if (k) {
+			k->offset = offset;
+			list_add(&k->node, &c->kept);
+			c->nr_kept++;
+		}
 	}
 	if (k)
-		memcpy(k->buf, e->buf, c->map->block_bytes);
+		memcpy(k->buf, buf, c->io->block_bytes);
+	return before;
+}
+
+/* Start to read a block, if it has to be read. */
+static void qcow2_read_block(struct qcow2_commit *c, struct qcow2_ios *ios,
+			     struct qcow2_error *error, u64 offset, void *buf)
+{
+	struct qcow2_kept *k = qcow2_find_kept(c, offset);
+
+	if (k)
+		memcpy(buf, k->buf, c->io->block_bytes);
+	else
+		qcow2_mdio_start(c->io, ios, error, REQ_OP_READ, offset, buf,
+				 c->io->block_bytes);
 }
 
 /*
@@ -318,13 +372,8 @@ static void qcow2_read_wave(struct qcow2_commit *c, struct qcow2_ios *ios)
 	blk_start_plug(&plug);
 	for (i = 0; i < c->nr_wave; i++) {
 		struct qcow2_entry *e = c->wave[i];
-		struct qcow2_kept *k = qcow2_find_kept(c, e->offset);
 
-		if (k)
-			memcpy(e->buf, k->buf, c->map->block_bytes);
-		else
-			qcow2_mdio_start(c->io, ios, &e->error, REQ_OP_READ,
-					 e->offset, e->buf, c->map->block_bytes);
+		qcow2_read_block(c, ios, &e->error, e->offset, e->buf);
 	}
 	blk_finish_plug(&plug);
 }
@@ -373,23 +422,21 @@ free:
 
 	for (i = 0; i < c->nr_wave; i++) {
 		struct qcow2_entry *e = c->wave[i];
-		struct qcow2_kept *k;
+		bool failed, before = false;
 
 		if (!e)
 			continue;
-		tried = true;
-		if (!qcow2_error_get(&e->error)) {
-			k = qcow2_find_kept(c, e->offset);
-			if (k)
-				qcow2_drop_kept(c, k);
-		} else if (new) {
-			/* Nothing may be linked that is not initialised. */
+		failed = qcow2_error_get(&e->error);
+		/* Nothing may be linked that is not initialised. */
+		if (new)
 			qcow2_error_note(&e->table->held,
 					 qcow2_error_get(&e->error));
-		} else {
-			qcow2_keep(c, e);
-		}
-		if (qcow2_error_get(&e->error))
+		else
+			before = qcow2_keep(c, e->offset, e->buf, failed);
+		/* What was tried before had its flush. */
+		if (!failed || !before)
+			tried = true;
+		if (failed)
 			DMERR_LIMIT("%s: cannot write the L2 table at %#llx",
 				    c->io->name, (unsigned long long)e->offset);
 		qcow2_mdio_put_block(c->io, e->buf);
@@ -452,8 +499,22 @@ static void qcow2_count_one(struct qcow2_commit *c, u64 cluster, int part)
 	qcow2_refcount_set(c->parts[part].buf, i, c->alloc->geo.refcount_order, 1);
 }
 
-/* Read or write all parts that have not failed.  True if there are any. */
-static bool qcow2_rw_parts(struct qcow2_commit *c, blk_opf_t opf)
+static void qcow2_read_parts(struct qcow2_commit *c)
+{
+	struct qcow2_ios ios;
+	unsigned int i;
+
+	qcow2_ios_init(&ios);
+	for (i = 0; i < c->nr_parts; i++)
+		qcow2_read_block(c, &ios, &c->parts[i].error, c->parts[i].offset,
+				 c->parts[i].buf);
+	qcow2_ios_wait(&ios);
+	for (i = 0; i < c->nr_parts; i++)
+		c->parts[i].unread = qcow2_error_get(&c->parts[i].error);
+}
+
+/* Returns true if a flush is needed, as qcow2_write_wave(). */
+static bool qcow2_write_parts(struct qcow2_commit *c)
 {
 	struct qcow2_ios ios;
 	bool tried = false;
@@ -463,13 +524,22 @@ static bool qcow2_rw_parts(struct qcow2_commit *c, blk_opf_t opf)
 	for (i = 0; i < c->nr_parts; i++) {
 		struct qcow2_refpart *p = c->parts + i;
 
-		if (qcow2_error_get(&p->error))
-			continue;
-		tried = true;
-		qcow2_mdio_start(c->io, &ios, &p->error, opf, p->offset, p->buf,
-				 c->io->block_bytes);
+		if (!p->unread)
+			qcow2_mdio_start(c->io, &ios, &p->error, REQ_OP_WRITE,
+					 p->offset, p->buf, c->io->block_bytes);
 	}
 	qcow2_ios_wait(&ios);
+	for (i = 0; i < c->nr_parts; i++) {
+		struct qcow2_refpart *p = c->parts + i;
+		bool failed = qcow2_error_get(&p->error);
+
+		if (!p->unread &&
+		    (!qcow2_keep(c, p->offset, p->buf, failed) || !failed))
+			tried = true;
+		if (failed)
+			DMERR_LIMIT("%s: cannot update the refcounts at %#llx",
+				    c->io->name, (unsigned long long)p->offset);
+	}
 	return tried;
 }
 
@@ -489,7 +559,7 @@ static struct qcow2_entry *qcow2_refcounts(struct qcow2_commit *c,
 			break;
 	next = end;
 
-	qcow2_rw_parts(c, REQ_OP_READ);
+	qcow2_read_parts(c);
 	for (end = t; end != next; end = list_next_entry(end, table_node)) {
 		if (end->tried)
 			continue;
@@ -498,7 +568,7 @@ static struct qcow2_entry *qcow2_refcounts(struct qcow2_commit *c,
 			qcow2_count_one(c, end->cluster >> shift << shift,
 					end->parts[1]);
 	}
-	if (qcow2_rw_parts(c, REQ_OP_WRITE))
+	if (qcow2_write_parts(c))
 		*tried = true;
 	for (end = t; end != next; end = list_next_entry(end, table_node)) {
 		for (i = 0; !end->tried && i < 2; i++) {
@@ -512,14 +582,8 @@ static struct qcow2_entry *qcow2_refcounts(struct qcow2_commit *c,
 				c->counted = end->cluster >> shift;
 		}
 	}
-	for (i = 0; i < c->nr_parts; i++) {
-		struct qcow2_refpart *p = c->parts + i;
-
-		if (qcow2_error_get(&p->error))
-			DMERR_LIMIT("%s: cannot update the refcounts at %#llx",
-				    c->io->name, (unsigned long long)p->offset);
-		qcow2_mdio_put_block(c->io, p->buf);
-	}
+	for (i = 0; i < c->nr_parts; i++)
+		qcow2_mdio_put_block(c->io, c->parts[i].buf);
 	return next;
 }
 
@@ -820,7 +884,7 @@ static int qcow2_commit(struct qcow2_commit *c)
 		qcow2_mode_corrupt(c->health);
 	error = blk_status_to_errno(qcow2_error_get(&c->error));
 	if (!error || error == -ENOSPC)
-		qcow2_mode_space(c->health, error);
+		qcow2_mode_space(c->health, error == -ENOSPC);
 	if (!error) {
 		WRITE_ONCE(map->durable, changed);
 		WRITE_ONCE(c->commits, c->commits + 1);
@@ -917,6 +981,9 @@ void qcow2_commit_now(struct qcow2_commit *c)
 
 	if (qcow2_mode(c->health) == QCOW2_FAIL || qcow2_map_clean(c->map))
 		return;
+	/* What fails is tried by the timer, and not for each slice that is needed. */
+	if (READ_ONCE(c->map->unwritten))
+		return;
 	mod_delayed_work(c->wq, &c->waker, 0);
 	wait_event(c->tried, READ_ONCE(c->tries) != tries);
 }
@@ -941,8 +1008,15 @@ void qcow2_commit_suspend(struct qcow2_commit *c)
 		flush_delayed_work(&c->waker);
 	}
 	/* What has failed has set the timer. */
-	cancel_delayed_work_sync(&c->waker);
-	flush_workqueue(c->wq);
+	qcow2_commit_stop(c);
+}
+
+void qcow2_commit_stop(struct qcow2_commit *c)
+{
+	if (c->wq) {
+		cancel_delayed_work_sync(&c->waker);
+		flush_workqueue(c->wq);
+	}
 }
 
 void qcow2_commit_reset(struct qcow2_commit *c)
@@ -956,8 +1030,6 @@ void qcow2_commit_reset(struct qcow2_commit *c)
 
 int qcow2_commit_init(struct qcow2_commit *c)
 {
-	size_t words = BIT(c->map->block_shift) / QCOW2_UNITS_PER_WORD;
-
 	INIT_WORK(&c->worker, qcow2_commit_worker);
 	INIT_DELAYED_WORK(&c->waker, qcow2_commit_waker);
 	spin_lock_init(&c->lock);
@@ -971,14 +1043,12 @@ int qcow2_commit_init(struct qcow2_commit *c)
 	if (!c->wq)
 		return -ENOMEM;
 	return mempool_init_kmalloc_pool(&c->entry_pool, QCOW2_ENTRY_RESERVE,
-					 struct_size_t(struct qcow2_entry, words, words));
+					 qcow2_entry_bytes(c));
 }
 
 void qcow2_commit_exit(struct qcow2_commit *c)
 {
 	if (c->wq) {
-		/* Nobody should have set it; then it would outlive all this. */
-		cancel_delayed_work_sync(&c->waker);
 		destroy_workqueue(c->wq);
 		qcow2_commit_reset(c);
 	}

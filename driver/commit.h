@@ -60,6 +60,7 @@ struct qcow2_refpart {
 	u64 offset;			/* bytes */
 	void *buf;
 	struct qcow2_error error;
+	bool unread;			/* so it cannot be written either */
 };
 
 #define QCOW2_REFPARTS	16
@@ -102,13 +103,14 @@ struct qcow2_commit {
 	struct list_head entries;	/* struct qcow2_entry, by place in the map */
 	struct list_head tables;	/* first entries of new tables, by cluster */
 	struct qcow2_error error;	/* of any entry of the commit */
+	unsigned int nr_entries;
 	bool corrupt;			/* an entry on disk is impossible */
 	unsigned int nr_wave;
 	struct qcow2_entry *wave[QCOW2_WAVE];
 	unsigned int nr_parts;
 	struct qcow2_refpart parts[QCOW2_REFPARTS];
 	unsigned long counted;		/* region whose new block is counted */
-	struct list_head kept;		/* struct qcow2_kept */
+	struct list_head kept;		/* struct qcow2_kept; or suspend's */
 	unsigned int nr_kept;
 };
 
@@ -121,7 +123,7 @@ struct qcow2_commit {
  */
 int qcow2_commit_init(struct qcow2_commit *c);
 
-/* No commit is under way or will be; there can be a timer. */
+/* After qcow2_commit_stop() */
 void qcow2_commit_exit(struct qcow2_commit *c);
 
 /* End @w when a commit has ended that begins after this.  Any context. */
@@ -131,8 +133,8 @@ void qcow2_commit_wait(struct qcow2_commit *c, struct qcow2_waiter *w);
 void qcow2_commit_arm(struct qcow2_commit *c);
 
 /*
- * Start a commit if something is dirty, and wait until it, or another one, has
- * ended.  Process context, but not that of the worker.
+ * Start a commit if something is dirty that has not failed before, and wait until it,
+ * or another one, has ended.  Process context, but not that of the worker.
  */
 void qcow2_commit_now(struct qcow2_commit *c);
 
@@ -154,6 +156,9 @@ static inline void qcow2_commit_set_lost(struct qcow2_commit *c)
  * is in flight.  Afterwards there is no timer.  Process context.
  */
 void qcow2_commit_suspend(struct qcow2_commit *c);
+
+/* No timer from now on.  Nothing gets dirty any more; process context. */
+void qcow2_commit_stop(struct qcow2_commit *c);
 
 /* The map has been forgotten. */
 void qcow2_commit_reset(struct qcow2_commit *c);

@@ -154,6 +154,16 @@ void qcow2_fua_to_commit(struct qcow2_io *io, struct bio *bio)
 	}
 }
 
+/*
+ * Does a FUA write go without a flush?  Devices that are made of others say that they
+ * know FUA, whatever those below do about it.
+ */
+static bool qcow2_knows_fua(struct block_device *bdev)
+{
+	return !bdev_write_cache(bdev) ||
+	       (bdev_fua(bdev) && queue_is_mq(bdev_get_queue(bdev)));
+}
+
 /* Can a FUA write with this error have lost what is in a cache? */
 static bool qcow2_may_lose_cache(blk_status_t status)
 {
@@ -179,10 +189,8 @@ void qcow2_check_flush(struct qcow2_target *q, struct bio *bio,
 	/* A flush that had to wait was not even begun. */
 	if (status == BLK_STS_AGAIN)
 		return;
-	/* A FUA write has a flush with it only where the device knows no FUA. */
 	if (!(bio->bi_opf & REQ_PREFLUSH) &&
-	    (bdev_fua(q->data_bdev) || !bdev_write_cache(q->data_bdev) ||
-	     !qcow2_may_lose_cache(status)))
+	    (qcow2_knows_fua(q->data_bdev) || !qcow2_may_lose_cache(status)))
 		return;
 	if (!atomic_read(&q->first_writes)) {
 		/* Those that were there before have changed the map by now. */

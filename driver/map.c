@@ -197,6 +197,7 @@ void qcow2_block_take(struct qcow2_map *map, struct qcow2_slice *slice,
 	}
 	if (slice->trim)
 		qcow2_take_trim(map, slice->trim, block, false);
+	/* row 10 */
 	WRITE_ONCE(slice->dirty, (slice->dirty & ~BIT(block)) |
 				 BIT(block + QCOW2_MAX_BLOCKS));
 }
@@ -207,6 +208,7 @@ void qcow2_block_done(struct qcow2_map *map, struct qcow2_slice *slice,
 	u32 dirty = slice->dirty & ~BIT(block + QCOW2_MAX_BLOCKS);
 	bool before = slice->failed & BIT(block);
 
+	/* row 12, or 11 */
 	if (failed) {
 		dirty |= BIT(block);
 		slice->failed |= BIT(block);
@@ -282,7 +284,7 @@ struct qcow2_trim *qcow2_trim_alloc(struct qcow2_map *map)
 }
 
 bool qcow2_add_trim(struct qcow2_map *map, struct qcow2_slice *slice,
-		    unsigned int first, unsigned int last,
+		    unsigned int first, unsigned int last, bool changed,
 		    struct qcow2_trim *trim, bool *todo)
 {
 	unsigned int i, n;
@@ -303,6 +305,14 @@ bool qcow2_add_trim(struct qcow2_map *map, struct qcow2_slice *slice,
 	trim = slice->trim;
 	if (!trim)
 		return false;
+	/*
+	 * What was known of units that were not zero is of a time before the
+	 * slice was loaded, when somebody else may have used the image.
+	 */
+	if (changed) {
+		bitmap_clear(trim->ready, first, last - first + 1);
+		bitmap_clear(trim->done, first, last - first + 1);
+	}
 	/* A block is a number of whole words. */
 	for (i = first; i <= last; i += n) {
 		unsigned int block = i >> map->block_shift;
@@ -314,7 +324,7 @@ bool qcow2_add_trim(struct qcow2_map *map, struct qcow2_slice *slice,
 		bits &= ~(trim->done[word] | trim->ready[word]);
 		if (!bits)
 			continue;
-		if (slice->dirty & (BIT(block) | BIT(block + QCOW2_MAX_BLOCKS))) {
+		if (slice->dirty & BIT(block)) {
 			trim->fresh[word] |= bits;
 		} else {
 			trim->ready[word] |= bits;
@@ -509,7 +519,7 @@ int qcow2_map_init(struct qcow2_map *map, const struct qcow2_geometry *geo,
 	return 0;
 }
 
-/* Hints without a slice stay; those that wait for a commit wait for nothing. */
+/* What is ready stays; what waits for a commit waits for nothing. */
 static void qcow2_forget_fresh(struct qcow2_map *map)
 {
 	struct qcow2_trim *trim;
@@ -519,9 +529,14 @@ static void qcow2_forget_fresh(struct qcow2_map *map)
 		struct qcow2_bucket *bucket = qcow2_bucket(map, index);
 
 		spin_lock_irq(&bucket->lock);
-		bitmap_zero(trim->fresh, BIT(map->slice_shift));
-		if (list_empty(&trim->node))
-			qcow2_free_trim(map, trim);
+		/* The shrinker may have been faster. */
+		trim = xa_load(&map->trims, index);
+		if (trim) {
+			bitmap_zero(trim->fresh, BIT(map->slice_shift));
+			bitmap_zero(trim->done, BIT(map->slice_shift));
+			if (list_empty(&trim->node))
+				qcow2_free_trim(map, trim);
+		}
 		spin_unlock_irq(&bucket->lock);
 		cond_resched();
 	}

@@ -19,13 +19,14 @@
  *
  *	row  state            event                           new state   block
  *	 1   unalloc., zero   first write begins              busy [1]
- *	 2   busy             first write succeeds            data        dirty
- *	 3   busy             first write fails               as before
+ *	 2   busy [1]         first write succeeds            data        dirty
+ *	 3   busy [1]         first write fails               as before
  *	 4   unalloc., data   discarded, zeroes written       zero [2]    dirty
  *	 5   zero [2]         is to be discarded below        busy
- *	 6   busy             has been discarded below        zero
+ *	 6   busy             that has ended, or failed       zero
  *	 7   not in core      load; bad entries are busy      as on disk
- *	 8   in core          dropped                         not in core
+ *	     tag              a slice is made of it           the same
+ *	 8   in core          dropped, or suspend             not in core
  *
  *	[1] with data_file_raw it keeps its state, and others may write it, too
  *	[2] a hint may go with it: below, the space can be given back (struct
@@ -33,14 +34,15 @@
  *
  * and to a block, a piece of an L2 table that is written at once:
  *
- *	 9   clean or dirty   rows 2, 4                       dirty
+ *	 9   any              rows 2, 4                       dirty
  *	10   dirty            a commit takes it               taken
  *	11   taken            is on stable storage            clean
  *	12   taken            could not be written            dirty, failed
  *
  * A block can be taken and dirty.  What is dirty or taken is not durable.  Rows 1
- * to 4 need a slice that is ready: with an L2 table, or a cluster for one.  Row 8
- * needs one with clean blocks in which nobody works.
+ * to 4 need a slice that is ready: with an L2 table, or a cluster for one.  To be
+ * dropped it needs clean blocks, and nobody may work in it; what is dirty when a table
+ * is removed is lost.
  *
  * Lookups run under rcu_read_lock() and take no lock.  All changes to slots
  * and states are made under the lock of the slice's bucket, which is taken
@@ -111,8 +113,8 @@ struct qcow2_slice {
 
 /*
  * Hints for the units of a slice that are zero: three bitmaps with a bit per unit.
- * @fresh: to be discarded below, but the block has not been taken since; @ready:
- * taken, so that it can be done as soon as the block is not taken any more;
+ * @fresh: to be discarded below, but the block is dirty and has not been taken
+ * since; @ready: it can be done as soon as the block is not taken (any more);
  * @done: this has been done.  A unit that is written leaves them all.  The bitmaps
  * are protected by the bucket lock.  It may outlive its slice.
  */
@@ -510,12 +512,13 @@ struct qcow2_trim *qcow2_trim_alloc(struct qcow2_map *map);
 
 /*
  * Let the data device discard units that are zero, as soon as that is durable, and
- * unless it has done so already.  @trim comes from qcow2_trim_alloc(), for a
- * slice that has none, or is NULL.  Returns true if it was used.  *@todo is set
- * if something can be done at once.
+ * unless it has done so already.  @changed: they have just become so, and their
+ * blocks are dirty.  @trim comes from qcow2_trim_alloc(), for a slice that has
+ * none, or is NULL.  Returns true if it was used.  *@todo is set if something can
+ * be done at once.
  */
 bool qcow2_add_trim(struct qcow2_map *map, struct qcow2_slice *slice,
-		    unsigned int first, unsigned int last,
+		    unsigned int first, unsigned int last, bool changed,
 		    struct qcow2_trim *trim, bool *todo);
 
 /* Take hints out of core. */

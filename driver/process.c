@@ -245,8 +245,7 @@ static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
 
 /*
  * Make units zero that are all in @state, and leave a hint if @passdown is set; false
- * if they are not in that state any more.  Zeros that are there already get
- * the hint only.
+ * if they are not in that state any more.
  */
 static bool qcow2_zero_units(struct qcow2_target *q, u64 unit, u64 last,
 			     enum qcow2_state state, bool passdown)
@@ -266,29 +265,64 @@ static bool qcow2_zero_units(struct qcow2_target *q, u64 unit, u64 last,
 
 	spin_lock_irq(&bucket->lock);
 	slice = qcow2_ready_slice(map, unit, last, state);
-	if (slice && state != QCOW2_ZERO) {
+	if (slice) {
 		/* row 4 */
 		arm = qcow2_mark_dirty(map, slice, unit & mask, last & mask);
 		qcow2_set_states(slice, unit & mask, last & mask, QCOW2_ZERO);
 	}
 	if (slice && passdown &&
-	    qcow2_add_trim(map, slice, unit & mask, last & mask, trim, &todo))
+	    qcow2_add_trim(map, slice, unit & mask, last & mask, true, trim,
+			   &todo))
 		trim = NULL;
 	spin_unlock_irq(&bucket->lock);
 
 	kfree(trim);
 	if (arm)
 		qcow2_commit_arm(&q->commit);
-	if (todo)
-		qcow2_trims_kick(&q->trims);
 	return slice;
 }
 
 bool qcow2_discards_zeros(struct qcow2_target *q, struct bio *bio)
 {
 	return bio_op(bio) == REQ_OP_DISCARD && q->passdown &&
-	       qcow2_mode_writes(qcow2_mode(&q->health)) &&
-	       qcow2_cache_has_room(&q->cache);
+	       qcow2_mode_writes(qcow2_mode(&q->health));
+}
+
+/*
+ * Leave a hint for units that are zero already.  No metadata changes for that, so
+ * nothing of it can fail.
+ */
+static void qcow2_hint_zeros(struct qcow2_target *q, u64 unit, u64 last)
+{
+	struct qcow2_map *map = &q->map;
+	unsigned int mask = (1U << map->slice_shift) - 1;
+	unsigned long index = unit >> map->slice_shift;
+	struct qcow2_bucket *bucket = qcow2_bucket(map, index);
+	enum qcow2_state state = QCOW2_UNALLOCATED;
+	struct qcow2_trim *trim;
+	struct qcow2_slice *slot;
+	bool todo = false;
+
+	if (!qcow2_cache_has_room(&q->cache))
+		return;
+	trim = qcow2_trim_alloc(map);
+	if (!trim)
+		return;
+	qcow2_cache_expand(&q->cache, index);
+
+	spin_lock_irq(&bucket->lock);
+	slot = qcow2_slot(map, index);
+	if (slot && !qcow2_is_tag(slot) && !slot->bad &&
+	    qcow2_words_run(slot->words, unit & mask, last & mask, &state) ==
+	    last - unit + 1 && state == QCOW2_ZERO &&
+	    qcow2_add_trim(map, slot, unit & mask, last & mask, false, trim,
+			   &todo))
+		trim = NULL;
+	spin_unlock_irq(&bucket->lock);
+
+	kfree(trim);
+	if (todo)
+		qcow2_trims_kick(&q->trims);
 }
 
 /*
@@ -338,12 +372,17 @@ static bool qcow2_zero_run(struct qcow2_io *io, unsigned int nr,
 		qcow2_io_error(io, BLK_STS_IOERR);
 		return true;
 	}
+	end = qcow2_slice_end(q, io->sector, end - io->sector);
+	if (state == QCOW2_ZERO) {
+		qcow2_hint_zeros(q, io->sector >> shift, (end - 1) >> shift);
+		qcow2_advance(io, end - io->sector);
+		return true;
+	}
 	ready = qcow2_make_ready(io);
 	if (ready != QCOW2_READY)
 		return ready == QCOW2_AGAIN;
-	end = qcow2_slice_end(q, io->sector, end - io->sector);
 	if (qcow2_zero_units(q, io->sector >> shift, (end - 1) >> shift, state,
-			     q->passdown && state != QCOW2_UNALLOCATED &&
+			     q->passdown && state == QCOW2_DATA &&
 			     !(io->bio->bi_opf & REQ_NOUNMAP)))
 		qcow2_advance(io, end - io->sector);
 	return true;
@@ -496,7 +535,8 @@ void qcow2_reserver(struct work_struct *work)
 				qcow2_mode_event(&q->health);
 		}
 		if (r) {
-			qcow2_io_error(io, errno_to_blk_status(r));
+			qcow2_io_error(io, r == -ENOSPC ? BLK_STS_NOSPC :
+							  BLK_STS_IOERR);
 			qcow2_io_put(io);
 		} else {
 			qcow2_io_queue(io);

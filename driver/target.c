@@ -95,12 +95,14 @@ static void qcow2_postsuspend(struct dm_target *ti)
 		if (!q->config.read_only)
 			qcow2_commit_reset(&q->commit);
 	}
-	if (q->kept && !failed) {
-		DMWARN("%s: suspended with %lu unwritten blocks of metadata: resume this table",
+	if (!q->kept) {
+		qcow2_claim_drop(&q->claim);
+	} else if (failed) {
+		qcow2_claim_park(&q->claim);
+	} else {
+		DMWARN("%s: %lu blocks of metadata could not be written yet",
 		       q->mdio.name, q->map.unwritten);
 		qcow2_claim_wait(&q->claim);
-	} else {
-		qcow2_claim_drop(&q->claim);
 	}
 }
 
@@ -115,6 +117,18 @@ static int qcow2_start(struct qcow2_target *q)
 	if (r) {
 		DMERR("%s: cannot resume: %s", q->mdio.name, error);
 		return r;
+	}
+	/*
+	 * What a device's cache has from a commit that did not end would else be
+	 * taken for durable.
+	 */
+	if (!q->config.read_only) {
+		r = qcow2_mdio_flush(&q->mdio);
+		if (r) {
+			DMERR("%s: cannot flush the metadata device: %d",
+			      q->mdio.name, r);
+			return r;
+		}
 	}
 	r = qcow2_l1_read(&q->l1);
 	if (r || q->config.read_only)
@@ -135,8 +149,8 @@ static int qcow2_preresume(struct dm_target *ti)
 	r = qcow2_claim_take(&q->claim, q->mdio.bdev->bd_dev,
 			     !q->config.read_only);
 	if (r) {
-		DMERR("%s: cannot resume: the metadata device is in use by another table",
-		      q->mdio.name);
+		DMERR("%s: cannot resume: another table %s the metadata device",
+		      q->mdio.name, r == -EBUSY ? "uses" : "has written");
 		return r;
 	}
 	if (qcow2_mode(&q->health) == QCOW2_FAIL) {
@@ -280,6 +294,7 @@ static void qcow2_dtr(struct dm_target *ti)
 
 	/* Who calls from outside first, then from the top down. */
 	qcow2_cache_stop(&q->cache);
+	qcow2_commit_stop(&q->commit);
 	qcow2_trims_exit(&q->trims);
 	if (q->alloc_wq)
 		destroy_workqueue(q->alloc_wq);
@@ -338,6 +353,7 @@ static int qcow2_create_trims(struct qcow2_target *q)
 
 	q->trims.map = &q->map;
 	q->trims.cache = &q->cache;
+	q->trims.health = &q->health;
 	q->trims.data_bdev = q->data_bdev;
 	q->trims.slow = &q->slow;
 	r = qcow2_trims_init(&q->trims);

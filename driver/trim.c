@@ -8,8 +8,6 @@
 #include "compat.h"
 #include "trim.h"
 
-/* A bio has less than 4 GiB. */
-#define QCOW2_MAX_TRIM		(BIT(31) >> SECTOR_SHIFT)	/* sectors */
 
 /* How long until a slice that somebody else loads is looked at again, ms */
 #define QCOW2_TRIM_PAUSE	10
@@ -21,16 +19,18 @@ struct qcow2_passdown {
 	struct bio bio;		/* last: the bio set's front pad ends here */
 };
 
-/* The first units from @first on that may be discarded now, up to a limit. */
+/* The first units that may be discarded now, @max at most; the bucket lock is held. */
 static bool qcow2_trim_run(struct qcow2_map *map, struct qcow2_slice *slice,
-			   struct qcow2_write *w, bool *later)
+			   unsigned int max, struct qcow2_write *w, bool *later)
 {
 	unsigned int n = BIT(map->slice_shift), first = 0, last, run;
-	unsigned int max = max_t(unsigned int, QCOW2_MAX_TRIM >> map->unit_shift, 1);
 	struct qcow2_trim *trim = slice->trim;
 	enum qcow2_state state;
 
 	*later = false;
+	/* There is no telling what else of it is not true. */
+	if (slice->bad)
+		bitmap_zero(trim->ready, n);
 	for (;;) {
 		first = find_next_bit(trim->ready, n, first);
 		if (first >= n)
@@ -87,11 +87,15 @@ enum qcow2_next {
 };
 
 /* Take the next units of a slice. */
-static enum qcow2_next qcow2_next_run(struct qcow2_map *map,
+static enum qcow2_next qcow2_next_run(struct qcow2_trims *t,
 				      unsigned long index,
 				      struct qcow2_write *w)
 {
+	struct qcow2_map *map = t->map;
 	struct qcow2_bucket *bucket = qcow2_bucket(map, index);
+	/* One request below, so that their number is what is waited for */
+	unsigned int max = max(bdev_max_discard_sectors(t->data_bdev) >>
+			       map->unit_shift, 1U);
 	enum qcow2_next next = QCOW2_NEXT_NONE;
 	struct qcow2_slice *slot;
 	struct qcow2_trim *trim;
@@ -104,7 +108,7 @@ static enum qcow2_next qcow2_next_run(struct qcow2_map *map,
 		goto out;
 	if (!slot || qcow2_is_tag(slot)) {
 		next = QCOW2_NEXT_ABSENT;
-	} else if (qcow2_trim_run(map, slot, w, &later)) {
+	} else if (qcow2_trim_run(map, slot, max, w, &later)) {
 		/* row 5; takes the units out of the bitmaps */
 		qcow2_begin_write(map, w, false);
 		next = QCOW2_NEXT_RUN;
@@ -207,6 +211,7 @@ static void qcow2_trimmer(struct work_struct *work)
 
 	/* Once around all that wait for a commit is enough. */
 	while (READ_ONCE(t->budget) > 0 &&
+	       qcow2_mode_writes(qcow2_mode(t->health)) &&
 	       waiting <= READ_ONCE(map->nr_trims_todo) &&
 	       qcow2_next_todo(map, &index)) {
 		enum qcow2_next next = QCOW2_NEXT_RUN;
@@ -223,19 +228,22 @@ static void qcow2_trimmer(struct work_struct *work)
 			bio = bio_alloc_bioset(t->data_bdev, 0, REQ_OP_DISCARD,
 					       GFP_NOIO, &t->bs);
 			p = container_of(bio, struct qcow2_passdown, bio);
-			next = qcow2_next_run(map, index, &p->write);
+			next = qcow2_next_run(t, index, &p->write);
 			if (next == QCOW2_NEXT_RUN)
 				qcow2_passdown(t, p);
 			else
 				bio_put(bio);
 			if (next == QCOW2_NEXT_RUN && t->budget != INT_MAX)
 				WRITE_ONCE(t->budget, t->budget - 1);
-			if (next == QCOW2_NEXT_ABSENT &&
+			if (next == QCOW2_NEXT_ABSENT && !t->last &&
 			    qcow2_trim_fetch(t, index))
 				next = QCOW2_NEXT_RUN;
 			cond_resched();
 		}
-		waiting = next == QCOW2_NEXT_LATER ? waiting + 1 : 0;
+		if (next == QCOW2_NEXT_LATER || next == QCOW2_NEXT_ABSENT)
+			waiting++;
+		else
+			waiting = 0;
 	}
 }
 
@@ -265,14 +273,19 @@ void qcow2_trims_last(struct qcow2_trims *t)
 	flush_workqueue(t->wq);
 	if (t->busy)
 		return;
+	/* To load would be to make room, and to commit for that. */
+	t->last = true;
 	WRITE_ONCE(t->budget, QCOW2_MAX_PASSDOWNS);
 	queue_work(t->wq, &t->work);
 	flush_workqueue(t->wq);
 	WRITE_ONCE(t->budget, 0);
+	t->last = false;
 }
 
 void qcow2_trims_start(struct qcow2_trims *t)
 {
+	/* It may not have noticed yet that it was stopped. */
+	qcow2_trims_flush(t);
 	WRITE_ONCE(t->budget, INT_MAX);
 	qcow2_trims_kick(t);
 }

@@ -24,6 +24,7 @@ struct qcow2_trims {
 	/* Constant */
 	struct qcow2_map *map;
 	struct qcow2_cache *cache;
+	struct qcow2_health *health;
 	struct block_device *data_bdev;
 	/*
 	 * What suspend waits for; the last thing that is touched on behalf of
@@ -45,6 +46,7 @@ struct qcow2_trims {
 	 */
 	int budget;
 	bool busy;			/* there were some when they were stopped */
+	bool last;			/* nothing is to be loaded any more */
 	atomic_t passdowns;		/* in flight */
 	wait_queue_head_t room;		/* for @passdowns to change */
 };
