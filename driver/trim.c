@@ -8,7 +8,6 @@
 #include "compat.h"
 #include "trim.h"
 
-
 /* How long until a slice that somebody else loads is looked at again, ms */
 #define QCOW2_TRIM_PAUSE	10
 
