@@ -338,11 +338,12 @@ class Stat:
 
 
 class Loop:
-    """A loop device on a file. Buffered, and so coherent with the file."""
+    """A loop device on a file. Buffered, and so coherent with the file. direct: without
+    a cache, as qcow2setup makes them; errors of writes keep their kind then."""
     CTL_GET_FREE, SET_FD, CLR_FD, SET_CAPACITY, CONFIGURE = 0x4C82, 0x4C00, 0x4C01, 0x4C07, 0x4C0A
-    READ_ONLY = 1
+    READ_ONLY, DIRECT_IO = 1, 16
 
-    def __init__(self, path, readonly=False, block_size=0):
+    def __init__(self, path, readonly=False, block_size=0, direct=False):
         for _ in range(50):
             with open("/dev/loop-control", "rb") as control:
                 number = fcntl.ioctl(control, self.CTL_GET_FREE)
@@ -353,14 +354,22 @@ class Loop:
                 # struct loop_config: fd, block size, loop_info64 (flags at byte 52)
                 config = bytearray(304)
                 struct.pack_into("II", config, 0, f.fileno(), block_size)
-                struct.pack_into("I", config, 8 + 52, self.READ_ONLY if readonly else 0)
+                flags = (self.READ_ONLY if readonly else 0) | (self.DIRECT_IO if direct else 0)
+                struct.pack_into("I", config, 8 + 52, flags)
                 try:
                     fcntl.ioctl(dev, self.CONFIGURE, bytes(config))
-                    return
+                    break
                 except OSError as e:
                     if e.errno != errno.EBUSY:
                         raise
-        raise Failure("no free loop device")
+        else:
+            raise Failure("no free loop device")
+        if direct:
+            with open(f"{sysfs(self.path)}/loop/dio", encoding="ascii") as f:
+                dio = f.read().strip()
+            if dio != "1":
+                self.close()
+                raise Failure(f"no direct I/O on {path}")
 
     def resize(self):
         """The file has changed its size."""
@@ -385,21 +394,46 @@ class Node:
 class Ext4:
     """A file system of its own in a file."""
 
-    def __init__(self, bench, size):
+    def __init__(self, bench, size, *options):
         self.loop = Loop(bench.file("ext4", size))
         self.path = bench.path("ext4.mnt")
         os.mkdir(self.path)
-        run("mkfs.ext4", "-q", "-F", self.loop.path)
+        run("mkfs.ext4", "-q", "-F", *options, self.loop.path)
         run("mount", "-t", "ext4", self.loop.path, self.path)
+
+    def fill(self):
+        """Leave no room for anything but metadata of its own."""
+        with open(self.path + "/filler", "wb", buffering=0) as f:
+            for size in (MIB, 4 * KIB, KIB):
+                try:
+                    while True:
+                        os.posix_fallocate(f.fileno(), os.stat(f.fileno()).st_size, size)
+                except OSError as e:
+                    if e.errno != errno.ENOSPC:
+                        raise
+        os.sync()
+
+    def make_room(self):
+        """Undo fill()."""
+        os.unlink(self.path + "/filler")
+        os.sync()
 
     def close(self):
         run("umount", self.path)
         self.loop.close()
 
 
-Status = collections.namedtuple("Status", (
-    "cluster_sectors tables entries slices state_bytes dirty hits misses first_writes commits "
-    "drops refused features mode"))
+class Status(collections.namedtuple("Status", (
+        "cluster_sectors tables entries slices state_bytes dirty hits misses first_writes commits "
+        "drops refused features keys mode"))):
+    """A status line. What has a key in it (unwritten, free_clusters, trims) can be asked
+    for like what has a place."""
+    __slots__ = ()
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name not in self.keys:
+            raise Failure(f"no {name} in the status line: {self}")
+        return self.keys[name]
 
 
 # Device-mapper's own interface: a dmsetup process for each of many hundreds of
@@ -501,9 +535,14 @@ class Dm:
         words = line.split()
         tables, entries = words[1].split("/")
         n = int(words[11])
-        expect(len(words) == 13 + n, f"{len(words)} words in the status line: {words}")
-        return Status(int(words[0]), int(tables), int(entries), *map(int, words[2:11]),
-                      words[12:12 + n], words[12 + n])
+        words[12 + n:-1] = words[12 + n:-1] or ["0"]    # the line of 1.0.0, which had no keys: drop this
+        more = words[13 + n:-1]
+        expect(len(words) >= 14 + n and int(words[12 + n]) == len(more) and len(more) % 2 == 0,
+               f"{len(words)} words in the status line: {words}")
+        keys = {key: int(value) if value.isdigit() else value for key, value in zip(more[::2], more[1::2])}
+        expect(2 * len(keys) == len(more), f"a key twice in the status line: {words}")
+        return Status(int(words[0]), int(tables), int(entries), *map(int, words[2:11]), words[12:12 + n],
+                      keys, words[-1])
 
     def mode(self):
         return self.status().mode
@@ -830,6 +869,11 @@ class Lower:
 
     def no_writes(self):
         self.bad(writes_only=True)
+
+    def no_flush(self):
+        """Reads and writes, but no flush: it goes to all parts of a table, and the last
+        one fails it."""
+        self.bad((self.sectors - 8) * 512, 8 * 512, writes_only=True)
 
     def bad(self, start=0, length=None, writes_only=False):
         """Neither reads nor writes, or only no writes, in a range of bytes."""
