@@ -33,6 +33,7 @@ class Script:
 
     def __init__(self):
         self.lock = threading.Lock()
+        self.gate = threading.RLock()   # who has it sees no change of what the devices hold
         self.name = None        # of a request: a function
         self.rest()
 
@@ -49,7 +50,20 @@ class Script:
         self.noting, self.nth, self.how, self.error = True, nth, how, error
         self.trace, self.failed, self.steps = [], [], {}
         self.step = self.dead = self.hold = self.refuse = None
-        self.stored = "half" if how == "dead" else "none"
+        # What a write that fails has done nevertheless: bytes of so many
+        self.done = self.half if how == "dead" else self.none
+
+    @staticmethod
+    def none(_):
+        return 0
+
+    @staticmethod
+    def half(length):
+        return length // 1024 * 512
+
+    @staticmethod
+    def all(length):
+        return length
 
     def kinds(self, requests):
         """What requests are, and how many like it came before."""
@@ -91,10 +105,16 @@ class Served:
         """fua: the device has FUA writes; else the block layer makes them of a flush"""
         self.name, self.script, self.size, self.fua = name, script, size, fua
         self.path = f"/dev/nbd{number}"
-        self.store = bytearray(size)
+        self.load(b"")
         self.held = []
         self.fd = -1
         self.connect()
+
+    def load(self, content):
+        """Start with a content. A power cut would leave what is durable, and of the writes
+        that are pending none, some or all."""
+        self.store = bytearray(content) + bytes(self.size - len(content))
+        self.durable, self.pending = bytearray(self.store), []
 
     def connect(self):
         ours, theirs = socket.socketpair()
@@ -137,38 +157,49 @@ class Served:
         try:
             while True:
                 _, kind, cookie, offset, length = struct.unpack(">II8sQI", self.receive(sock, 28))
-                op = self.OPS[kind & 0xFFFF]
+                op, fua = self.OPS[kind & 0xFFFF], bool(kind >> 16)
                 if op == "disconnect":
                     return
                 data = self.receive(sock, length) if op == "write" else b""
-                if self.handle(op, offset, length, data, functools.partial(reply, cookie)) == "gone":
+                if self.handle(op, offset, length, data, functools.partial(reply, cookie), fua) == "gone":
                     self.gone = True
                     sock.shutdown(socket.SHUT_RDWR)
                     return
         except (EOFError, OSError):
             pass
 
-    def handle(self, op, offset, length, data, reply):
+    def handle(self, op, offset, length, data, reply, fua=False):
         """Do what the script says of a request. reply(errno, data) answers it."""
-        verdict = self.script.verdict(Request(self.name, op, offset, length))
-        if verdict == "hold":
-            self.held.append((op, offset, length, data, reply))
-        elif verdict != "gone":
-            self.answer(op, offset, length, data, reply, 0 if verdict == "serve" else verdict)
+        with self.script.gate:
+            verdict = self.script.verdict(Request(self.name, op, offset, length))
+            if verdict == "hold":
+                self.held.append((op, offset, length, data, reply, fua))
+            elif verdict != "gone":
+                self.answer(op, offset, length, data, reply, fua, 0 if verdict == "serve" else verdict)
         return verdict
 
-    def answer(self, op, offset, length, data, reply, error=0):
+    def answer(self, op, offset, length, data, reply, fua, error=0):
         result = b""
-        if error:
-            # What fails may have been done in part.
-            if op == "write":
-                done = {"none": 0, "half": length // 1024 * 512, "all": length}[self.script.stored]
-                self.store[offset:offset + done] = data[:done]
-        elif op == "write":
-            self.store[offset:offset + length] = data
-        elif op == "discard":
-            self.store[offset:offset + length] = b"\xdd" * length
-        elif op == "read":
+        if op == "discard":
+            data = b"\xdd" * length
+        if error and op == "write":
+            data = data[:self.script.done(length)]
+        if op == "write" or (op == "discard" and not error):
+            self.store[offset:offset + len(data)] = data
+            if fua and not error:
+                self.durable[offset:offset + len(data)] = data
+                # Older writes have been there before, or will never be.
+                for start, part in self.pending:
+                    first, end = max(start, offset), min(start + len(part), offset + len(data))
+                    if first < end:
+                        part[first - start:end - start] = data[first - offset:end - offset]
+            else:
+                self.pending.append((offset, bytearray(data)))
+        elif op == "flush" and not error:
+            for start, part in self.pending:
+                self.durable[start:start + len(part)] = part
+            self.pending.clear()
+        elif op == "read" and not error:
             result = self.store[offset:offset + length]
         reply(error, result)
 

@@ -70,6 +70,7 @@ class Rig:
             image.poison_unused(SEED)
         image.extend()
         self.states = image.states()
+        self.missing = {i for i in range(image.tables) if not image.l1(i)}
         self.content = image.content() if not corrupt else bytes(size)
         self.size = size
         self.script, self.corrupt = Script(), corrupt
@@ -136,16 +137,16 @@ class Rig:
         for served, content in zip(self.below, self.start):
             if served.gone:
                 served.again()
-            served.store[:len(content)] = content
-            served.store[len(content):] = bytes(served.size - len(content))
+            served.load(content)
 
-    def check(self, leaks):
-        """QEMU finds nothing wrong with the metadata as it is now."""
-        digest = hashlib.sha256(self.meta.store).digest() + bytes([leaks])
+    def check(self, leaks, content=None):
+        """QEMU finds nothing wrong with the metadata as it is now, or as it could be."""
+        content = content or self.meta.store
+        digest = hashlib.sha256(content).digest() + bytes([leaks])
         if digest in self.sound:
             return
         with open(self.image.path, "wb") as f:
-            f.write(self.meta.store)
+            f.write(content)
         self.image.check(leaks)
         self.sound.add(digest)
 
@@ -681,11 +682,12 @@ class Aio:
     SETUP, DESTROY, GETEVENTS, SUBMIT = 206, 207, 208, 209
     READ, WRITE, DSYNC = 0, 1, 2
 
-    def __init__(self, fd, most):
-        self.fd, self.most = fd, most
+    def __init__(self, fd, most, slot=4096):
+        """most: requests at a time, of at most slot bytes each"""
+        self.fd, self.most, self.slot = fd, most, slot
         self.context = ctypes.c_ulong()
         self.call(self.SETUP, most, ctypes.byref(self.context))
-        self.buffer = mmap.mmap(-1, 4096 * most)
+        self.buffer = mmap.mmap(-1, slot * most)
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
         self.blocks = []
         self.results = {}
@@ -697,15 +699,16 @@ class Aio:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return done
 
-    def submit(self, requests):
-        """(READ or WRITE, offset, length, flags); their numbers"""
+    def submit(self, requests, data=None):
+        """(READ or WRITE, offset, length, flags); their numbers. data: of the only write"""
         first = len(self.blocks)
         for op, offset, length, flags in requests:
             n = len(self.blocks)
+            at = n % self.most * self.slot
             if op == self.WRITE:
-                self.buffer[n * 4096:n * 4096 + length] = bytes([n % 255 + 1]) * length
+                self.buffer[at:at + length] = data or bytes([n % 255 + 1]) * length
             self.blocks.append(ctypes.create_string_buffer(struct.pack(
-                "<QIIHhIQQqQII", n, 0, flags, op, 0, self.fd, self.start + n * 4096, length, offset, 0, 0, 0), 64))
+                "<QIIHhIQQqQII", n, 0, flags, op, 0, self.fd, self.start + at, length, offset, 0, 0, 0), 64))
         new = self.blocks[first:]
         pointers = (ctypes.c_void_p * len(new))(*(ctypes.addressof(b) for b in new))
         done = 0
