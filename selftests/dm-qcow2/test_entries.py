@@ -171,16 +171,14 @@ class Commit:
             else:
                 disk.fua.write(at, b"n" * rig.unit)
             same(disk.io.read(at, rig.unit), b"n" * rig.unit, at)
-        self.instant(bad, op, exact=not done)
         disk.look(True, 1)
         script.rest()
         disk.io.fsync()
         disk.look(False, 1)
-        dump(rig, *(served.store for served in rig.below))
-        self.finished()
         disk.close()
-        dump(rig, *(served.store for served in rig.below))
-        self.finished()
+        for kind in ("durable", "store"):
+            dump(rig, *(getattr(served, kind) for served in rig.below))
+            self.finished()
 
     def instant(self, bad, op, exact):
         """A power cut now would leave an image that is good, and has the units that need

@@ -157,7 +157,7 @@ class TooLate(Exception):
 
 # Requests for metadata of which a commit needs some
 METADATA = {f"{op} {what}" for op in ("read", "write") for what in
-            ("L1 table", "L2 table", "new cluster", "refcount block", "refcount table")}
+            ("L2 table", "new cluster", "refcount block", "refcount table")} | {"write L1 table"}
 
 
 class Attempt:
@@ -393,6 +393,8 @@ class Attempt:
             self.dirty = True
             self.told += began
             if self.error == errno.ENOSPC:
+                # The change of the mode may be told, and that entries begin to fail.
+                self.maybe += began
                 self.mode = "nospc" if self.unwritten else "rw"
                 self.told += not self.unwritten
         elif commit and self.unwritten:
