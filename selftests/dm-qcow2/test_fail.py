@@ -210,11 +210,14 @@ def data_flush(bench):
     s.finish(leaks=True, compare=False)
 
 
-@test("metadata flush errors: fail at the next flush; reads and overwrites go on")
-def meta_flush(bench):
+# A device that takes no writes takes no flushes, either.
+LOST = (("flush", "no_flush"), ("write", "no_writes"))
+
+
+def meta_flush(bench, how):
     s = Setup(bench)
     log = bench.add(KernelLog())
-    s.meta.no_flush()
+    getattr(s.meta, how)()
     events = s.dm.events()
     waiting = subprocess.Popen(["dmsetup", "wait", s.dm.name, str(events)],
                                stdout=subprocess.DEVNULL)
@@ -248,10 +251,9 @@ def meta_flush(bench):
     s.finish(leaks=True)
 
 
-@test("metadata flush errors: the timer's commit notices, too")
-def timer_flush(bench):
+def timer_flush(bench, how):
     s = Setup(bench)
-    s.meta.no_flush()
+    getattr(s.meta, how)()
     events = s.dm.events()
     s.disk.write(4 * CLUSTER, b"t" * 512)
     s.failed(events)
@@ -259,16 +261,15 @@ def timer_flush(bench):
     s.finish(leaks=True, compare=False)
 
 
-@test("metadata flush errors: a FUA write fails, and so does suspend's commit")
-def fua_and_suspend_flush(bench):
+def fua_and_suspend_flush(bench, how):
     s = Setup(bench)
-    s.meta.no_flush()
+    getattr(s.meta, how)()
     events = s.dm.events()
     s.sync = bench.io(s.dm, flags=os.O_DSYNC)
     s.fails(4 * CLUSTER, 4096, s.sync)
     s.failed(events)
     s.recover()
-    s.meta.no_flush()
+    getattr(s.meta, how)()
     s.disk.write(90 * CLUSTER, b"t" * 512)
     s.dm.suspend()
     s.meta.good()
@@ -277,16 +278,22 @@ def fua_and_suspend_flush(bench):
     s.finish(leaks=True, compare=False)
 
 
-@test("metadata write errors: the flush fails, all else goes on, and nothing is lost")
-def meta_writes(bench):
+for _kind, _how in LOST:
+    test(f"metadata {_kind} errors: fail at the next flush; reads and overwrites go on", _how)(meta_flush)
+    test(f"metadata {_kind} errors: the timer's commit notices, too", _how)(timer_flush)
+    test(f"metadata {_kind} errors: a FUA write fails, and so does suspend's commit", _how)(fua_and_suspend_flush)
+
+
+@test("a metadata device that is dead for a while: flushes fail, all else goes on, nothing is lost")
+def meta_dead(bench):
     s = Setup(bench)
     log = bench.add(KernelLog())
     events = s.dm.events()
     waiting = subprocess.Popen(["dmsetup", "wait", s.dm.name, str(events)],
                                stdout=subprocess.DEVNULL)
     try:
-        # All writes, and so no flush is tried.
-        s.meta.no_writes()
+        # It cannot be read, and so it is neither written nor flushed.
+        s.meta.bad()
         s.write(4 * CLUSTER + 512, 512)
         s.no_sync()
         s.holds(events, 1)
@@ -322,10 +329,10 @@ def meta_writes(bench):
     s.finish()
 
 
-@test("metadata write errors: the timer's commit notices, and tries again until it can")
+@test("a metadata device that is dead for a while: the timer's commit notices, and tries again until it can")
 def timer(bench):
     s = Setup(bench)
-    s.meta.no_writes()
+    s.meta.bad()
     events = s.dm.events()
     s.write(4 * CLUSTER, 512, b"t")
     wait_for("an event", 60, lambda: s.dm.events() > events)
@@ -337,21 +344,19 @@ def timer(bench):
     s.finish()
 
 
-@test("metadata write errors: suspend and resume go on with what could not be written")
+@test("a metadata device that is dead for a while: suspend and resume go on with what is not written")
 def suspend(bench):
     s = Setup(bench)
-    s.meta.no_writes()
+    s.meta.bad()
     events = s.dm.events()
     s.write(90 * CLUSTER, 512, b"t")
     for _ in range(2):
         s.dm.suspend()
         s.holds(events, 1)
-        # Not a look at the disk
-        s.meta.bad()
+        # It does not look at the disk.
         s.dm.resume()
         s.holds(events, 1)
         s.same(90 * CLUSTER)
-        s.meta.no_writes()
     s.write(91 * CLUSTER, 512, b"u")
     s.dm.suspend()
     s.meta.good()
@@ -362,6 +367,40 @@ def suspend(bench):
 
 
 def commit_step(bench, where):
+    """One place of the metadata cannot be written, and no flush succeeds, while a new L2
+    table is made."""
+    s = Setup(bench)
+    image = s.image
+    pos = {"the L1 table": image.get("l1_table_offset"),
+           "the refcount block": image.u64(image.reftable_pos(0)),
+           "an L2 table": image.l2_table(0)}[where]
+    s.meta.bad(pos, CLUSTER, writes_only=True)
+    events = s.dm.events()
+    writes = ((4 * CLUSTER, 512),) if where == "an L2 table" else ((1100 * MIB, 512),)
+    for offset, length in writes:
+        s.disk.write(offset, b"c" * length)
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    s.failed(events)
+    s.close()
+    # Nothing on disk refers to what is not there.
+    image.check(leaks=True)
+    s.meta.good()
+    s.dm = image.open(meta=s.meta.path, data=s.data.path)
+    s.disk, s.sync = bench.io(s.dm), None
+    s.same(0, CLUSTER, 50 * CLUSTER)
+    for offset, length in writes:
+        got = s.disk.read(offset, CLUSTER)
+        expect(got in (bytes(CLUSTER), (b"c" * length).ljust(CLUSTER, b"\0")),
+               "neither the old content nor the new one")
+    s.disk.write(1200 * MIB, b"d" * 512)
+    s.disk.fsync()
+    same(s.disk.read(1200 * MIB, 1024), b"d" * 512 + bytes(512), 1200 * MIB)
+    s.close()
+    image.check(leaks=True)
+
+
+def bad_place(bench, where):
     """One place of the metadata can neither be written nor read while a new L2 table is
     made and old ones are changed: the other entries become durable, and these later."""
     s = Setup(bench, 12 * COVER)
@@ -399,6 +438,7 @@ def commit_step(bench, where):
 
 for _where in ("the L1 table", "the refcount block", "an L2 table"):
     test(f"metadata write errors: {_where} cannot be written", _where)(commit_step)
+    test(f"a bad place in {_where}: what does not need it becomes durable, and the rest later", _where)(bad_place)
 
 
 @test("metadata write errors: the new L2 table cannot be written: its first write fails")
@@ -406,7 +446,7 @@ def new_table(bench):
     s = Setup(bench)
     image = s.image
     pos = max(image.l2_table(0), image.get("l1_table_offset")) + CLUSTER
-    s.meta.bad(pos, CLUSTER, writes_only=True)
+    s.meta.bad(pos, CLUSTER)
     events = s.dm.events()
     for _ in range(2):
         s.fails(1100 * MIB, 512)
@@ -466,15 +506,18 @@ def bad_block(bench):
 
     # Suspended, it keeps the image for itself; another table gets it when all is written.
     line = s.dm.table()
+    second, third = bench.add(Dm("second")), bench.add(Dm("third"))
+    dm_ioctl(DM_TABLE_LOAD, second.name, line)
     s.dm.suspend()
     s.holds(events, 1)
-    second = bench.add(Dm("second"))
-    dm_ioctl(DM_TABLE_LOAD, second.name, line)
     for _ in range(2):
         with fails_with(errno.EBUSY):
             second.resume()
-    dm_ioctl(DM_TABLE_CLEAR, second.name)
-    bench.drop(second)
+    with fails_with(errno.EBUSY):
+        third.load(line)
+    for dm in (second, third):
+        dm_ioctl(DM_TABLE_CLEAR, dm.name)
+        bench.drop(dm)
     stat = Stat(s.meta.path)
     s.dm.resume()
     expect(not stat.reads, f"{stat.reads} reads of the metadata at the resume")
@@ -647,11 +690,10 @@ def not_passed_down(s):
         same(f.read(3 * CLUSTER), b"d" * 3 * CLUSTER, 21 * CLUSTER, "data file")
 
 
-@test("discards: not passed down if the commit fails")
-def discard_commit(bench):
+def discard_commit(bench, how):
     s = Setup(bench)
     fill(s)
-    s.meta.no_flush()
+    getattr(s.meta, how)()
     events = s.dm.events()
     discard(s, 21, 3)
     s.same(*(i * CLUSTER for i in range(20, 28)))
@@ -668,11 +710,15 @@ def discard_commit(bench):
     s.finish(leaks=True)
 
 
+for _kind, _how in LOST:
+    test(f"discards: not passed down if the commit fails ({_kind} errors)", _how)(discard_commit)
+
+
 @test("discards: not passed down before their entries can be written")
 def discard_later(bench):
     s = Setup(bench)
     fill(s)
-    s.meta.no_writes()
+    s.meta.bad()
     events = s.dm.events()
     discard(s, 21, 3)
     s.no_sync()
@@ -729,7 +775,6 @@ def zeroes_in_part(bench):
 
 def remove_failed(bench, how):
     s = Setup(bench)
-    # With no first write, the first one makes a table whose place cannot be written.
     s.write(600 * MIB, 512)
     s.disk.fsync()
     getattr(s.meta, how)()
@@ -738,7 +783,7 @@ def remove_failed(bench, how):
     s.disk.write(600 * MIB + CLUSTER, b"l" * 512)
     s.close()
     s.meta.good()
-    s.image.check(leaks=how == "no_flush")
+    s.image.check(leaks=True)
     dm = s.image.open(meta=s.meta.path, data=s.data.path)
     disk = bench.io(dm)
     same(disk.read(0, 2 * CLUSTER), b"a" * 2 * CLUSTER)
@@ -748,9 +793,8 @@ def remove_failed(bench, how):
                f"cluster {i}: neither the old content nor the new one")
 
 
-test("a failed device can be removed, with changes in core that are lost", "no_flush")(remove_failed)
-test("a device can be removed whose metadata cannot be written, with changes in core that are lost",
-     "no_writes")(remove_failed)
+for _kind, _how in (*LOST, ("all", "bad")):
+    test(f"a failed device can be removed, with changes in core that are lost ({_kind} errors)", _how)(remove_failed)
 
 
 if __name__ == "__main__":

@@ -195,20 +195,20 @@ class Attempt:
             for number, step in enumerate(steps):
                 self.script.step = number
                 self.do(number, *step)
-            if self.failed_late():
+            if self.script.failed and self.late():
                 raise TooLate
             self.failed, self.trace = list(self.script.failed), list(self.script.trace)
             self.made = self.script.steps
         except BaseException as e:
-            late = isinstance(e, Failure) and self.failed_late()
+            late = isinstance(e, Failure) and self.late()
             self.script.rest()
             self.close()
             if late:
                 raise TooLate from e
             raise
 
-    def failed_late(self):
-        return self.script.failed and (self.ended or time.monotonic()) - self.begun > PERIOD
+    def late(self):
+        return (self.ended or time.monotonic()) - self.begun > PERIOD
 
     def names(self, requests):
         return [self.rig.what(r, self.touched) for r in requests]
@@ -294,17 +294,15 @@ class Attempt:
         # The server of a device that is gone hears of none.
         rig, dead = self.rig, self.script.dead
         if failed:
-            # What was written before is to be flushed, if its answer still came through.
-            made = self.names(self.script.steps[number])[:-1]
-            stage = made[max((i + 1 for i, n in enumerate(made) if n == "flush metadata"), default=0):]
-            if dead == "metadata" and any(n in METADATA and n.startswith("write") for n in stage) and \
-                    (self.removed or self.dm.mode() == "fail"):
+            # A write is followed by a flush, also if it has failed.
+            if dead == "metadata" and any(r.op == "write" for r in failed) and self.dirty and \
+                    kind in ("fsync", *self.SUSPENDS):
                 failed.append(Request(dead, "flush", 0, 0))
             return failed
         if kind not in ("fsync", *self.SUSPENDS):
             return [r for r in self.usual.get(number, ()) if r.device == dead]
         if self.dirty:
-            # What is left to commit cannot be: nothing is written, and so nothing to be flushed.
+            # What is left to commit cannot be: nothing can be read, so nothing is written or flushed.
             return [Request(dead, "flush", 0, 0) if dead == "data" else
                     Request(dead, "write", rig.image.get("l1_table_offset"), 0)]
         return [r for r in self.usual.get(number, ()) if r.device == dead and
@@ -342,18 +340,19 @@ class Attempt:
             wait_for("the header is marked", HANG // 2, lambda: self.script.failed or any(
                 names(r, ()) == "write header" for r in self.script.trace))
 
-    def stages(self, number):
-        """A flush of metadata of which nothing was written would only be one more that
-        can fail."""
-        failed = {id(r) for r, _ in self.script.failed}
-        written = False
-        for r in self.script.steps.get(number, ()):
-            if r.device == "metadata" and r.op == "write":
-                written = written or id(r) not in failed
-            elif r.device == "metadata" and r.op == "flush":
-                if not written:
+    def stages(self, number, kind):
+        """A write of metadata may be on the disk also if it has failed, so a flush follows
+        it; one of which nothing was written would only be one more that can fail."""
+        tried = False
+        for name in self.names(self.script.steps.get(number, ())):
+            if name in METADATA and name.startswith("write"):
+                tried = True
+            elif name == "flush metadata":
+                if not tried:
                     raise self.fault("the metadata device is flushed, but nothing of it was written")
-                written = False
+                tried = False
+        if tried and kind in ("fsync", *self.SUSPENDS):
+            raise self.fault("metadata was written, but not flushed")
 
     def rules(self, number, kind, fresh, failed):
         """The errno of a step in which requests have failed, by the documentation;
@@ -365,7 +364,7 @@ class Attempt:
                 self.told += 1
             return 0
         if self.how != "gone":
-            self.stages(number)
+            self.stages(number, kind)
         before = self.mode
         if before == "fail":
             if kind in self.SUSPENDS:
@@ -775,6 +774,9 @@ def waiting(bench, what, fail):
     if what != "miss":
         same(disk.read(19 * unit, 512), bytes(512))
         same(disk.read(20 * unit, 512), bytes(512))
+    if what in ("commit", "flush"):
+        # 401 of them, and what fills the rest of 201 units: all wait for a commit then.
+        wait_for("all is written", HANG, lambda: sum(r.device == "data" and r.op == "write" for r in script.trace) > 602)
     time.sleep(0.3)
     early = [n for n in [*first, *rest] if n in aio.reap()]
     expect(not early, f"{len(early)} requests did not wait")

@@ -136,6 +136,8 @@ def held(bench):
     s.model.write(s.HOLE + 10 * CLUSTER, b"f" * 512)
     s.same(s.HOLE, *(s.HOLE + n * CLUSTER for n in (2, 9, 10)))
     s.full(COVER)
+    # The first one that is refused is told.
+    s.events = s.dm.events()
     # Other tables: their entries become durable.
     s.write(20 * CLUSTER, CLUSTER)
     s.write(0, CLUSTER)
@@ -224,11 +226,13 @@ def both(bench):
     with fails_with(errno.EIO):
         s.disk.fsync()
     expect(s.image.state(s.HOLE + 2 * CLUSTER) == "data", "not durable, although there is room for it")
-    s.look("rw", True)
-    s.write(COVER)
+    # Only a commit that succeeds as a whole ends the mode.
+    s.look("nospc", True)
     s.lower.good()
     s.disk.fsync()
     s.look("rw", False)
+    s.write(COVER)
+    s.disk.fsync()
     s.same(COVER, s.HOLE + 2 * CLUSTER, 6 * COVER, 6 * COVER + 2 * CLUSTER)
     s.finish()
 
