@@ -225,6 +225,10 @@ class Qcow2:
         bit = number % self.per_block() * bits
         return block + bit // 8, bit % 8, bits
 
+    def refcount_pos(self, number):
+        """Where the refcount of a cluster is in the file."""
+        return self._refcount_place(number)[0]
+
     def refcount(self, number):
         """Refcount of a cluster of the metadata file."""
         pos, shift, bits = self._refcount_place(number)

@@ -10,10 +10,11 @@ import os
 import subprocess
 import threading
 
-from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, Lower, expect, fails_with, main, run, same,
-                       test, wait_for)
+from qcow2test import (DM_TABLE_CLEAR, DM_TABLE_LOAD, KIB, MIB, Dm, Failure, KernelLog, Lower, Stat, dm_ioctl,
+                       expect, fails_with, main, run, same, test, wait_for)
 
 SIZE = 1536 * MIB       # three L2 tables
+COVER = 512 * MIB
 CLUSTER = 64 * KIB
 
 
@@ -61,6 +62,25 @@ class Setup:
         self.image.check(leaks)
         if compare:
             self.image.compare(self.model)
+
+    def no_sync(self):
+        with fails_with(errno.EIO):
+            self.disk.fsync()
+
+    def holds(self, events, unwritten=None):
+        """Some entries, or so many, are not written yet: mode rw, one event."""
+        status = self.dm.status()
+        expect(status.mode == "rw", f"{status}")
+        expect(status.unwritten == unwritten if unwritten else status.unwritten > 0, f"{status}")
+        expect(self.dm.events() == events + 1, f"{self.dm.events() - events} events: {status}")
+
+    def good(self, events):
+        """The metadata device works again: all is written, and nobody needs to know."""
+        self.meta.good()
+        self.disk.fsync()
+        status = self.dm.status()
+        expect(status.mode == "rw" and status.unwritten == 0, f"{status}")
+        expect(self.dm.events() == events + 1, f"{self.dm.events() - events} events: {status}")
 
     def failed(self, events):
         """The device is in mode fail, with all that follows from it."""
@@ -177,31 +197,34 @@ def data_flush(bench):
     expect(s.dm.mode() == "rw", f"nothing was dirty: {s.dm.status()}")
     s.data.good()
     s.disk.fsync()
+    events = s.dm.events()
+    s.data.no_flush()
     s.write(4 * CLUSTER, CLUSTER)
-    s.data.no_writes()
-    if s.dm.status().dirty:
-        with fails_with(errno.EIO):
-            s.disk.fsync()
-        # The data is not durable, so nothing may say that it is.
-        expect(s.image.state(4 * CLUSTER) == "unallocated", "the entry was written all the same")
+    with fails_with(errno.EIO):
+        s.disk.fsync()
+    # The data is not durable, so nothing may say that it is.
+    expect(s.image.state(4 * CLUSTER) == "unallocated", "the entry was written all the same")
     s.data.good()
+    s.failed(events)
     s.same(0, 4 * CLUSTER)
     s.finish(leaks=True, compare=False)
 
 
-@test("metadata write errors: fail at the next flush; reads and overwrites go on")
-def meta_writes(bench):
+# A device that takes no writes takes no flushes, either.
+LOST = (("flush", "no_flush"), ("write", "no_writes"))
+
+
+def meta_flush(bench, how):
     s = Setup(bench)
     log = bench.add(KernelLog())
-    s.meta.no_writes()
+    getattr(s.meta, how)()
     events = s.dm.events()
     waiting = subprocess.Popen(["dmsetup", "wait", s.dm.name, str(events)],
                                stdout=subprocess.DEVNULL)
     try:
         s.write(4 * CLUSTER + 512, 512)
         s.same(4 * CLUSTER)
-        with fails_with(errno.EIO):
-            s.disk.fsync()
+        s.no_sync()
         s.failed(events)
         try:
             waiting.wait(60)
@@ -215,8 +238,7 @@ def meta_writes(bench):
     expect(log.lines("qcow2.*fail"), "the log does not tell of mode fail")
     # A device that has failed stays failed.
     s.meta.good()
-    with fails_with(errno.EIO):
-        s.disk.fsync()
+    s.no_sync()
     s.dm.cycle()
     expect(s.dm.mode() == "fail", f"after suspend and resume: {s.dm.status()}")
     s.same(0, CLUSTER, 50 * CLUSTER)
@@ -229,10 +251,9 @@ def meta_writes(bench):
     s.finish(leaks=True)
 
 
-@test("metadata write errors: the timer's commit notices, too")
-def timer(bench):
+def timer_flush(bench, how):
     s = Setup(bench)
-    s.meta.no_writes()
+    getattr(s.meta, how)()
     events = s.dm.events()
     s.disk.write(4 * CLUSTER, b"t" * 512)
     s.failed(events)
@@ -240,33 +261,119 @@ def timer(bench):
     s.finish(leaks=True, compare=False)
 
 
-@test("metadata write errors: a FUA write fails, and so does suspend's commit")
-def fua_and_suspend(bench):
+def fua_and_suspend_flush(bench, how):
     s = Setup(bench)
-    s.meta.no_writes()
+    getattr(s.meta, how)()
     events = s.dm.events()
     s.sync = bench.io(s.dm, flags=os.O_DSYNC)
     s.fails(4 * CLUSTER, 4096, s.sync)
     s.failed(events)
     s.recover()
-    s.meta.no_writes()
+    getattr(s.meta, how)()
     s.disk.write(90 * CLUSTER, b"t" * 512)
     s.dm.suspend()
     s.meta.good()
     s.dm.resume()
-    if s.image.state(90 * CLUSTER) != "data":
-        expect(s.dm.mode() == "fail", f"the commit failed, but: {s.dm.status()}")
+    expect(s.dm.mode() == "fail", f"the commit failed, but: {s.dm.status()}")
     s.finish(leaks=True, compare=False)
 
 
+for _kind, _how in LOST:
+    test(f"metadata {_kind} errors: fail at the next flush; reads and overwrites go on", _how)(meta_flush)
+    test(f"metadata {_kind} errors: the timer's commit notices, too", _how)(timer_flush)
+    test(f"metadata {_kind} errors: a FUA write fails, and so does suspend's commit", _how)(fua_and_suspend_flush)
+
+
+@test("a metadata device that is dead for a while: flushes fail, all else goes on, nothing is lost")
+def meta_dead(bench):
+    s = Setup(bench)
+    log = bench.add(KernelLog())
+    events = s.dm.events()
+    waiting = subprocess.Popen(["dmsetup", "wait", s.dm.name, str(events)],
+                               stdout=subprocess.DEVNULL)
+    try:
+        # It cannot be read, and so it is neither written nor flushed.
+        s.meta.bad()
+        s.write(4 * CLUSTER + 512, 512)
+        s.no_sync()
+        s.holds(events, 1)
+        try:
+            waiting.wait(60)
+        except subprocess.TimeoutExpired as e:
+            raise Failure("dmsetup wait does not return") from e
+    finally:
+        waiting.kill()
+        waiting.wait()
+    expect(log.lines("qcow2"), "the log does not tell of it")
+    # First writes, overwrites, reads, and the units that wait
+    s.write(40 * CLUSTER, CLUSTER, b"b")
+    s.write(4 * CLUSTER + 4096, 512, b"c")
+    s.write(0, CLUSTER, b"o")
+    s.fails(600 * MIB, 512)
+    s.same(0, CLUSTER, 4 * CLUSTER, 40 * CLUSTER, 50 * CLUSTER, 600 * MIB)
+    s.sync = bench.io(s.dm, flags=os.O_DSYNC)
+    s.fails(41 * CLUSTER, 4096, s.sync)
+    s.model.write(41 * CLUSTER, b"f" * 4096)
+    s.same(41 * CLUSTER)
+    for _ in range(2):
+        s.no_sync()
+    s.holds(events, 1)
+    s.good(events)
+    for at in (4, 40, 41):
+        expect(s.image.state(at * CLUSTER) == "data", f"a flush succeeded, but the entry of cluster {at} is not there")
+    s.write(600 * MIB, 512)
+    s.sync.write(42 * CLUSTER, b"y" * 4096)
+    s.model.write(42 * CLUSTER, b"y" * 4096)
+    s.disk.fsync()
+    s.same(0, 4 * CLUSTER, 40 * CLUSTER, 41 * CLUSTER, 42 * CLUSTER, 600 * MIB)
+    s.finish()
+
+
+@test("a metadata device that is dead for a while: the timer's commit notices, and tries again until it can")
+def timer(bench):
+    s = Setup(bench)
+    s.meta.bad()
+    events = s.dm.events()
+    s.write(4 * CLUSTER, 512, b"t")
+    wait_for("an event", 60, lambda: s.dm.events() > events)
+    s.holds(events, 1)
+    s.meta.good()
+    wait_for("all is written", 60, lambda: not s.dm.status().unwritten)
+    expect(s.image.state(4 * CLUSTER) == "data", "nothing is unwritten, but the entry is not there")
+    expect(s.dm.events() == events + 1, f"{s.dm.events() - events} events")
+    s.finish()
+
+
+@test("a metadata device that is dead for a while: suspend and resume go on with what is not written")
+def suspend(bench):
+    s = Setup(bench)
+    s.meta.bad()
+    events = s.dm.events()
+    s.write(90 * CLUSTER, 512, b"t")
+    for _ in range(2):
+        s.dm.suspend()
+        s.holds(events, 1)
+        # It does not look at the disk.
+        s.dm.resume()
+        s.holds(events, 1)
+        s.same(90 * CLUSTER)
+    s.write(91 * CLUSTER, 512, b"u")
+    s.dm.suspend()
+    s.meta.good()
+    s.dm.resume()
+    s.good(events)
+    s.same(0, 90 * CLUSTER, 91 * CLUSTER)
+    s.finish()
+
+
 def commit_step(bench, where):
-    """One place of the metadata cannot be written while a new L2 table is made."""
+    """One place of the metadata cannot be written, and no flush succeeds, while a new L2
+    table is made."""
     s = Setup(bench)
     image = s.image
     pos = {"the L1 table": image.get("l1_table_offset"),
            "the refcount block": image.u64(image.reftable_pos(0)),
-           "an L2 table": image.l2_table(0),
-           "the new L2 table": max(image.l2_table(0), image.get("l1_table_offset")) + CLUSTER}[where]
+           "an L2 table": image.l2_table(0)}[where]
     s.meta.bad(pos, CLUSTER, writes_only=True)
     events = s.dm.events()
     writes = ((4 * CLUSTER, 512),) if where == "an L2 table" else ((1100 * MIB, 512),)
@@ -293,23 +400,159 @@ def commit_step(bench, where):
     image.check(leaks=True)
 
 
-for _where in ("the L1 table", "the refcount block", "an L2 table", "the new L2 table"):
+def bad_place(bench, where):
+    """One place of the metadata can neither be written nor read while a new L2 table is
+    made and old ones are changed: the other entries become durable, and these later."""
+    s = Setup(bench, 12 * COVER)
+    image = s.image
+    pos = {"the L1 table": image.get("l1_table_offset"),
+           "the refcount block": image.u64(image.reftable_pos(0)),
+           "an L2 table": image.l2_table(0)}[where]
+    s.write(COVER, 512)
+    s.disk.fsync()
+    for n in range(4, 12):
+        new, old, other = n * COVER + 100 * CLUSTER, n * CLUSTER, COVER + n * CLUSTER
+        bad = old if where == "an L2 table" else new
+        events = s.dm.events()
+        for at in (new, old, other):
+            s.write(at, 512, b"c")
+        s.meta.bad(pos, CLUSTER)
+        try:
+            s.disk.fsync()
+        except OSError:
+            break
+        # The timer's commit was there before the device was bad.
+        s.meta.good()
+    else:
+        raise Failure("the timer's commit was always there first")
+    s.holds(events)
+    for at in (new, old, other):
+        state = image.state(at)
+        expect((state == "data") == (at != bad), f"cluster {at // CLUSTER} is {state}")
+    s.same(0, CLUSTER, new, old, other, 50 * CLUSTER)
+    image.check(leaks=True)
+    s.good(events)
+    s.same(0, CLUSTER, new, old, other, 50 * CLUSTER)
+    s.finish()
+
+
+for _where in ("the L1 table", "the refcount block", "an L2 table"):
     test(f"metadata write errors: {_where} cannot be written", _where)(commit_step)
+    test(f"a bad place in {_where}: what does not need it becomes durable, and the rest later", _where)(bad_place)
+
+
+@test("metadata write errors: the new L2 table cannot be written: its first write fails")
+def new_table(bench):
+    s = Setup(bench)
+    image = s.image
+    pos = max(image.l2_table(0), image.get("l1_table_offset")) + CLUSTER
+    s.meta.bad(pos, CLUSTER)
+    events = s.dm.events()
+    for _ in range(2):
+        s.fails(1100 * MIB, 512)
+        s.same(1100 * MIB)
+    # Nothing depends on it yet.
+    expect(s.dm.mode() == "rw" and not s.dm.status().unwritten, f"{s.dm.status()}")
+    expect(s.dm.events() == events, f"{s.dm.events() - events} events")
+    s.meta.good()
+    s.write(4 * CLUSTER, 512, b"c")
+    s.write(1100 * MIB, 512, b"c")
+    s.disk.fsync()
+    expect(image.state(1100 * MIB) == "data", "a flush succeeded, but the entry is not there")
+    s.same(0, CLUSTER, 4 * CLUSTER, 50 * CLUSTER, 1100 * MIB)
+    s.finish()
 
 
 @test("L2 read errors in a commit: not acknowledged, and tried again the next time")
 def commit_reads(bench):
     s = Setup(bench)
+    events = s.dm.events()
     s.meta.bad(s.image.l2_table(0), CLUSTER)
     s.write(4 * CLUSTER + 512, 512)
-    with fails_with(errno.EIO):
-        s.disk.fsync()
+    s.no_sync()
     s.same(0, 4 * CLUSTER)
-    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
-    s.meta.good()
-    s.disk.fsync()
+    s.holds(events, 1)
+    s.good(events)
     expect(s.image.state(4 * CLUSTER) == "data", "a flush succeeded, but the entry is not there")
     s.same(0, 4 * CLUSTER)
+    s.finish()
+
+
+@test("a bad sector in one L2 table: the units of another one become durable, and these later")
+def bad_block(bench):
+    s = Setup(bench)
+    image = s.image
+    s.write(COVER, CLUSTER)
+    s.disk.fsync()
+    s.same(0, COVER)
+    events = s.dm.events()
+    # Its slice is in core.
+    s.meta.bad(image.l2_table(0), 512)
+    s.write(4 * CLUSTER, CLUSTER, b"x")
+    for n in range(1, 40):
+        s.write(COVER + n * CLUSTER, CLUSTER, bytes([n]))
+    s.no_sync()
+    s.holds(events, 1)
+    states = image.states()
+    bad = [n for n in range(40) if states[COVER // CLUSTER + n] != "data"]
+    expect(not bad, f"not durable, although nothing of theirs has failed: {bad}")
+    expect(states[4] == "unallocated", f"{states[4]} on a sector that cannot be written")
+    # The rest of its table is in other sectors; and whose entry is durable hears of no error.
+    s.write(3000 * CLUSTER, CLUSTER, b"z")
+    s.no_sync()
+    expect(image.state(3000 * CLUSTER) == "data", "not durable, although its block is good")
+    s.holds(events, 1)
+    s.same(0, 4 * CLUSTER, COVER, COVER + 39 * CLUSTER, 3000 * CLUSTER)
+
+    # Suspended, it keeps the image for itself; another table gets it when all is written.
+    line = s.dm.table()
+    second, third = bench.add(Dm("second")), bench.add(Dm("third"))
+    dm_ioctl(DM_TABLE_LOAD, second.name, line)
+    s.dm.suspend()
+    s.holds(events, 1)
+    for _ in range(2):
+        with fails_with(errno.EBUSY):
+            second.resume()
+    with fails_with(errno.EBUSY):
+        third.load(line)
+    for dm in (second, third):
+        dm_ioctl(DM_TABLE_CLEAR, dm.name)
+        bench.drop(dm)
+    stat = Stat(s.meta.path)
+    s.dm.resume()
+    expect(not stat.reads, f"{stat.reads} reads of the metadata at the resume")
+    s.holds(events, 1)
+    s.same(0, 4 * CLUSTER, COVER, COVER + 39 * CLUSTER, 3000 * CLUSTER)
+    s.no_sync()
+    s.good(events)
+    expect(image.state(4 * CLUSTER) == "data", "a flush succeeded, but the entry is not there")
+    s.dm.suspend()
+    second = bench.add(Dm("second", line))
+    disk = bench.io(second)
+    for at in (0, 4 * CLUSTER, COVER + 39 * CLUSTER):
+        same(disk.read(at, CLUSTER), s.model.read(at, CLUSTER), at)
+    bench.drop(disk)
+    bench.drop(second)
+    s.dm.resume()
+    s.same(0, 4 * CLUSTER, COVER, COVER + 39 * CLUSTER, 3000 * CLUSTER)
+    s.finish()
+
+
+@test("a bad sector in one L2 table: removal loses what was never written, and nothing else")
+def bad_block_removed(bench):
+    s = Setup(bench)
+    s.write(COVER, CLUSTER)
+    s.disk.fsync()
+    s.same(0)
+    s.meta.bad(s.image.l2_table(0), 512)
+    s.disk.write(4 * CLUSTER, b"x" * CLUSTER)
+    s.write(COVER + CLUSTER, CLUSTER, b"y")
+    s.close()
+    s.meta.good()
+    s.dm = s.image.open(meta=s.meta.path, data=s.data.path)
+    s.disk, s.sync = bench.io(s.dm), None
+    s.same(0, 4 * CLUSTER, COVER, COVER + CLUSTER)
+    s.write(4 * CLUSTER, CLUSTER, b"z")
     s.finish()
 
 
@@ -441,20 +684,23 @@ def discard(s, first, count):
     s.model.write(first * CLUSTER, bytes(count * CLUSTER))
 
 
-@test("discards: not passed down if the commit fails")
-def discard_commit(bench):
+def not_passed_down(s):
+    with open(s.image.data, "rb") as f:
+        f.seek(21 * CLUSTER)
+        same(f.read(3 * CLUSTER), b"d" * 3 * CLUSTER, 21 * CLUSTER, "data file")
+
+
+def discard_commit(bench, how):
     s = Setup(bench)
     fill(s)
-    s.meta.no_writes()
+    getattr(s.meta, how)()
     events = s.dm.events()
     discard(s, 21, 3)
     s.same(*(i * CLUSTER for i in range(20, 28)))
     with fails_with(errno.EIO):
         s.disk.fsync()
     s.failed(events)
-    with open(s.image.data, "rb") as f:
-        f.seek(21 * CLUSTER)
-        same(f.read(3 * CLUSTER), b"d" * 3 * CLUSTER, 21 * CLUSTER, "data file")
+    not_passed_down(s)
     s.recover()
     # It was never acknowledged by a flush: zeros, or what was there before.
     for i in range(21, 24):
@@ -462,6 +708,33 @@ def discard_commit(bench):
         expect(got in (bytes(CLUSTER), b"d" * CLUSTER), "neither the old content nor the new one")
         s.model.write(i * CLUSTER, got)
     s.finish(leaks=True)
+
+
+for _kind, _how in LOST:
+    test(f"discards: not passed down if the commit fails ({_kind} errors)", _how)(discard_commit)
+
+
+@test("discards: not passed down before their entries can be written")
+def discard_later(bench):
+    s = Setup(bench)
+    fill(s)
+    s.meta.bad()
+    events = s.dm.events()
+    discard(s, 21, 3)
+    s.no_sync()
+    s.holds(events, 1)
+    not_passed_down(s)
+    # Written anew, one of them is not to be discarded any more.
+    s.write(22 * CLUSTER, CLUSTER, b"n")
+    s.no_sync()
+    s.same(*(i * CLUSTER for i in range(20, 28)))
+    s.good(events)
+    with open(s.image.data, "rb") as f:
+        def hole(at):
+            return f.seek(at), f.read(CLUSTER) == bytes(CLUSTER)
+        wait_for("they are discarded", 60, lambda: hole(21 * CLUSTER)[1] and hole(23 * CLUSTER)[1])
+    s.same(*(i * CLUSTER for i in range(20, 28)))
+    s.finish()
 
 
 @test("discards: one that the data device fails is of no consequence")
@@ -500,13 +773,14 @@ def zeroes_in_part(bench):
     s.finish()
 
 
-@test("a failed device can be removed, with changes in core that are lost")
-def remove_failed(bench):
+def remove_failed(bench, how):
     s = Setup(bench)
-    s.meta.no_writes()
+    s.write(600 * MIB, 512)
+    s.disk.fsync()
+    getattr(s.meta, how)()
     for i in range(4, 40):
         s.disk.write(i * CLUSTER + 512, b"l" * 512)
-    s.disk.write(600 * MIB, b"l" * 512)
+    s.disk.write(600 * MIB + CLUSTER, b"l" * 512)
     s.close()
     s.meta.good()
     s.image.check(leaks=True)
@@ -517,6 +791,10 @@ def remove_failed(bench):
         got = disk.read(i * CLUSTER, 2048)
         expect(got in (bytes(2048), bytes(512) + b"l" * 512 + bytes(1024)),
                f"cluster {i}: neither the old content nor the new one")
+
+
+for _kind, _how in (*LOST, ("all", "bad")):
+    test(f"a failed device can be removed, with changes in core that are lost ({_kind} errors)", _how)(remove_failed)
 
 
 if __name__ == "__main__":

@@ -2,200 +2,46 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Each single request that the target makes fails, and what must come of it.
 
-The devices below are network block devices that this process serves from memory:
-so it knows every request, and can fail any of them, once or from then on, hold it
-back, or hang up. A scenario is run once to count its requests, then once for each
-of them; what must happen follows from what failed, by the rules of
-Documentation/dm-qcow2.rst, which are in Attempt.rules().
+The devices below are served by this process (served.py): so it knows every request,
+and can fail any of them, once or from then on, hold it back, or hang up. A scenario
+is run once to count its requests, then once for each of them; what must happen
+follows from what failed, by the rules of Documentation/dm-qcow2.rst, which are in
+Attempt.rules().
 """
 import collections
 import ctypes
 import errno
-import fcntl
 import hashlib
 import mmap
 import os
 import random
-import socket
 import struct
-import threading
 import time
 
 from qcow2test import (DM_TABLE_LOAD, KIB, LIBC, Dm, Failure, Io, Task, dm_ioctl, expect, fails_with, main,
-                       note, queue_limit, run, same, sysfs, test, wait_for)
+                       note, run, same, test, wait_for)
 from qcow2image import CORRUPT, RAW
+from served import HANG, Fused, Request, Script, Served
 
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
-HANG = 120              # seconds; far more than anything here can take
 PERIOD = 0.9            # seconds; a little less than the target's own timer for commits
-
-Request = collections.namedtuple("Request", "device op offset length")
-
-
-# Devices that fail on demand
-
-class Script:
-    """What happens to requests. One for all devices of a rig."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.name = None        # of a request: a function
-        self.rest()
-
-    def rest(self):
-        """Serve everything, note nothing."""
-        self.begin(None, None)
-        self.noting = False
-
-    def begin(self, nth, how):
-        """Note all requests. One of them fails, the nth = (name, number) of its kind, for
-        some are made at the same time, and come in any order: once; or the device is
-        dead from then on, or gone."""
-        self.noting, self.nth, self.how = True, nth, how
-        self.trace, self.failed, self.steps = [], [], {}
-        self.step = self.dead = self.hold = None
-
-    def kinds(self, requests):
-        """What requests are, and how many like it came before."""
-        count = collections.Counter()
-        kinds = []
-        for name in map(self.name, requests):
-            kinds.append((name, count[name]))
-            count[name] += 1
-        return kinds
-
-    def verdict(self, request):
-        with self.lock:
-            if not self.noting:
-                return "serve"
-            self.trace.append(request)
-            self.steps.setdefault(self.step, []).append(request)
-            if self.hold and self.hold(request):
-                return "hold"
-            if self.nth and self.kinds(self.trace)[-1] == self.nth:
-                self.dead = request.device if self.how != "once" else None
-            elif request.device != self.dead or self.dead is None:
-                return "serve"
-            self.failed.append((request, self.step))
-            return "gone" if self.how == "gone" else "fail"
-
-
-class Served:
-    """A network block device, and its server."""
-    SET_SOCK, SET_BLKSIZE, DO_IT, CLEAR_SOCK, CLEAR_QUE, SET_BLOCKS, DISCONNECT, SET_FLAGS = (
-        0xAB00, 0xAB01, 0xAB03, 0xAB04, 0xAB05, 0xAB07, 0xAB08, 0xAB0A)
-    FLAGS = 1 | 4 | 8 | 32      # flags are there; flush, FUA, trim
-    OPS = ("read", "write", "disconnect", "flush", "discard")
-
-    def __init__(self, name, number, size, script):
-        self.name, self.script, self.size = name, script, size
-        self.path = f"/dev/nbd{number}"
-        self.store = bytearray(size)
-        self.held = []
-        self.fd = -1
-        self.connect()
-
-    def connect(self):
-        ours, theirs = socket.socketpair()
-        self.socket = ours
-        self.gone = False
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        for request, value in ((self.SET_BLKSIZE, 512), (self.SET_BLOCKS, self.size // 512),
-                               (self.SET_FLAGS, self.FLAGS), (self.SET_SOCK, theirs.fileno())):
-            fcntl.ioctl(self.fd, request, value)
-        theirs.close()
-        self.tasks = [Task(self.serve, ours), Task(self.attend, self.fd)]
-        wait_for(f"{self.path} is connected", 20, lambda: queue_limit(self.path, "../size") == self.size // 512)
-        # Each request is to be seen as it was made.
-        with open(f"{sysfs(self.path)}/queue/nomerges", "w", encoding="ascii") as f:
-            f.write("2")
-
-    def attend(self, fd):
-        """The driver wants a process that waits."""
-        try:
-            fcntl.ioctl(fd, self.DO_IT)
-        except OSError:
-            pass        # hung up
-        # Requests that nobody will answer any more
-        fcntl.ioctl(fd, self.CLEAR_SOCK)
-
-    def receive(self, sock, length):
-        data = bytearray()
-        while len(data) < length:
-            part = sock.recv(length - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return data
-
-    def serve(self, sock):
-        try:
-            while True:
-                _, kind, cookie, offset, length = struct.unpack(">II8sQI", self.receive(sock, 28))
-                op = self.OPS[kind & 0xFFFF]
-                if op == "disconnect":
-                    return
-                data = self.receive(sock, length) if op == "write" else b""
-                verdict = self.script.verdict(Request(self.name, op, offset, length))
-                if verdict == "gone":
-                    self.gone = True
-                    sock.shutdown(socket.SHUT_RDWR)
-                    return
-                if verdict == "hold":
-                    self.held.append((sock, cookie, op, offset, length, data))
-                else:
-                    self.answer(sock, cookie, op, offset, length, data, verdict == "fail")
-        except (EOFError, OSError):
-            pass
-
-    def answer(self, sock, cookie, op, offset, length, data, fail):
-        reply = b""
-        if fail:
-            # A device that dies may have done a part of it.
-            if self.script.how == "dead" and op == "write":
-                half = length // 1024 * 512
-                self.store[offset:offset + half] = data[:half]
-        elif op == "write":
-            self.store[offset:offset + length] = data
-        elif op == "discard":
-            self.store[offset:offset + length] = b"\xdd" * length
-        elif op == "read":
-            reply = self.store[offset:offset + length]
-        sock.sendall(struct.pack(">II8s", 0x67446698, errno.EIO if fail else 0, cookie) + reply)
-
-    def release(self, fail=False):
-        """Let the requests go on that were held back."""
-        while self.held:
-            self.answer(*self.held.pop(0), fail)
-
-    def close(self):
-        if self.fd < 0:
-            return
-        if not self.gone:
-            fcntl.ioctl(self.fd, self.DISCONNECT)
-            self.socket.shutdown(socket.SHUT_RDWR)
-        for task in self.tasks:
-            task.finish(HANG)
-        self.socket.close()
-        os.close(self.fd)
-        self.fd = -1
-        self.held.clear()
-
-    def again(self):
-        """Plug it in again after it was gone."""
-        self.close()
-        self.connect()
 
 
 class Rig:
     """An image on served devices, and the state that each attempt starts from."""
 
-    def __init__(self, bench, cluster=2 * KIB, covers=2.5, tables=2, corrupt=False, **options):
+    def __init__(self, bench, cluster=2 * KIB, covers=2.5, tables=2, corrupt=False, fua=True, fused=False,
+                 **options):
         """Table 0: 8 units of data, one zero; then one with one unit of data up to
-        "tables" (0: as many as one refcount block has room for); the others are not
-        there."""
+        "tables" (0: as many as one refcount block has room for, less "spare"); the
+        others are not there. fused: of the kind whose errors keep their kind, else
+        network block devices. fua: these have FUA writes."""
         self.bench = bench
-        run("modprobe", "nbd", "nbds_max=4", "max_part=0")
+        spare = options.pop("spare", 0)
+        if fused:
+            run("modprobe", "fuse")
+        else:
+            run("modprobe", "nbd", "nbds_max=4", "max_part=0")
         entry = 16 if options.get("extended") else 8
         size = int(covers * cluster * cluster // entry) // 512 * 512 if cluster < 64 * KIB else 1280 * KIB + 512
         backing = None
@@ -207,7 +53,7 @@ class Rig:
         self.image = image = bench.image(size, cluster=cluster, backing=backing, **options)
         if not tables:
             # Such that the next one needs a refcount block
-            tables = image.per_block() - image.file_size() // cluster
+            tables = image.per_block() - image.file_size() // cluster - spare
         self.unit, self.cover, self.raw = image.unit, image.cover, bool(image.get("autoclear_features") & RAW)
         image.qemu_io(*(f"write -q -P {0x61 + t} {t * self.cover} {8 * self.unit if not t else self.unit}"
                         for t in range(tables)))
@@ -224,15 +70,22 @@ class Rig:
             image.poison_unused(SEED)
         image.extend()
         self.states = image.states()
+        self.missing = {i for i in range(image.tables) if not image.l1(i)}
         self.content = image.content() if not corrupt else bytes(size)
         self.size = size
         self.script, self.corrupt = Script(), corrupt
-        self.meta = Served("metadata", 0, -(-image.file_size() // 4096) * 4096, self.script)
-        self.data = Served("data", 1, -(-size // 512) * 512, self.script)
+
+        def serve(name, number, length):
+            length = -(-length // 512) * 512
+            if fused:
+                return Fused(name, number, length, self.script, bench.dir)
+            return Served(name, number, length, self.script, fua)
+        self.meta = serve("metadata", 0, -(-image.file_size() // 4096) * 4096)
+        self.data = serve("data", 1, size)
         self.below = [self.meta, self.data]
         self.features = []
         if backing:
-            self.backing = Served("backing", 2, size, self.script)
+            self.backing = serve("backing", 2, size)
             self.below.append(self.backing)
             self.features = ["backing_dev", self.backing.path]
         for served in self.below:
@@ -284,22 +137,32 @@ class Rig:
         for served, content in zip(self.below, self.start):
             if served.gone:
                 served.again()
-            served.store[:len(content)] = content
-            served.store[len(content):] = bytes(served.size - len(content))
+            served.load(content)
 
-    def check(self, leaks):
-        """QEMU finds nothing wrong with the metadata as it is now."""
-        digest = hashlib.sha256(self.meta.store).digest() + bytes([leaks])
+    def check(self, leaks, content=None):
+        """QEMU finds nothing wrong with the metadata as it is now, or as it could be."""
+        content = content or self.meta.store
+        digest = hashlib.sha256(content).digest() + bytes([leaks])
         if digest in self.sound:
             return
         with open(self.image.path, "wb") as f:
-            f.write(self.meta.store)
+            f.write(content)
         self.image.check(leaks)
         self.sound.add(digest)
 
 
+class TooLate(Exception):
+    """The timer's commit came in between: it is not clear whose fault it was."""
+
+
+# Requests for metadata of which a commit needs some
+METADATA = {f"{op} {what}" for op in ("read", "write") for what in
+            ("L2 table", "new cluster", "refcount block", "refcount table")} | {"write L1 table"}
+
+
 class Attempt:
     """A scenario with a fault: what was done, what failed, what must be there."""
+    SUSPENDS = ("cycle", "remove", "reload")
 
     def __init__(self, rig, steps, nth=None, how=None, usual=None):
         """usual: what each step requests when nothing fails"""
@@ -310,9 +173,15 @@ class Attempt:
         self.states = list(rig.states)
         self.torn = set()       # sectors that are old or new
         self.dirty = False
+        self.unwritten = False  # entries that a commit could not write
+        self.forgotten = False  # those that never will be
         self.mode = "rw"
+        self.error = errno.ENOSPC if how in ("full", "refused") else errno.EIO
+        self.told = self.maybe = 0      # events that must, and that may have been raised besides
         self.again = []         # steps that failed
         self.removed = False
+        self.failed = []
+        self.suspended = None   # the status at a suspend
         self.touched = [s[1:3] for s in steps if len(s) == 3]
         rig.reset()
         self.script.name = lambda request: rig.what(request, self.touched)
@@ -321,25 +190,31 @@ class Attempt:
         self.sync = Io(self.dm.path, os.O_DSYNC)
         try:
             self.events = self.dm.events()
-            self.script.begin(nth, how)
-            begun = time.monotonic()
+            self.script.begin(nth, "once" if how == "refused" else how, self.error)
+            self.begun, self.ended = time.monotonic(), None
             for number, step in enumerate(steps):
                 self.script.step = number
                 self.do(number, *step)
-            # If the timer's commit came in between, it is not clear whose fault it was.
-            self.late = time.monotonic() - begun > PERIOD
+            if self.script.failed and self.late():
+                raise TooLate
             self.failed, self.trace = list(self.script.failed), list(self.script.trace)
             self.made = self.script.steps
-        except BaseException:
+        except BaseException as e:
+            late = isinstance(e, Failure) and self.late()
             self.script.rest()
             self.close()
+            if late:
+                raise TooLate from e
             raise
+
+    def late(self):
+        return (self.ended or time.monotonic()) - self.begun > PERIOD
 
     def names(self, requests):
         return [self.rig.what(r, self.touched) for r in requests]
 
     def fault(self, text):
-        failed = ", ".join(self.names(r for r, _ in self.failed)) or "nothing"
+        failed = ", ".join(self.names(r for r, _ in self.failed or self.script.failed)) or "nothing"
         return Failure(f"{self.how}: {failed} failed: {text}")
 
     def close(self):
@@ -365,6 +240,9 @@ class Attempt:
         elif kind == "discard":
             self.latest[offset:offset + length] = bytes(length)
         fresh = any(self.states[n] != "data" for n in self.units(offset, length)) if length else False
+        if kind in self.SUSPENDS:
+            # From here on the timer does nothing.
+            self.ended = self.ended or time.monotonic()
         error = 0
         try:
             self.act(kind, offset, length, pattern)
@@ -373,8 +251,9 @@ class Attempt:
         failed = [] if retry else self.failures(number, kind)
         wanted = self.rules(number, kind, fresh, failed)
         if error != wanted:
-            self.failed = self.script.failed
             raise self.fault(f"{kind}: {errno.errorcode.get(error, error)} instead of {errno.errorcode.get(wanted, 0)}")
+        if failed and not self.removed and self.events is not None:
+            self.look()
         if error:
             self.again.append((number, kind, offset, length))
             # A FUA write can be done, and only its commit fail.
@@ -392,24 +271,42 @@ class Attempt:
                 self.states[n] = "zero"
             self.dirty = True
         self.torn -= set(self.sectors(offset, length))
-        if kind in ("fsync", "fua") or (kind in ("cycle", "remove", "reload") and self.mode == "rw" and
-                                        self.events is not None):
+        if kind in ("fsync", "fua") or (kind in self.SUSPENDS and self.mode == "rw" and not self.unwritten and
+                                        not self.forgotten and self.events is not None):
             self.durable[:] = self.core
             self.dirty = False
+
+    def look(self):
+        """The status line and the events tell of what has failed."""
+        status, events = self.dm.status(), self.dm.events() - self.events
+        if status.mode != self.mode:
+            raise self.fault(f"mode {status.mode} instead of {self.mode}")
+        if not self.told <= events <= self.told + self.maybe:
+            raise self.fault(f"{events} events, {self.told} expected: {status}")
+        if self.mode != "fail" and (status.unwritten > 0) != self.unwritten:
+            raise self.fault(f"{'some' if self.unwritten else 'no'} entries are unwritten: {status}")
 
     def failures(self, number, kind):
         """The requests that have failed in a step."""
         failed = [r for r, step in self.script.failed if step == number]
-        if self.how != "gone" or failed or not self.script.failed:
+        if self.how != "gone" or not self.script.failed:
             return failed
-        # The server of a device that is gone hears of none. Without a change nothing is committed.
-        failed = [r for r in self.usual.get(number, ()) if r.device == self.script.dead]
-        if self.dirty and kind in ("cycle", "reload", "remove"):
-            # What is left to commit cannot be.
-            failed.append(Request(self.script.dead, "flush", 0, 0))
-        if not self.dirty and kind in ("fsync", "cycle", "reload", "remove"):
-            failed = [r for r in failed if self.rig.what(r, ()) in ("flush data", "read header", "read L1 table")]
-        return failed
+        # The server of a device that is gone hears of none.
+        rig, dead = self.rig, self.script.dead
+        if failed:
+            # A write is followed by a flush, also if it has failed.
+            if dead == "metadata" and any(r.op == "write" for r in failed) and self.dirty and \
+                    kind in ("fsync", *self.SUSPENDS):
+                failed.append(Request(dead, "flush", 0, 0))
+            return failed
+        if kind not in ("fsync", *self.SUSPENDS):
+            return [r for r in self.usual.get(number, ()) if r.device == dead]
+        if self.dirty:
+            # What is left to commit cannot be: nothing can be read, so nothing is written or flushed.
+            return [Request(dead, "flush", 0, 0) if dead == "data" else
+                    Request(dead, "write", rig.image.get("l1_table_offset"), 0)]
+        return [r for r in self.usual.get(number, ()) if r.device == dead and
+                rig.what(r, ()) in ("flush data", "read header", "read L1 table")]
 
     def act(self, kind, offset, length, pattern):
         dm, disk = self.dm, self.disk
@@ -425,6 +322,7 @@ class Attempt:
             disk.fsync()
         elif kind == "cycle":
             dm.suspend()
+            self.suspended = dm.status()
             dm.resume()
         elif kind == "reload":
             dm_ioctl(DM_TABLE_LOAD, dm.name, self.rig.line)
@@ -442,45 +340,98 @@ class Attempt:
             wait_for("the header is marked", HANG // 2, lambda: self.script.failed or any(
                 names(r, ()) == "write header" for r in self.script.trace))
 
+    def stages(self, number, kind):
+        """A write of metadata may be on the disk also if it has failed, so a flush follows
+        it; one of which nothing was written would only be one more that can fail."""
+        tried = False
+        for name in self.names(self.script.steps.get(number, ())):
+            if name in METADATA and name.startswith("write"):
+                tried = True
+            elif name == "flush metadata":
+                if not tried:
+                    raise self.fault("the metadata device is flushed, but nothing of it was written")
+                tried = False
+        if tried and kind in ("fsync", *self.SUSPENDS):
+            raise self.fault("metadata was written, but not flushed")
+
     def rules(self, number, kind, fresh, failed):
         """The errno of a step in which requests have failed, by the documentation;
-        what becomes of the mode."""
-        rig, before = self.rig, self.mode
+        what becomes of the mode and of the entries."""
         names = [n for n in self.names(failed) if n != "discard data"]
-        # Metadata that cannot be written, and a commit that cannot flush, are fatal.
-        fatal = [n for n in names if n in ("flush metadata", "write L1 table", "write L2 table", "write new cluster",
-                                           "write refcount table", "write refcount block")]
-        dirty = self.dirty
-        if kind == "fua" and fresh and failed:
+        if kind == "corrupt":
+            if "read L2 table" not in names:
+                self.mode = "ro"
+                self.told += 1
+            return 0
+        if self.how != "gone":
+            self.stages(number, kind)
+        before = self.mode
+        if before == "fail":
+            if kind in self.SUSPENDS:
+                return self.resumed(number, kind, names)
+            return errno.EIO if names or kind in ("fsync", "fua", "discard") or (kind == "write" and fresh) else 0
+        commit = self.dirty and kind in ("fsync", *self.SUSPENDS)
+        if kind == "fua" and not failed:
+            commit = self.unwritten
+        elif kind == "fua" and fresh:
             # Its own commit; the file layer adds a flush when that is over.
             made = self.script.steps[number]
-            before_it = made[:next(i for i, r in enumerate(made) if r is failed[0])]
-            dirty = "flush metadata" not in self.names(before_it)
-        if dirty:
-            fatal += [n for n in names if n == "flush data"]
-        if kind != "write":
-            # Refcounts that a commit cannot read, it cannot write.
-            fatal += [n for n in names if n in ("read refcount block", "read new cluster")]
-        if kind in ("cycle", "remove", "reload"):
-            # Suspend is the last chance for a commit, which is tried again if it cannot read.
-            if fatal or (self.dirty and self.how != "once" and "read L2 table" in names):
-                self.mode = "fail"
-            if kind == "reload" and self.mode == "fail":
-                # A new table starts afresh, and what was not durable may be lost.
-                self.mode = "rw"
-                self.torn.update(range(rig.size // 512))
-                self.events = None
-            # What has failed resumes without a look at the disk.
-            unreadable = [n for n in names if n in ("read header", "read L1 table")]
-            return errno.EIO if unreadable and kind != "remove" and self.mode != "fail" else 0
-        if kind == "corrupt":
-            self.mode = "ro" if "read L2 table" not in names else "rw"
-            return 0
-        if fatal:
+            before_it = self.names(made[:next(i for i, r in enumerate(made) if r is failed[0])])
+            commit = "write data" in before_it and "flush metadata" not in before_it and \
+                not {"write data", "write fill"} & set(names)
+        lost = commit and bool({"flush data", "flush metadata"} & set(names))
+        if lost:
+            # Whatever else has failed may have been told, too.
             self.mode = "fail"
-        if names or (before == "fail" and (kind in ("fsync", "fua", "discard") or (kind == "write" and fresh))):
-            return errno.EIO
-        return 0
+            self.told += 1
+            self.maybe += 1
+        elif commit and METADATA & set(names):
+            began = not self.unwritten
+            # At suspend it is tried three times.
+            self.unwritten = kind not in self.SUSPENDS or self.how not in ("once", "refused")
+            self.dirty = True
+            self.told += began
+            if self.error == errno.ENOSPC:
+                # The change of the mode may be told, and that entries begin to fail.
+                self.maybe += began
+                self.mode = "nospc" if self.unwritten else "rw"
+                self.told += not self.unwritten
+        elif commit and self.unwritten:
+            self.unwritten = False
+            self.told += self.mode == "nospc"
+            self.mode = "rw"
+        elif self.error == errno.ENOSPC and kind == "write" and METADATA & set(names):
+            # A table that could not be reserved: it is counted, and told the first time.
+            self.maybe += 1
+        if kind in self.SUSPENDS:
+            return self.resumed(number, kind, names)
+        return (errno.EIO if lost else self.error) if names else 0
+
+    def resumed(self, number, kind, names):
+        """The errno of a suspend and what follows it."""
+        rig = self.rig
+        unreadable = [n for n in names if n in ("read header", "read L1 table")] if kind != "remove" else []
+        # What it could not write, and what has failed, resumes without a look at the disk.
+        if kind == "cycle" and (self.unwritten or self.mode == "fail"):
+            reads = {"read header", "read L1 table"} & set(self.names(self.script.steps.get(number, ())))
+            if reads:
+                raise self.fault(f"the resume reads: {reads}")
+            if self.unwritten and (self.suspended.mode != self.mode or self.suspended.unwritten <= 0):
+                raise self.fault(f"suspended, and: {self.suspended}")
+            return 0
+        if kind == "cycle" and self.mode == "rw" and self.told and self.suspended.unwritten:
+            raise self.fault(f"suspended, and: {self.suspended}")
+        left = self.unwritten
+        if kind != "cycle" and (left or self.mode == "fail"):
+            self.forgotten, self.unwritten = True, False
+        if kind == "reload" and self.forgotten:
+            # A new table starts afresh, and what was not durable may be lost; but not
+            # before the old one, which may have to write it yet, is gone.
+            self.mode = "rw"
+            self.torn.update(range(rig.size // 512))
+            self.events = None
+            return errno.EBUSY if left else 0
+        return errno.EIO if unreadable else 0
 
     # Afterwards
 
@@ -536,13 +487,13 @@ class Attempt:
                 if self.how != "gone":
                     self.script.rest()
                     self.live()
-                mode = self.dm.mode()
-                if mode != self.mode:
-                    raise self.fault(f"mode {mode} instead of {self.mode}")
-                if self.events is not None and (self.dm.events() != self.events) != (self.mode != "rw"):
-                    raise self.fault(f"mode {mode}, but {self.dm.events() - self.events} events")
-                # Removal with a device that is dead or gone
+                if self.events is not None:
+                    self.look()
+                elif self.dm.mode() != self.mode:
+                    raise self.fault(f"mode {self.dm.mode()} instead of {self.mode}")
+                # Removal with a device that is gone
                 healthy = self.how != "gone" or not self.failed
+                self.forgotten = self.forgotten or self.mode == "fail" or (self.dirty and not healthy)
                 self.disk.close()
                 self.sync.close()
                 self.dm.remove()
@@ -562,7 +513,7 @@ class Attempt:
                 raise self.fault(f"the corrupt bit is {'' if marked else 'not '}set")
         elif not rig.corrupt:
             # Leaks come of commits that were cut off, and of nothing else.
-            rig.check(leaks=bool(self.failed))
+            rig.check(leaks=self.forgotten)
             # Many attempts end alike.
             state = [hashlib.sha256(b).digest() for b in (rig.meta.store, rig.data.store, self.durable, self.latest)]
             if state not in rig.reopened:
@@ -593,8 +544,7 @@ class Attempt:
         for number, kind, offset, length in again:
             if kind not in ("cycle", "reload"):
                 self.do(number, kind, offset, length, retry=True)
-        self.disk.fsync()
-        self.durable[:] = self.core
+        self.do(len(self.steps), "fsync", retry=True)
         self.incore()
 
     def reopen(self, unit):
@@ -622,12 +572,10 @@ def attempt(rig, steps, nth=None, how=None, usual=None):
     result = []
 
     def work():
-        a = Attempt(rig, steps, nth, how, usual)
-        if a.late and a.failed:
-            a.script.rest()
-            a.close()
-        else:
-            result.append(a.verify())
+        try:
+            result.append(Attempt(rig, steps, nth, how, usual).verify())
+        except TooLate:
+            pass
     for _ in range(10):
         task = Task(work)
         try:
@@ -657,11 +605,14 @@ def sweep(bench, options, steps, wanted, hows):
     hit = set()
     for how in hows.split(", "):
         for nth in rig.script.kinds(first.trace):
+            if how in ("protected", "full", "refused") and not nth[0].startswith("write"):
+                continue
             a = attempt(rig, steps, nth, how, first.made)
             expect(a.failed, f"{nth} was not made this time")
             count[how] += 1
             hit.update(a.names(r for r, _ in a.failed[:1]))
-    expect(seen <= hit, f"did not fail: {seen - hit}")
+    if "once" in hows:
+        expect(seen <= hit, f"did not fail: {seen - hit}")
     note(f"{len(first.trace)} requests: {', '.join(sorted(seen))}; "
          f"{sum(count.values())} faults, {len(rig.sound)} different images checked")
 
@@ -681,8 +632,11 @@ NEW = ("read refcount table, read refcount block, write data, flush data, write 
        "write L1 table")
 RESUME = "read header, read L1 table"
 EXTENDED = {"cluster": 64 * KIB, "extended": True, "tables": 1}
+FUSED = {"fused": True}
 SMALL = {"cluster": 512, "refcount_bits": 64, "covers": 128, "tables": 0}
 ONE_PART = ("write", (0, 9, 1024), 512)
+NEW_PART = ("write", (2, 9, 1024), 512), ("fsync",)
+NEW_WHOLE = ("write", (100, 9, 0), 1024), ("fsync",)
 
 # Name, ways to fail, options of the image, steps, requests that have to be among those made
 SCENARIOS = (
@@ -692,22 +646,31 @@ SCENARIOS = (
      (("read", (0, 9, 0), "2"),), "read L2 table, read backing"),
     ("an overwrite and a flush", "once, dead", {},
      (("write", (0, 1, 512), 1024), ("fsync",)), "read L2 table, write data, flush data"),
-    ("a first write of whole units and a flush", "once", {},
+    ("a first write of whole units and a flush", "once, protected", {},
      (("write", (0, 9, 0), "2"), ("fsync",)), FIRST),
     ("a first write of a part", "once, dead", {}, (ONE_PART, ("fsync",)), PART),
     ("a first write with a copy", "once", {"backing": True}, (ONE_PART, ("fsync",)), f"{PART}, read backing"),
     ("a first write of a part, extended L2 entries", "once", EXTENDED, (ONE_PART, ("fsync",)), PART),
     ("a first write, data_file_raw", "once", {"raw": True, "covers": 2}, (ONE_PART, ("fsync",)), FIRST),
-    ("a first write that needs an L2 table", "once, dead, gone", {},
-     (("write", (2, 9, 1024), 512), ("fsync",)), f"{NEW}, write refcount block, write fill"),
-    ("a first write that needs a refcount block", "once, dead", SMALL,
-     (("write", (100, 9, 0), 1024), ("fsync",)), f"{NEW}, read new cluster, write refcount table"),
-    ("a FUA first write", "once, dead", {}, (("fua", (0, 9, 1024), 512),), PART),
+    ("a first write that needs an L2 table", "once, dead, protected, gone", {}, NEW_PART,
+     f"{NEW}, write refcount block, write fill"),
+    ("a first write that needs an L2 table, out of space", "full, refused", FUSED, NEW_PART,
+     f"{NEW}, write refcount block, write fill"),
+    ("a first write that needs a refcount block", "once, dead, protected", SMALL, NEW_WHOLE,
+     f"{NEW}, write refcount table"),
+    ("a first write that needs a refcount block, out of space", "full, refused", {**SMALL, **FUSED}, NEW_WHOLE,
+     f"{NEW}, write refcount table"),
+    ("a first write with a copy, out of space", "full, refused", {"backing": True, **FUSED},
+     (ONE_PART, ("fsync",)), f"{PART}, read backing"),
+    ("a FUA first write", "once, dead, protected", {}, (("fua", (0, 9, 1024), 512),), PART),
+    ("a FUA first write, out of space", "full, refused", FUSED, (("fua", (0, 9, 1024), 512),), PART),
     ("a discard, and its pass-down", "once, gone", {},
      (("discard", (0, 1, 0), "2"), ("fsync",), ("cycle",)), f"{COMMIT}, discard data, {RESUME}"),
-    ("suspend and resume", "once, dead, gone", {}, (ONE_PART, ("cycle",)), f"{PART}, {RESUME}"),
+    ("suspend and resume", "once, dead, protected, gone", {}, (ONE_PART, ("cycle",)), f"{PART}, {RESUME}"),
+    ("suspend and resume, out of space", "full, refused", FUSED, (ONE_PART, ("cycle",)), f"{PART}, {RESUME}"),
     ("removal", "once, dead, gone", {}, (ONE_PART, ("remove",)), PART),
-    ("a new table", "once", {}, (ONE_PART, ("reload",)), f"{PART}, {RESUME}"),
+    ("removal, out of space", "full, refused", FUSED, (ONE_PART, ("remove",)), PART),
+    ("a new table", "once, protected", {}, (ONE_PART, ("reload",)), f"{PART}, {RESUME}"),
     ("an entry that cannot be true", "once", {"corrupt": True},
      (("corrupt", (1, 0, 0), 512),), "read L2 table, read header, write header")
 )
@@ -720,11 +683,12 @@ class Aio:
     SETUP, DESTROY, GETEVENTS, SUBMIT = 206, 207, 208, 209
     READ, WRITE, DSYNC = 0, 1, 2
 
-    def __init__(self, fd, most):
-        self.fd, self.most = fd, most
+    def __init__(self, fd, most, slot=4096):
+        """most: requests at a time, of at most slot bytes each"""
+        self.fd, self.most, self.slot = fd, most, slot
         self.context = ctypes.c_ulong()
         self.call(self.SETUP, most, ctypes.byref(self.context))
-        self.buffer = mmap.mmap(-1, 4096 * most)
+        self.buffer = mmap.mmap(-1, slot * most)
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
         self.blocks = []
         self.results = {}
@@ -736,15 +700,16 @@ class Aio:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return done
 
-    def submit(self, requests):
-        """(READ or WRITE, offset, length, flags); their numbers"""
+    def submit(self, requests, data=None):
+        """(READ or WRITE, offset, length, flags); their numbers. data: of the only write"""
         first = len(self.blocks)
         for op, offset, length, flags in requests:
             n = len(self.blocks)
+            at = n % self.most * self.slot
             if op == self.WRITE:
-                self.buffer[n * 4096:n * 4096 + length] = bytes([n % 255 + 1]) * length
+                self.buffer[at:at + length] = data or bytes([n % 255 + 1]) * length
             self.blocks.append(ctypes.create_string_buffer(struct.pack(
-                "<QIIHhIQQqQII", n, 0, flags, op, 0, self.fd, self.start + n * 4096, length, offset, 0, 0, 0), 64))
+                "<QIIHhIQQqQII", n, 0, flags, op, 0, self.fd, self.start + at, length, offset, 0, 0, 0), 64))
         new = self.blocks[first:]
         pointers = (ctypes.c_void_p * len(new))(*(ctypes.addressof(b) for b in new))
         done = 0
@@ -780,7 +745,8 @@ def waiting(bench, what, fail):
     dm = bench.add(Dm("q", rig.line))
     disk = bench.io(dm)
     aio = bench.add(Aio(disk.fd, 512))
-    place = {"miss": "read L2 table", "busy": "write data", "commit": "write L2 table"}[what]
+    place = {"miss": "read L2 table", "busy": "write data", "commit": "write L2 table",
+             "flush": "flush metadata"}[what]
     if what != "miss":
         disk.read(0, unit)
     held = []
@@ -793,9 +759,9 @@ def waiting(bench, what, fail):
     script.begin(None, None)
     script.hold = hold
     write, read, dsync = aio.WRITE, aio.READ, aio.DSYNC
-    first = aio.submit([(write, 20 * unit + 512, 512, dsync if what == "commit" else 0)])
+    first = aio.submit([(write, 20 * unit + 512, 512, dsync if what in ("commit", "flush") else 0)])
     wait_for(f"{place} is held", 60, lambda: held)
-    commits = dm.status().commits
+    commits, events = dm.status().commits, dm.events()
     if what == "miss":
         rest = [(read, n % 8 * unit, unit, 0) for n in range(200)] + \
                [(write, (21 + n) * unit + 512, 512, 0) for n in range(200)]
@@ -808,6 +774,9 @@ def waiting(bench, what, fail):
     if what != "miss":
         same(disk.read(19 * unit, 512), bytes(512))
         same(disk.read(20 * unit, 512), bytes(512))
+    if what in ("commit", "flush"):
+        # 401 of them, and what fills the rest of 201 units: all wait for a commit then.
+        wait_for("all is written", HANG, lambda: sum(r.device == "data" and r.op == "write" for r in script.trace) > 602)
     time.sleep(0.3)
     early = [n for n in [*first, *rest] if n in aio.reap()]
     expect(not early, f"{len(early)} requests did not wait")
@@ -818,22 +787,27 @@ def waiting(bench, what, fail):
     reads = [r for r in script.trace if rig.what(r, ()) == "read L2 table" and r.offset == held[0].offset]
     if not fail:
         expect(not bad, f"{len(bad)} failed: {bad[:3]}")
-    elif what == "busy":
+    elif what in ("busy", "commit"):
+        # In a commit it is the one whose entry was not written: that of the others is.
         expect(results[0] == -errno.EIO and len(bad) == 1, f"{len(bad)} failed, the first: {results[0]}")
     else:
         expect(set(results) == {-errno.EIO}, f"{len(bad)} of {len(results)} failed: {collections.Counter(results)}")
     if what == "miss":
         expect(len(reads) == 1, f"{len(reads)} reads of the L2 table for all of them")
-    if what == "commit" and not fail:
+    if what in ("commit", "flush") and not fail:
         expect(dm.status().commits - commits <= 3, f"{dm.status().commits - commits} commits for all of them")
-    mode = "fail" if what == "commit" and fail else "rw"
+    mode = "fail" if what == "flush" and fail else "rw"
     expect(dm.mode() == mode, f"{dm.status()}")
+    expect(dm.events() - events == (fail and what in ("commit", "flush")), f"{dm.events() - events} events")
     script.rest()
+    if mode == "rw":
+        disk.fsync()
+        expect(not dm.status().unwritten, f"{dm.status()}")
     # In the busy unit whoever came last is not known, but that it is one of them.
     got = disk.read(20 * unit, unit)
     if what == "busy":
         expect(all(len(set(got[i:i + 512])) == 1 and got[i] for i in range(0, unit, 512)), "a mix of two writes")
-    elif results[0] > 0:
+    elif results[0] > 0 or what == "commit":
         same(got, bytes(512) + b"\1" * 512 + bytes(unit - 1024), 20 * unit)
     else:
         same(got[:512], bytes(512), 20 * unit)
@@ -884,8 +858,8 @@ class Lost:
     flush, or of a FUA write."""
     NEW = 20        # the unit that is first-written
 
-    def __init__(self, bench):
-        self.bench, self.rig = bench, Rig(bench)
+    def __init__(self, bench, **options):
+        self.bench, self.rig = bench, Rig(bench, **options)
         self.script, self.unit = self.rig.script, self.rig.unit
         self.rig.reset()
         self.script.name = lambda request: self.rig.what(request, [(0, self.rig.size)])
@@ -897,9 +871,9 @@ class Lost:
     def first_write(self):
         self.disk.write(self.NEW * self.unit, b"a" * self.unit)
 
-    def fail(self, place):
+    def fail(self, place, error=errno.EIO):
         """Of the requests that are made now the first one of a kind fails."""
-        self.script.begin((place, 0), "once")
+        self.script.begin((place, 0), "once", error)
 
     def hold(self, place):
         held = self.rig.data.held
@@ -923,25 +897,44 @@ class Lost:
         self.rig.check(leaks)
 
 
-def lost_with_fua(bench):
-    s = Lost(bench)
+def fail_fua(s, place, error, same_unit=False):
+    """A FUA write fails while a first write waits for its commit: one of that unit, or
+    one of another table, which is on stable storage."""
     for _ in range(20):
         s.first_write()
-        s.fail("write data")
-        with fails_with(errno.EIO):
-            # Of another table, which is on stable storage
-            s.sync.write(s.rig.cover, b"b" * s.unit)
+        s.fail(place, error)
+        with fails_with(error):
+            s.sync.write(s.NEW * s.unit if same_unit else s.rig.cover, b"b" * s.unit)
         s.script.rest()
         status = s.dm.status()
         if status.dirty or status.mode == "fail":
-            break
+            return
         # The timer's commit has been here before.
         s.NEW += 1
+    raise Failure("the timer's commit was always there first")
+
+
+def lost_with_fua(bench, place, error, options):
+    s = Lost(bench, **options)
+    fail_fua(s, place, error)
     s.finish()
 
 
+def kept_with_fua(bench, place, error, options, same_unit):
+    s = Lost(bench, **options)
+    fail_fua(s, place, error, same_unit)
+    expect(s.dm.mode() == "rw", f"{s.dm.status()}")
+    s.disk.fsync()
+    expect(s.dm.mode() == "rw" and not s.dm.status().unwritten, f"{s.dm.status()}")
+    with open(s.rig.image.path, "wb") as f:
+        f.write(s.rig.meta.store)
+    expect(s.rig.image.state(s.NEW * s.unit) == "data", "a flush has succeeded, but the entry is not there")
+    same(s.disk.read(s.NEW * s.unit, s.unit), b"a" * s.unit)
+    s.close(leaks=False)
+
+
 def nothing_lost(bench):
-    s = Lost(bench)
+    s = Lost(bench, fua=False)
     held, aio = s.rig.data.held, bench.add(Aio(s.disk.fd, 1200))
     buffer = mmap.mmap(-1, 512)
     for n in range(3):
@@ -966,6 +959,22 @@ def nothing_lost(bench):
             break
         s.NEW += 1
     expect(dirty, "the timer's commit was always there first")
+
+
+# What fails of a FUA write that the block layer makes of a write and a flush, as the
+# device has none; and the error
+NO_FUA, KINDS = {"fua": False}, {"fused": True}
+LOST = (("write data", errno.EIO, NO_FUA, "the write"),
+        ("flush data", errno.EIO, NO_FUA, "the flush"),
+        ("write data", errno.ETIMEDOUT, KINDS, "it took too long"),
+        ("write data", errno.ENOLINK, KINDS, "no path to the device"))
+KEPT = ((errno.EIO, {}, False, "the device has FUA writes"),
+        (errno.EIO, NO_FUA, True, "nor was it passed on as one"),
+        (errno.ENODATA, KINDS, False, "medium error"),
+        (errno.ENOSPC, KINDS, False, "no space"),
+        (errno.EILSEQ, KINDS, False, "protection error"),
+        (errno.EOPNOTSUPP, KINDS, False, "not supported"),
+        (errno.EAGAIN, KINDS, False, "it would have had to wait"))
 
 
 def lost_in_commit(bench):
@@ -1002,11 +1011,16 @@ def lost_in_first_write(bench):
 def register():
     for name, hows, *scenario in SCENARIOS:
         test(f"each request fails: {name} ({hows})", *scenario, hows)(sweep)
-    for what, text in (("miss", "a miss"), ("busy", "a busy unit"), ("commit", "a commit")):
+    for what, text in (("miss", "a miss"), ("busy", "a busy unit"), ("commit", "a commit"),
+                       ("flush", "a commit's flush")):
         for fail in (False, True):
             test(f"hundreds wait for {text} that {'fails' if fail else 'is slow'}", what, fail)(waiting)
     test("suspend tries a commit again, and the second read takes longer than the timer")(slow_last_tries)
-    test("a FUA write that fails may have been a flush that failed: no commit after it")(lost_with_fua)
+    for place, error, options, text in LOST:
+        test(f"a FUA write that fails may have been a flush that failed, no commit after it: {text}",
+             place, error, options)(lost_with_fua)
+    for error, options, same_unit, text in KEPT:
+        test(f"a FUA write that fails has lost nothing: {text}", "write data", error, options, same_unit)(kept_with_fua)
     test("a FUA write that must not wait, and would have to, has lost nothing")(nothing_lost)
     test("a flush that fails while a commit waits for its own: the commit fails")(lost_in_commit)
     test("a flush that fails while a first write is under way: no commit after it")(lost_in_first_write)

@@ -139,6 +139,45 @@ def waits(bench):
     s.done()
 
 
+@test("over a backing device: a discard that has no room for its table is dropped, write zeroes fail")
+def hints(bench):
+    path = bench.file("backing", TABLES * COVER)
+    with open(path, "wb") as f:
+        for i in range(TABLES):
+            f.seek(i * COVER)
+            f.write(random.randbytes(8 * CLUSTER))
+        f.truncate(TABLES * COVER)
+    s = Space(bench, 2, backing=path)
+    with open(path, "rb") as f:
+        for i in range(TABLES):
+            f.seek(i * COVER)
+            s.model.write(i * COVER, f.read(8 * CLUSTER))
+    for i in (0, 1):
+        s.write(i * COVER + 512)
+    # Of one table, over the border to another one without room, of many
+    for at, length in ((10 * COVER, CLUSTER), (3 * COVER - CLUSTER, 2 * CLUSTER), (20 * COVER, 10 * COVER)):
+        s.disk.discard(at, length)
+        s.same(at, at + CLUSTER)
+    s.healthy()
+    # One that has a table in part: that part is done.
+    s.disk.discard(2 * COVER - 2 * CLUSTER, 3 * CLUSTER)
+    s.model.write(2 * COVER - 2 * CLUSTER, bytes(2 * CLUSTER))
+    s.disk.discard(2 * CLUSTER, CLUSTER)
+    s.model.write(2 * CLUSTER, bytes(CLUSTER))
+    s.same(CLUSTER, 2 * CLUSTER, 2 * COVER - 2 * CLUSTER, 2 * COVER - CLUSTER, 2 * COVER)
+    # Write zeroes are no hint.
+    for zero in (s.disk.zero_range, s.disk.zero_out):
+        for at, length in ((10 * COVER, CLUSTER), (11 * COVER + 512, 512)):
+            with fails_with(errno.ENOSPC):
+                zero(at, length)
+            s.same(at)
+    s.disk.fsync()
+    s.same(*(i * COVER for i in range(TABLES)))
+    s.dm.cycle()
+    s.same(*(i * COVER for i in range(TABLES)), 2 * CLUSTER)
+    s.done()
+
+
 @test("a larger device and a reload: writes go on")
 def recovery(bench):
     s = Space(bench, 2)

@@ -1,0 +1,467 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Entries of a commit fail one by one: those that could be written are durable, the
+others stay dirty, and become durable when their place can be written again.
+
+The devices are those of test_faults.py: this process serves them, so it can look at
+what they hold at any instant.
+
+Environment: SEED (printed, to repeat a run).
+"""
+import errno
+import os
+import random
+import time
+
+from qcow2test import KIB, Dm, Failure, Io, expect, fails_with, main, note, same, test, wait_for
+from served import HANG
+from test_faults import SMALL, Aio, Rig
+
+SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
+
+
+class Fua:
+    """Writes with FUA and nothing else: the file layer lets a flush follow those of
+    O_DSYNC."""
+
+    def __init__(self, disk):
+        self.aio = Aio(disk.fd, 1, 64 * KIB)
+
+    def write(self, offset, data):
+        n, = self.aio.submit([(Aio.WRITE, offset, len(data), Aio.DSYNC)], data)
+        result, = self.aio.all([n])
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+
+    def close(self):
+        self.aio.close()
+
+
+class Disk:
+    """The device under test on a rig."""
+
+    def __init__(self, bench, rig):
+        self.bench = bench
+        self.dm = bench.add(Dm("q", rig.line))
+        self.io = bench.add(Io(self.dm.path))
+        self.fua = bench.add(Fua(self.io))
+        self.events = self.dm.events()
+
+    def look(self, unwritten, events):
+        """Mode rw, some entries or none are unwritten, so many events."""
+        status, told = self.dm.status(), self.dm.events() - self.events
+        expect(status.mode == "rw", f"{status}")
+        expect((status.unwritten > 0) == unwritten, f"{'none' if unwritten else 'some'} are unwritten: {status}")
+        expect(told == events, f"{told} events, {events} expected: {status}")
+
+    def close(self):
+        for thing in (self.fua, self.io, self.dm):
+            self.bench.drop(thing)
+
+
+def dump(rig, meta, data):
+    """Put what the devices hold where the image's files are."""
+    for path, content in ((rig.image.path, meta), (rig.image.data, data)):
+        with open(path, "wb") as f:
+            f.write(content)
+
+
+class Commit:
+    """Some first writes and their commit, in which some places cannot be written."""
+
+    def __init__(self, bench, options, places):
+        """places: table and unit of first writes, in this order"""
+        self.bench, self.rig = bench, Rig(bench, **options)
+        rig = self.rig
+        self.block = min(4 * KIB, rig.image.cluster)
+        self.places = [t * rig.cover + u * rig.unit for t, u in places]
+        self.want = bytearray(rig.content)
+        for at in self.places:
+            self.want[at:at + rig.unit] = b"n" * rig.unit
+        self.learn()
+
+    def writes(self, disk):
+        for at in self.places:
+            disk.io.write(at, b"n" * self.rig.unit)
+
+    def metadata(self, op):
+        """Where metadata was written or read so far, in order."""
+        return [r.offset for r in self.rig.script.trace if r.device == "metadata" and r.op == op]
+
+    def learn(self):
+        """When nothing fails: what the first writes write, what the commit writes and
+        reads, and on which of the latter each unit depends."""
+        rig, script = self.rig, self.rig.script
+        script.name = lambda request: rig.what(request, ())
+        for _ in range(10):
+            rig.reset()
+            disk = Disk(self.bench, rig)
+            script.begin(None, None)
+            self.writes(disk)
+            early = {op: self.metadata(op) for op in ("write", "read")}
+            timer = "flush data" in map(script.name, script.trace)
+            disk.io.fsync()
+            late = {op: self.metadata(op)[len(early[op]):] for op in early}
+            disk.close()
+            if not timer:
+                break
+        else:
+            raise Failure("the timer's commit was always there first")
+        # How often a place is written before the commit, and read
+        self.early = {(op, at): early[op].count(at) for op in early for at in late[op]}
+        self.written, self.read = sorted(set(late["write"])), sorted(set(late["read"]))
+        dump(rig, *(served.store for served in rig.below))
+        self.finished()
+        self.needs = {at: self.depends(at) for at in self.places}
+
+    def depends(self, at):
+        """The blocks without which a unit is not durable."""
+        image, cluster = self.rig.image, self.rig.image.cluster
+
+        def block(start, pos):
+            return start + (pos - start) // self.block * self.block
+
+        def entry(guest):
+            return block(image.l2_table(guest), image.l2_pos(guest))
+        i = at // self.rig.cover
+        if i not in self.rig.missing:
+            return {entry(at)}
+        # Of a new table all blocks, and what has to be there before it is linked
+        needs = {entry(guest) for guest in self.places if guest // self.rig.cover == i}
+        needs.add(block(image.get("l1_table_offset"), image.l1_pos(i)))
+        number = image.l2_table(at) // cluster
+        region = number // image.per_block()
+        refblock = image.u64(image.reftable_pos(region))
+        needs.add(block(refblock, image.refcount_pos(number)))
+        if (refblock, refblock + cluster, "refcount block") not in self.rig.places:
+            needs.add(block(refblock, image.refcount_pos(refblock // cluster)))
+            needs.add(block(image.get("refcount_table_offset"), image.reftable_pos(region)))
+        return needs
+
+    def finished(self):
+        """All is there, nothing is lost, and nothing else has changed."""
+        self.rig.check(leaks=False)
+        same(self.rig.image.content(), bytes(self.want), 0, "image")
+
+    def run(self, bad, op="write", done=None):
+        """bad: the places that cannot be written, or read"""
+        rig, script = self.rig, self.rig.script
+        rig.reset()
+        disk = Disk(self.bench, rig)
+        seen = dict.fromkeys(bad, 0)
+
+        def refuse(request):
+            if request.device != "metadata" or request.op != op or request.offset not in seen:
+                return False
+            seen[request.offset] += 1
+            return seen[request.offset] > self.early[op, request.offset]
+        script.begin(None, None)
+        script.refuse, script.done = refuse, done or script.none
+        self.writes(disk)
+        for _ in range(2):
+            with fails_with(errno.EIO):
+                disk.io.fsync()
+        disk.look(True, 1)
+        self.instant(bad, op, exact=not done)
+        # Whose own entries are durable is not told of those of others.
+        for at in self.places:
+            if bad & self.needs[at]:
+                with fails_with(errno.EIO):
+                    disk.fua.write(at, b"n" * rig.unit)
+            else:
+                disk.fua.write(at, b"n" * rig.unit)
+            same(disk.io.read(at, rig.unit), b"n" * rig.unit, at)
+        disk.look(True, 1)
+        script.rest()
+        disk.io.fsync()
+        disk.look(False, 1)
+        disk.close()
+        for kind in ("durable", "store"):
+            dump(rig, *(getattr(served, kind) for served in rig.below))
+            self.finished()
+
+    def instant(self, bad, op, exact):
+        """A power cut now would leave an image that is good, and has the units that need
+        nothing of what is bad. Unless exact, that can be there all the same."""
+        rig, image = self.rig, self.rig.image
+        with rig.script.gate:
+            held = [(bytes(s.store), bytes(s.durable)) for s in rig.below]
+        for meta, data in zip(*held):
+            with open(image.path, "wb") as f:
+                f.write(meta)
+            rig.check(leaks=True, content=meta)
+            states = image.states()
+            for at in self.places:
+                state = states[at // rig.unit]
+                if not bad & self.needs[at]:
+                    expect(state == "data", f"{op} of {bad}: unit {at // rig.unit} of table {at // rig.cover} is "
+                           f"{state}, although it needs {self.needs[at]}")
+                elif exact or op == "read":
+                    expect(state != "data", f"{op} of {bad}: unit {at // rig.unit} of table {at // rig.cover} is "
+                           f"data, although it needs {self.needs[at]}")
+                if state == "data":
+                    same(data[at:at + rig.unit], b"n" * rig.unit, at)
+
+
+# Name, options of the rig, first writes: table and unit
+COMMITS = (
+    ("two old tables and three new ones", {"covers": 6.5},
+     ((0, 9), (2, 9), (1, 9), (3, 9), (0, 20), (4, 9))),
+    ("several refcount blocks and blocks of L1", {**SMALL, "spare": 2},
+     ((0, 9), (60, 9), (70, 9), (61, 9), (1, 9), (71, 9), (100, 9), (70, 20))),
+    ("tables of two blocks", {"cluster": 8 * KIB, "covers": 2.5, "tables": 1},
+     ((0, 9), (0, 600), (1, 9), (1, 600), (2, 9))),
+)
+
+
+def one_by_one(bench, options, places, what):
+    c = Commit(bench, options, places)
+    done = {"half": c.rig.script.half, "all": c.rig.script.all}.get(what)
+    if what == "read":
+        expect(c.read, "the commit reads nothing")
+        for at in c.read:
+            c.run({at}, "read")
+        return note(f"{len(c.read)} reads")
+    if what == "some":
+        rng = random.Random(SEED)
+        sets = [set(rng.sample(c.written, rng.randrange(2, len(c.written)))) for _ in range(8)]
+        sets.append(set(c.written))
+    else:
+        sets = [{at} for at in c.written]
+    for bad in sets:
+        # Some of what is written may be needed by no one of these units.
+        if any(bad & needs for needs in c.needs.values()):
+            c.run(bad, "write", done)
+    needed = set().union(*c.needs.values())
+    expect(needed <= set(c.written), f"not written: {needed - set(c.written)}")
+    return note(f"{len(c.written)} writes, {len(sets)} times some of them fail")
+
+
+class Load:
+    """Random requests, while metadata can sometimes not be written or read."""
+    STEPS = 150
+
+    def __init__(self, bench, options):
+        self.bench, self.rig = bench, Rig(bench, **options)
+        self.rng = random.Random(SEED)
+        self.core = bytearray(self.rig.content)
+        # Sectors that were changed: all that they may be after a power cut
+        self.history = {}
+        self.chance = 0
+        self.number = self.errors = self.cuts = 0
+
+    def refuse(self, request):
+        return request.device == "metadata" and request.op in ("read", "write") and self.rng.random() < self.chance
+
+    def done(self, length):
+        return self.rng.choice((0, length // 1024 * 512, length))
+
+    def begin(self):
+        script = self.rig.script
+        script.name = lambda request: self.rig.what(request, ())
+        script.begin(None, None)
+        script.refuse, script.done = self.refuse, self.done
+
+    def change(self, offset, data):
+        """A request has been made."""
+        for at in range(offset, offset + len(data), 512):
+            old = bytes(self.core[at:at + 512])
+            self.history.setdefault(at, {old}).add(data[at - offset:at - offset + 512])
+        self.core[offset:offset + len(data)] = data
+
+    def settle(self, offset, length):
+        """These sectors are durable."""
+        for at in self.history:
+            if offset <= at < offset + length:
+                self.history[at] = {bytes(self.core[at:at + 512])}
+
+    def place(self):
+        """Some units or sectors of one table, often of few of them"""
+        rig, rng = self.rig, self.rng
+        tables = -(-rig.size // rig.cover)
+        table = rng.choice((0, 0, 1, rng.randrange(tables))) % tables
+        start = table * rig.cover + rng.randrange(24) * rig.unit
+        length = rng.randrange(1, 4) * rig.unit
+        if rig.unit > 512 and rng.random() < 0.4:
+            start += rng.randrange(rig.unit // 512) * 512
+            length = rng.randrange(1, 2 * rig.unit // 512) * 512
+        start = min(start, rig.size - 512)
+        return start, min(length, rig.size - start)
+
+    def step(self, disk):
+        rig, rng = self.rig, self.rng
+        self.number += 1
+        kind = rng.choices(("write", "fua", "discard", "fsync", "read", "cycle", "weather"),
+                           (40, 8, 0 if rig.raw else 12, 14, 8, 2, 12))[0]
+        offset, length = self.place()
+        data = bytes([self.number % 251 + 1]) * length
+        try:
+            if kind == "weather":
+                self.chance = rng.choice((0, 0.1, 0.4, 1))
+            elif kind == "cycle":
+                disk.dm.suspend()
+                # A resume that has to read the disk can fail.
+                status, self.chance = disk.dm.status(), 0
+                expect(status.mode == "rw", f"suspended: {status}")
+                disk.dm.resume()
+            elif kind == "fsync":
+                disk.io.fsync()
+                self.settle(0, rig.size)
+            elif kind == "read":
+                same(disk.io.read(offset, length), self.core[offset:offset + length], offset)
+            elif kind == "discard":
+                start = -(-offset // rig.unit) * rig.unit
+                end = (offset + length) // rig.unit * rig.unit
+                if start < end:
+                    offset, length, data = start, end - start, bytes(end - start)
+                    disk.io.discard(offset, length)
+                    self.change(offset, data)
+            else:
+                (disk.fua if kind == "fua" else disk.io).write(offset, data)
+                self.change(offset, data)
+                if kind == "fua":
+                    self.settle(offset, length)
+        except OSError as e:
+            expect(e.errno == errno.EIO and self.chance, f"{kind}: {e}")
+            self.errors += 1
+            if kind in ("write", "fua", "discard"):
+                self.half_done(disk, offset, data)
+
+    def half_done(self, disk, offset, data):
+        """Of a request that has failed each sector is old or new; what it is is not known
+        before it can be read."""
+        before, self.chance = self.chance, 0
+        got = disk.io.read(offset, len(data))
+        for at in range(0, len(data), 512):
+            sector = got[at:at + 512]
+            expect(sector in (self.core[offset + at:offset + at + 512], data[at:at + 512]),
+                   f"sector {(offset + at) // 512} is neither old nor new after an error")
+            if sector == data[at:at + 512]:
+                self.change(offset + at, sector)
+        self.chance = before
+
+    def cut(self):
+        """What a power cut would leave now, or any loss of what was not flushed."""
+        rig = self.rig
+        with rig.script.gate:
+            states = []
+            for served in rig.below[:2]:
+                content, share = bytearray(served.durable), self.rng.choice((0, 0.5, 1))
+                for start, part in served.pending:
+                    if self.rng.random() < share:
+                        content[start:start + len(part)] = part
+                states.append(content)
+        dump(rig, *states)
+        rig.check(leaks=True, content=states[0])
+        self.compare(rig.image.content())
+        self.cuts += 1
+
+    def compare(self, content):
+        got = bytearray(content)
+        for at, allowed in self.history.items():
+            sector = bytes(got[at:at + 512])
+            expect(sector in allowed, f"after a power cut sector {at // 512} (unit {at // self.rig.unit}) is "
+                   f"{sector[:4].hex()}, not {' or '.join(sorted(a[:4].hex() for a in allowed))}")
+            got[at:at + 512] = self.rig.content[at:at + 512]
+        same(bytes(got), self.rig.content, 0, "what was never written")
+
+    def run(self):
+        rig = self.rig
+        rig.reset()
+        disk = Disk(self.bench, rig)
+        self.begin()
+        for n in range(self.STEPS):
+            self.step(disk)
+            status = disk.dm.status()
+            expect(status.mode == "rw", f"{status}")
+            if n % 10 == 9:
+                self.cut()
+        self.chance = 0
+        disk.io.fsync()
+        expect(not disk.dm.status().unwritten, f"{disk.dm.status()}")
+        self.settle(0, rig.size)
+        self.cut()
+        same(disk.io.read(0, rig.size), self.core)
+        disk.close()
+        rig.script.rest()
+        self.cut()
+        rig.check(leaks=False)
+        note(f"{self.errors} requests failed, {self.cuts} power cuts")
+        expect(self.errors, "no request failed")
+
+
+def load(bench, options):
+    Load(bench, options).run()
+
+
+LOADS = (
+    ("several tables", {"covers": 6.5}),
+    ("small clusters, many refcount blocks", SMALL),
+    ("extended L2 entries", {"cluster": 64 * KIB, "extended": True, "tables": 1}),
+    ("a backing device", {"backing": True, "covers": 3.5}),
+    ("data_file_raw", {"raw": True, "covers": 2}),
+)
+
+
+def tries(bench):
+    """A suspend tries three times, with a pause, and does not give up what it has."""
+    rig = Rig(bench)
+    rig.reset()
+    disk, script, unit = Disk(bench, rig), rig.script, rig.unit
+    script.name = lambda request: rig.what(request, ())
+    disk.io.read(0, unit)
+    disk.io.read(rig.cover, unit)
+    times = []
+
+    def refuse(request):
+        if script.name(request) != "write L2 table" or request.offset != table:
+            return False
+        times.append(time.monotonic())
+        return True
+    table = rig.image.l2_table(0)
+    script.begin(None, None)
+    script.refuse = refuse
+    disk.io.write(20 * unit, b"n" * unit)
+    disk.io.write(rig.cover + 20 * unit, b"n" * unit)
+    # The timer's commit has been, so that there is no other one but those of the suspend.
+    wait_for("the timer's commit", HANG, lambda: disk.dm.status().unwritten)
+    script.trace.clear()
+    times.clear()
+    disk.dm.suspend()
+    count, status = len(times), disk.dm.status()
+    expect(3 <= count <= 4, f"{count} tries")
+    expect(all(b - a >= 0.25 for a, b in zip(times[-3:], times[-2:])), f"tried at {times}")
+    expect(status.mode == "rw" and status.unwritten == 1, f"{status}")
+    reads = len([r for r in script.trace if r.op == "read"])
+    disk.dm.resume()
+    expect(len([r for r in script.trace if r.op == "read"]) == reads, "the resume has read the disk")
+    same(disk.io.read(20 * unit, unit), b"n" * unit)
+    same(disk.io.read(0, unit), b"a" * unit)
+    disk.look(True, 1)
+    # Again, and once more it is not lost.
+    disk.dm.cycle()
+    disk.look(True, 1)
+    script.rest()
+    disk.dm.cycle()
+    disk.look(False, 1)
+    disk.close()
+    rig.check(leaks=False)
+    dump(rig, rig.meta.store, rig.data.store)
+    expect(rig.image.state(20 * unit) == "data", "the entry is lost")
+
+
+def register():
+    for name, options, places in COMMITS:
+        for what, text in (("none", "one write fails"), ("half", "one write is done by half, and fails"),
+                           ("all", "one write is done, but fails"), ("some", "several writes fail"),
+                           ("read", "one read fails")):
+            test(f"{name}: {text}", options, places, what)(one_by_one)
+    test("suspend: three tries with a pause, and what is dirty then is kept")(tries)
+    for name, options in LOADS:
+        test(f"random requests, metadata fails now and then: {name}", options)(load)
+
+
+if __name__ == "__main__":
+    register()
+    note(f"SEED={SEED}")
+    main()
