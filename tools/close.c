@@ -12,6 +12,7 @@
 #include "device.h"
 #include "dm.h"
 #include "image.h"
+#include "live.h"
 #include "loop.h"
 #include "node.h"
 #include "target.h"
@@ -135,10 +136,27 @@ static int flush(const char *name)
 		return 0;
 	if (fsync(fd))
 		ret = fail(EX_WRONG,
-			   "%s: cannot flush it, see dmesg: %s; repair what is below it, or give up what was written last with dmsetup remove %s",
-			   esc(name), strerror(errno), esc(name));
+			   "%s: cannot flush it, see dmesg: %s; %s, or give up what was written last with dmsetup remove %s",
+			   esc(name), strerror(errno), errno == ENOSPC ?
+			   "free some space below it" : "repair what is below it",
+			   esc(name));
 	close(fd);
 	return ret;
+}
+
+/* A flush would wait for the resume, and the kernel has tried all it can. */
+static int check_suspended(const char *name)
+{
+	struct target_status status;
+	uint64_t unwritten;
+	int ret;
+
+	ret = live_unwritten(name, &status, &unwritten);
+	if (ret || (!unwritten && strcmp(status.mode, "fail")))
+		return ret;
+	return fail(EX_WRONG,
+		    "%s: is suspended, and its metadata could not be written; see dmesg, resume it (dmsetup resume %s), or give up what was written last with dmsetup remove %s",
+		    esc(name), esc(name), esc(name));
 }
 
 static int busy(const char *name, const struct dm_dev_info *info)
@@ -259,18 +277,23 @@ int cmd_close(const struct options *opt, char **args)
 			    "%s: not opened by qcow2setup; remove it with dmsetup remove",
 			    esc(name));
 
-	if (!opt->deferred && !info.suspended && !info.read_only) {
-		ret = flush(name);
-		if (ret)
-			return ret;
-	}
 	look_below(name, !info.read_only && !opt->deferred, &below);
+	if (!opt->deferred && !info.read_only) {
+		/* Without a table nothing was ever written. */
+		if (!info.suspended)
+			ret = flush(name);
+		else if (*below.layer[0].metadata.node)
+			ret = check_suspended(name);
+		if (ret)
+			goto out;
+	}
 	ret = remove_device(name, opt->deferred);
 	if (!ret && !opt->deferred) {
 		wait_for_layers(&below);
 		if (below.image.fd >= 0)
 			ret = trim(&below.image);
 	}
+out:
 	node_close(&below.image);
 	return ret;
 }

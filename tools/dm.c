@@ -109,8 +109,11 @@ static int task_run_cookie(struct dm_task *dmt, uint16_t flags)
 	return ret;
 }
 
+#define RELOAD	"reload the module: close all devices, then modprobe -r dm-qcow2 and modprobe dm-qcow2"
+
 int dm_check(bool need_target)
 {
+	struct target_version version;
 	struct dm_task *dmt;
 	int ret;
 
@@ -124,18 +127,58 @@ int dm_check(bool need_target)
 	if (ret)
 		return fail(EX_WRONG,
 			    "device-mapper is not available; load the dm_mod module");
-	if (!need_target)
-		return 0;
+	return need_target ? dm_target_version(&version) : 0;
+}
+
+int dm_target_version(struct target_version *v)
+{
+	struct dm_versions *versions;
+	struct dm_task *dmt;
+	int ret;
 
 	/* This makes the kernel look for the module, too. */
 	dmt = task_new(DM_DEVICE_GET_TARGET_VERSION, DM_TARGET);
 	ret = dmt ? task_run(dmt) : -ENOMEM;
+	versions = ret ? NULL : dm_task_get_versions(dmt);
+	if (versions)
+		*v = (struct target_version){
+			versions->version[0], versions->version[1],
+			versions->version[2],
+		};
 	if (dmt)
 		dm_task_destroy(dmt);
-	if (ret)
+	if (!versions)
 		return fail(EX_WRONG,
 			    "target qcow2 is not available: load the dm-qcow2 module (modprobe dm-qcow2)");
+	if (v->major < TARGET_MAJOR)
+		return fail(EX_WRONG,
+			    "the loaded dm-qcow2 module is of version %u.%u.%u, which is too old; " RELOAD,
+			    v->major, v->minor, v->patch);
+	if (v->major > TARGET_MAJOR)
+		return fail(EX_WRONG,
+			    "the loaded dm-qcow2 module is of version %u.%u.%u, which is not known; use a newer qcow2setup",
+			    v->major, v->minor, v->patch);
 	return 0;
+}
+
+int dm_check_table(const char *name, const char *params)
+{
+	struct target_version v;
+	struct target_table t;
+	const char *lacks;
+	int ret;
+
+	ret = dm_target_version(&v);
+	if (ret)
+		return ret;
+	if (!target_parse_table(params, &t))
+		return fail(EX_WRONG, "%s: table line is too long", esc(name));
+	lacks = target_lacks(&v, &t);
+	if (!lacks)
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: the loaded dm-qcow2 module, of version %u.%u.%u, does not know %s; " RELOAD,
+		    esc(name), v.major, v.minor, v.patch, esc(lacks));
 }
 
 int dm_check_name(const char *name)
@@ -291,6 +334,16 @@ static int refused(int log, const char *name, int err)
 		    esc(name), dm_reason(err));
 }
 
+/* Why a table that was loaded does not become live. */
+static int not_resumed(int log, const char *name, int err)
+{
+	if (err == EBUSY)
+		return fail(EX_BUSY,
+			    "%s: the image is in use by another device; close that first",
+			    esc(name));
+	return refused(log, name, err);
+}
+
 int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
 	    unsigned int count, bool read_only, bool helper)
 {
@@ -311,12 +364,14 @@ int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
 		goto out;
 	}
 	ret = load_table(name, lines, count, read_only);
-	if (!ret)
+	if (ret) {
+		ret = refused(log, name, -ret);
+	} else {
 		ret = simple(DM_DEVICE_RESUME, name, NULL, flags);
-	if (!ret)
-		goto out;
-
-	ret = refused(log, name, -ret);
+		if (!ret)
+			goto out;
+		ret = not_resumed(log, name, -ret);
+	}
 	if (simple(DM_DEVICE_REMOVE, name, NULL, 0))
 		warning("%s: cannot remove the device again; try dmsetup remove",
 			esc(name));
@@ -360,7 +415,7 @@ int dm_resume(const char *name)
 	int ret = simple(DM_DEVICE_RESUME, name, NULL, 0);
 
 	if (ret)
-		ret = refused(log, name, -ret);
+		ret = not_resumed(log, name, -ret);
 	if (log >= 0)
 		close(log);
 	return ret;

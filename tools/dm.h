@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "target.h"
+
 #define DM_TARGET		"qcow2"
 #define DM_UUID_PREFIX		"QCOW2-"
 /* Helpers that vanish with the device they serve. */
@@ -34,10 +36,17 @@ struct dm_line {
 
 /* All of these print why they failed and return an exit code. */
 
-/* Is device-mapper there, may we use it; and is the qcow2 target there? */
+/*
+ * Is device-mapper there, may we use it; and is the qcow2 target there, in a
+ * version that is known?
+ */
 int dm_check(bool need_target);
+/* Of the target, whose module is loaded if it is not. */
+int dm_target_version(struct target_version *v);
 int dm_check_name(const char *name);
 int dm_query(const char *name, struct dm_dev_info *info);
+/* Refuse a table of the qcow2 target with what the loaded module lacks. */
+int dm_check_table(const char *name, const char *params);
 /*
  * Create a device with @lines as its table and make it live.  Leaves nothing
  * behind if it fails.

@@ -24,6 +24,7 @@
 #include "dm.h"
 #include "extents.h"
 #include "image.h"
+#include "live.h"
 #include "target.h"
 #include "util.h"
 
@@ -264,6 +265,24 @@ static int commit(const char *name)
 }
 
 /*
+ * A suspended device has written what it could, and a flush would wait for the
+ * resume.
+ */
+static int check_suspended(const char *name)
+{
+	struct target_status status;
+	uint64_t unwritten;
+	int ret;
+
+	ret = live_unwritten(name, &status, &unwritten);
+	if (ret || !unwritten)
+		return ret;
+	return fail(EX_WRONG,
+		    "%s: is suspended, and holds metadata that could not be written; see dmesg, and resume it (dmsetup resume %s)",
+		    esc(name), esc(name));
+}
+
+/*
  * The metadata of a device that is open.  The kernel goes on writing it, but
  * an entry is never half written, and no L2 table moves or goes.
  */
@@ -286,12 +305,9 @@ static int open_live(struct map *m, const char *name)
 		return fail(EX_WRONG,
 			    "/dev/mapper/%s is inactive; open it first",
 			    esc(name));
-	/* Nothing is dirty any more in a suspended one, and a flush would wait. */
-	if (!info.suspended) {
-		ret = commit(name);
-		if (ret)
-			return ret;
-	}
+	ret = info.suspended ? check_suspended(name) : commit(name);
+	if (ret)
+		return ret;
 	ret = dm_params(name, false, &type, &params, &sectors);
 	if (ret)
 		return ret;

@@ -311,6 +311,7 @@ static int make_device(const struct mapping *m, const char *name,
 		.cache_limit = opt ? opt->cache_limit : 0,
 	};
 	char params[512], uuid[160];
+	int ret;
 
 	if (!target_format_table(params, sizeof(params), p->meta.dev,
 				 p->data.dev, &m->img.geo, &f))
@@ -319,6 +320,9 @@ static int make_device(const struct mapping *m, const char *name,
 	make_uuid(uuid, sizeof(uuid), DM_UUID_PREFIX, &m->img.node, name);
 	note("%s: 0 %llu %s %s", esc(name), (unsigned long long)line.sectors,
 	     DM_TARGET, params);
+	ret = dm_check_table(name, params);
+	if (ret)
+		return ret;
 	return dm_make(name, uuid, &line, 1, f.read_only, false);
 }
 

@@ -28,6 +28,7 @@
 #include "dm.h"
 #include "image.h"
 #include "interrupt.h"
+#include "live.h"
 #include "loop.h"
 #include "mapping.h"
 #include "node.h"
@@ -424,28 +425,11 @@ static int read_table(struct live *l)
 	if (ret)
 		return ret;
 	free(type);
-	if (!target_parse_table(l->params, &l->table))
+	/* What is not known could not be in the new table. */
+	if (!target_parse_table(l->params, &l->table) || l->table.f.unknown)
 		return fail(EX_WRONG,
 			    "%s: table is not understood; use a newer qcow2setup",
 			    esc(l->name));
-	return 0;
-}
-
-/* @parsed: it is one of ours, and says what it should. */
-static int read_status(const struct live *l, struct target_status *status,
-		       bool *parsed)
-{
-	char *type, *params;
-	uint64_t sectors;
-	int ret;
-
-	ret = dm_params(l->name, true, &type, &params, &sectors);
-	if (ret)
-		return ret;
-	*parsed = !strcmp(type, DM_TARGET) &&
-		  target_parse_status(params, status);
-	free(type);
-	free(params);
 	return 0;
 }
 
@@ -454,7 +438,6 @@ static int check_state(struct live *l)
 {
 	struct target_status status;
 	struct dm_dev_info info;
-	bool parsed;
 	int ret;
 
 	ret = dm_query(l->name, &info);
@@ -468,14 +451,15 @@ static int check_state(struct live *l)
 		return fail(EX_BUSY,
 			    "%s: is suspended; resume it first (dmsetup resume %s)",
 			    esc(l->name), esc(l->name));
-	ret = read_status(l, &status, &parsed);
+	ret = live_status(l->name, &status);
 	if (ret)
 		return ret;
-	if (!parsed || strcmp(status.mode, "rw"))
-		ret = fail(EX_WRONG,
-			   "%s: is in mode %s; close it, and check the image",
-			   esc(l->name), parsed ? esc(status.mode) : "unknown");
-	return ret;
+	/* What there was no space for may be written in the suspend. */
+	if (strcmp(status.mode, "rw") && strcmp(status.mode, "nospc"))
+		return fail(EX_WRONG,
+			    "%s: is in mode %s; close it, and check the image",
+			    esc(l->name), esc(status.mode));
+	return 0;
 }
 
 static int open_live(struct live *l)
@@ -494,6 +478,8 @@ static int open_live(struct live *l)
 		ret = check_state(l);
 	if (!ret)
 		ret = read_table(l);
+	if (!ret)
+		ret = dm_check_table(l->name, l->params);
 	if (!ret &&
 	    !device_is_node(l->table.metadata_dev, &l->meta.node))
 		ret = fail(EX_BUSY, "%s: has just been given another table; try again",
@@ -577,18 +563,37 @@ static int change_suspended(struct live *l, const struct growth *g)
  */
 static int check_committed(const struct live *l)
 {
+	const char *below = l->meta.node.path;
 	struct target_status status;
-	bool parsed;
+	uint64_t unwritten;
 	int ret;
 
-	ret = read_status(l, &status, &parsed);
+	ret = live_unwritten(l->name, &status, &unwritten);
 	if (ret)
 		return ret;
-	if (parsed && !strcmp(status.mode, "rw") && !status.dirty_slices)
+	if (strcmp(status.mode, "rw") && strcmp(status.mode, "nospc"))
+		return fail(EX_WRONG,
+			    "%s: metadata could not be written; see dmesg, and save what the device holds before it is closed",
+			    esc(l->name));
+	if (!unwritten)
 		return 0;
-	return fail(EX_WRONG,
-		    "%s: metadata could not be written; see dmesg, and save what the device holds before it is closed",
-		    esc(l->name));
+	if (!strcmp(status.mode, "nospc"))
+		return fail(EX_BUSY,
+			    "%s: there is no space for metadata that waits to be written; free some where %s is, then try again",
+			    esc(l->name), esc(below));
+	return fail(EX_BUSY,
+		    "%s: metadata could not be written, and waits to be written again; see dmesg for what is wrong with %s, then try again",
+		    esc(l->name), esc(below));
+}
+
+/* With the table that it has: another would forget. */
+static void resume_as_it_is(const struct live *l)
+{
+	/* What is loaded then would become live. */
+	if (!l->left && !dm_resume(l->name))
+		return;
+	warning("%s: device stays suspended; see dmesg, then try dmsetup resume %s",
+		esc(l->name), esc(l->name));
 }
 
 /*
@@ -655,10 +660,7 @@ static int resize_live(struct live *l, const struct options *opt)
 		goto out;
 	ret = check_committed(l);
 	if (ret) {
-		/* With the table that it has: another would forget. */
-		if (dm_resume(l->name))
-			warning("%s: device stays suspended; see dmesg, then try dmsetup resume %s",
-				esc(l->name), esc(l->name));
+		resume_as_it_is(l);
 		goto out;
 	}
 	ret = change_suspended(l, &g);

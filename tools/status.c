@@ -9,6 +9,7 @@
 #include "device.h"
 #include "dm.h"
 #include "json.h"
+#include "live.h"
 #include "target.h"
 #include "util.h"
 
@@ -73,14 +74,9 @@ static int get_device(const char *name, struct open_device *d)
 	if (ret)
 		return ret;
 
-	ret = dm_params(name, true, &type, &params, &sectors);
-	if (ret)
-		return ret;
-	d->has_status = !strcmp(type, DM_TARGET) &&
-			target_parse_status(params, &d->status);
-	free(type);
-	free(params);
-	return 0;
+	ret = live_status(name, &d->status);
+	d->has_status = !ret;
+	return ret;
 }
 
 /* The file behind a device, or the device itself. */
@@ -101,29 +97,36 @@ static const char *mode(const struct open_device *d)
 struct number {
 	const char *name;
 	uint64_t value;
+	unsigned int given;		/* what must be, for there to be one */
 };
+
+#define MAX_NUMBERS	16
 
 static size_t numbers(const struct target_status *s, struct number *n)
 {
-	const struct number list[] = {
-		{ "l2-tables", s->l2_tables },
-		{ "l1-entries", s->l1_entries },
-		{ "slices-cached", s->slices_cached },
-		{ "state-bytes", s->state_bytes },
-		{ "dirty-slices", s->dirty_slices },
-		{ "hits", s->hits },
-		{ "misses", s->misses },
-		{ "first-writes", s->first_writes },
-		{ "commits", s->commits },
-		{ "drops", s->drops },
-		{ "refused", s->refused },
+	const struct number list[MAX_NUMBERS] = {
+		{ "l2-tables", s->l2_tables, 0 },
+		{ "l1-entries", s->l1_entries, 0 },
+		{ "slices-cached", s->slices_cached, 0 },
+		{ "state-bytes", s->state_bytes, 0 },
+		{ "dirty-slices", s->dirty_slices, 0 },
+		{ "hits", s->hits, 0 },
+		{ "misses", s->misses, 0 },
+		{ "first-writes", s->first_writes, 0 },
+		{ "commits", s->commits, 0 },
+		{ "drops", s->drops, 0 },
+		{ "refused", s->refused, 0 },
+		{ "unwritten", s->unwritten, STATUS_UNWRITTEN },
+		{ "free-clusters", s->free_clusters, STATUS_FREE_CLUSTERS },
+		{ "trims", s->trims, STATUS_TRIMS },
 	};
+	size_t i, count = 0;
 
-	memcpy(n, list, sizeof(list));
-	return ARRAY_SIZE(list);
+	for (i = 0; i < MAX_NUMBERS && list[i].name; i++)
+		if ((s->given & list[i].given) == list[i].given)
+			n[count++] = list[i];
+	return count;
 }
-
-#define MAX_NUMBERS	16
 
 /* What a device reads below it, and so on down. */
 static void print_json_backing(struct json *j, const struct open_device *d)
@@ -226,6 +229,28 @@ static void print_options(const struct target_features *f)
 		printf("  cache limit:   %s\n", human_size(f->cache_limit));
 }
 
+/* What is wrong with the metadata, and what can be done about it. */
+static void print_trouble(const struct open_device *d)
+{
+	const struct target_status *s = &d->status;
+	const char *file = d->metadata.file;
+
+	if (!strcmp(s->mode, "nospc"))
+		printf("  There is no space for metadata that waits to be written: free some where %s is.\n"
+		       "  It is written then by itself; until then flushes fail.\n",
+		       esc(origin(&d->metadata)));
+	else if (s->unwritten)
+		printf("  Metadata could not be written, and waits to be written again: see dmesg for what\n"
+		       "  is wrong with %s. Until then flushes fail; do not remove the device.\n",
+		       esc(origin(&d->metadata)));
+	if (s->refused)
+		printf("  The space for metadata is used up, and writes were refused: %s %s%s,\n"
+		       "  then let the device use it: qcow2setup resize %s --size %" PRIu64 "\n",
+		       *file ? "free some where" : "enlarge",
+		       esc(*file ? file : d->metadata.node),
+		       *file ? " is" : "", esc(d->name), d->size);
+}
+
 static void print_text(const struct open_device *d)
 {
 	struct number n[MAX_NUMBERS];
@@ -257,10 +282,7 @@ static void print_text(const struct open_device *d)
 				*p = ' ';
 		printf("  %-15s%" PRIu64 "\n", label, n[i].value);
 	}
-	if (d->status.refused)
-		printf("  The space for metadata is used up, and writes were refused: enlarge %s,\n"
-		       "  then let the device use it: qcow2setup resize %s --size %" PRIu64 "\n",
-		       esc(d->metadata.node), esc(d->name), d->size);
+	print_trouble(d);
 }
 
 /* All devices, as they are found. */
@@ -300,10 +322,12 @@ static int by_name(const void *a, const void *b)
 
 /*
  * Parsed lines hold pointers into themselves: fill the entries only when the
- * array does not move any more.
+ * array does not move any more.  One that cannot be understood does not keep the
+ * others from being shown: that is @wrong, an exit code.
  */
-static int get_list(struct list *list)
+static int get_list(struct list *list, int *wrong)
 {
+	struct dm_dev_info info;
 	size_t i;
 	int ret;
 
@@ -311,8 +335,12 @@ static int get_list(struct list *list)
 	if (ret || !list->n)
 		return ret;
 	qsort(list->d, list->n, sizeof(*list->d), by_name);
-	for (i = 0; i < list->n; i++)
-		get_device(list->d[i].name, &list->d[i]);
+	for (i = 0; i < list->n; i++) {
+		ret = get_device(list->d[i].name, &list->d[i]);
+		/* One that went meanwhile is no error. */
+		if (ret && !dm_query(list->d[i].name, &info) && info.exists)
+			*wrong = ret;
+	}
 	return 0;
 }
 
@@ -373,10 +401,10 @@ static int status_all(const struct options *opt)
 {
 	struct list list = { 0 };
 	struct json j;
+	int ret, wrong = 0;
 	size_t i;
-	int ret;
 
-	ret = get_list(&list);
+	ret = get_list(&list, &wrong);
 	if (!ret && opt->json) {
 		json_start(&j, stdout);
 		json_array(&j, NULL);
@@ -390,7 +418,7 @@ static int status_all(const struct options *opt)
 	for (i = 0; i < list.n; i++)
 		free_below(&list.d[i]);
 	free(list.d);
-	return ret;
+	return ret ? ret : wrong;
 }
 
 static int status_one(const struct options *opt, const char *name)

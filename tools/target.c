@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "target.h"
 #include "util.h"
 
-#define MAX_WORDS	(16 + TARGET_MAX_FEATURES)
+/* A status line may have any number of keys that are not known here. */
+#define MAX_WORDS	256
 
 /* Cut @line into words; 0 if there are too many. */
 static unsigned int split(char *line, char **words)
@@ -38,33 +40,60 @@ static bool number(const char *s, uint64_t max, uint64_t *v)
 	return parse_u64(s, v) && *v <= max;
 }
 
+/* The features, and the minor version from which on the target has them. */
+static const struct known {
+	const char *name;
+	unsigned int minor;
+	size_t flag;		/* where a struct target_features has it */
+	bool value;
+} known_features[] = {
+	{ "read_only", 0, offsetof(struct target_features, read_only), false },
+	{ "data_file_raw", 0,
+	  offsetof(struct target_features, data_file_raw), false },
+	{ "extended_l2", 0,
+	  offsetof(struct target_features, extended_l2), false },
+	{ "no_discard_passdown", 0,
+	  offsetof(struct target_features, no_discard_passdown), false },
+	{ "backing_dev", 0, 0, true },
+	{ "cache_limit", 0, 0, true },
+};
+
+static const struct known *find_feature(const char *name)
+{
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(known_features); i++)
+		if (!strcmp(known_features[i].name, name))
+			return &known_features[i];
+	return NULL;
+}
+
 /* One feature and its value from @words; how many words that was, 0: wrong. */
 static unsigned int feature(char **words, unsigned int n,
 			    struct target_features *f)
 {
 	const char *name = words[0];
+	const struct known *known = find_feature(name);
 
 	if (f->count == TARGET_MAX_FEATURES)
 		return 0;
 	f->name[f->count++] = name;
-	if (!strcmp(name, "backing_dev")) {
-		if (n < 2)
-			return 0;
-		f->backing_dev = words[1];
-		return 2;
+	if (!known) {
+		if (!f->unknown)
+			f->unknown = name;
+		return 1;
 	}
-	if (!strcmp(name, "cache_limit"))
-		return n >= 2 && number(words[1], UINT64_MAX, &f->cache_limit) ?
-		       2 : 0;
-	if (!strcmp(name, "read_only"))
-		f->read_only = true;
-	else if (!strcmp(name, "data_file_raw"))
-		f->data_file_raw = true;
-	else if (!strcmp(name, "extended_l2"))
-		f->extended_l2 = true;
-	else if (!strcmp(name, "no_discard_passdown"))
-		f->no_discard_passdown = true;
-	return 1;
+	if (!known->value) {
+		*(bool *)((char *)f + known->flag) = true;
+		return 1;
+	}
+	if (n < 2)
+		return 0;
+	if (!strcmp(name, "backing_dev"))
+		f->backing_dev = words[1];
+	else if (!number(words[1], UINT64_MAX, &f->cache_limit))
+		return 0;
+	return 2;
 }
 
 /*
@@ -115,13 +144,80 @@ bool target_parse_table(const char *params, struct target_table *t)
 	       features(words + 8, n - 8, &t->f) == n - 8;
 }
 
-bool target_parse_status(const char *params, struct target_status *s)
+const char *target_lacks(const struct target_version *v,
+			 const struct target_table *t)
+{
+	unsigned int i;
+
+	for (i = 0; i < t->f.count; i++) {
+		const struct known *known = find_feature(t->f.name[i]);
+
+		if (!known || v->major < TARGET_MAJOR ||
+		    (v->major == TARGET_MAJOR && v->minor < known->minor))
+			return t->f.name[i];
+	}
+	return NULL;
+}
+
+/* A key and its value; those that are not known are for newer programs. */
+static bool status_key(const char *key, const char *value,
+		       struct target_status *s)
+{
+	const struct {
+		const char *key;
+		unsigned int given;
+		uint64_t *v;
+	} keys[] = {
+		{ "unwritten", STATUS_UNWRITTEN, &s->unwritten },
+		{ "free_clusters", STATUS_FREE_CLUSTERS, &s->free_clusters },
+		{ "trims", STATUS_TRIMS, &s->trims },
+	};
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(keys); i++) {
+		if (strcmp(key, keys[i].key))
+			continue;
+		if (s->given & keys[i].given)
+			return false;
+		s->given |= keys[i].given;
+		return number(value, UINT64_MAX, keys[i].v);
+	}
+	return true;
+}
+
+/*
+ * "<#words> [<key> <value>]..." from @words on.  Returns how many words that
+ * was, 0 if it is wrong.
+ */
+static unsigned int status_keys(char **words, unsigned int n,
+				struct target_status *s)
+{
+	unsigned int i;
+	uint64_t v;
+
+	if (!n || !number(words[0], MAX_WORDS, &v) || v > n - 1 || v % 2)
+		return 0;
+	for (i = 1; i <= v; i += 2)
+		if (!status_key(words[i], words[i + 1], s))
+			return 0;
+	return 1 + v;
+}
+
+static bool is_mode(const char *word, const struct target_version *v)
+{
+	return !strcmp(word, "rw") || !strcmp(word, "ro") ||
+	       !strcmp(word, "fail") || (v->minor && !strcmp(word, "nospc"));
+}
+
+bool target_parse_status(const char *params, const struct target_version *v,
+			 struct target_status *s)
 {
 	char *words[MAX_WORDS], *slash;
-	unsigned int n, used;
+	unsigned int n, used, at = 11;
 
 	memset(s, 0, sizeof(*s));
-	if (!copy_line(s->line, sizeof(s->line), params))
+	if (v->major != TARGET_MAJOR ||
+	    !copy_line(s->line, sizeof(s->line), params))
 		return false;
 	n = split(s->line, words);
 	if (n < 13)
@@ -143,13 +239,21 @@ bool target_parse_status(const char *params, struct target_status *s)
 	    !number(words[9], UINT64_MAX, &s->drops) ||
 	    !number(words[10], UINT64_MAX, &s->refused))
 		return false;
-	used = features(words + 11, n - 11, &s->f);
-	/* exactly the mode must be left */
-	if (!used || 11 + used + 1 != n)
+	used = features(words + at, n - at, &s->f);
+	if (!used)
 		return false;
-	s->mode = words[n - 1];
-	return !strcmp(s->mode, "rw") || !strcmp(s->mode, "ro") ||
-	       !strcmp(s->mode, "fail");
+	at += used;
+	if (v->minor) {
+		used = status_keys(words + at, n - at, s);
+		if (!used)
+			return false;
+		at += used;
+	}
+	/* exactly the mode must be left */
+	if (at + 1 != n)
+		return false;
+	s->mode = words[at];
+	return is_mode(s->mode, v);
 }
 
 /* Append to @out, of which @len bytes are taken; false if it does not fit. */

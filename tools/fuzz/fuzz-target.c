@@ -4,6 +4,7 @@
 
 #include "fuzz.h"
 #include "target.h"
+#include "util.h"
 
 /* What is read can be written, and is then read the same. */
 static void again(const struct target_table *t)
@@ -51,9 +52,13 @@ static void see_features(const struct target_features *f, const char *line,
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
+	static const struct target_version versions[] = {
+		{ 1, 0, 0 }, { 1, 1, 0 }, { 1, 2, 0 },
+	};
 	struct target_table t;
 	struct target_status s;
 	char *line = malloc(size + 1);
+	unsigned int i;
 
 	MUST(line);
 	memcpy(line, data, size);
@@ -62,9 +67,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		see_features(&t.f, t.line, sizeof(t.line));
 		again(&t);
 	}
-	if (target_parse_status(line, &s)) {
+	for (i = 0; i < ARRAY_SIZE(versions); i++) {
+		if (!target_parse_status(line, &versions[i], &s))
+			continue;
 		see_features(&s.f, s.line, sizeof(s.line));
 		MUST(s.mode >= s.line && s.mode < s.line + sizeof(s.line));
+		MUST(versions[i].minor || !s.given);
+		MUST(s.given & STATUS_UNWRITTEN || !s.unwritten);
+		MUST(s.given & STATUS_TRIMS || !s.trims);
 	}
 	free(line);
 	return 0;

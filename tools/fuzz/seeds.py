@@ -127,6 +127,12 @@ STATUSES = (
     "1 0/4194304 0 0 0 0 0 0 0 0 0 0 rw",
     "4096 18446744073709551615/1 1 2 3 4 5 6 7 8 9 4 backing_dev 7:3 cache_limit 65536 fail",
     "128 3/16 3 12288 1 1000 3 40 5 0 0 1 unknown_feature rw",
+    "128 3/16 3 12288 1 1000 3 40 5 0 0 1 read_only 6 unwritten 0 free_clusters 0 trims 0 ro",
+    "128 3/16 3 12288 1 1000 3 40 5 0 0 0 6 unwritten 3 free_clusters 4096 trims 18446744073709551615 nospc",
+    "1 0/1 0 0 0 0 0 0 0 0 0 2 backing_dev 2 4 trims 1 new key rw",
+    "1 0/1 0 0 0 0 0 0 0 0 0 0 0 fail",
+    "1 0/1 0 0 0 0 0 0 0 0 0 0 4 unwritten 1 unwritten 1 rw",
+    "1 0/1 0 0 0 0 0 0 0 0 0 0 3 unwritten 1 rw",
 )
 
 

@@ -145,12 +145,17 @@ static void test_table_bad(void **state)
 	assert_false(target_parse_table(line, &t));
 }
 
-static void test_status(void **state)
+/* The first version, whose status line cannot grow, and that in which it can. */
+static const struct target_version v1_0 = { 1, 0, 0 }, v1_1 = { 1, 1, 0 };
+
+#define NUMBERS	"128 3/2048 4 16384 1 5 6 7 8 9 10 "
+
+static void test_status_old(void **state)
 {
 	struct target_status s;
 
 	(void)state;
-	assert_true(target_parse_status("128 3/2048 4 16384 1 5 6 7 8 9 10 1 data_file_raw rw",
+	assert_true(target_parse_status(NUMBERS "1 data_file_raw rw", &v1_0,
 					&s));
 	assert_int_equal(s.cluster_sectors, 128);
 	assert_int_equal(s.l2_tables, 3);
@@ -166,13 +171,79 @@ static void test_status(void **state)
 	assert_int_equal(s.refused, 10);
 	assert_int_equal(s.f.count, 1);
 	assert_true(s.f.data_file_raw);
+	assert_int_equal(s.given, 0);
 	assert_string_equal(s.mode, "rw");
-	assert_true(target_parse_status("128 0/2 0 0 0 0 0 0 0 0 0 0 fail", &s));
+	assert_true(target_parse_status("128 0/2 0 0 0 0 0 0 0 0 0 0 fail",
+					&v1_0, &s));
 	assert_string_equal(s.mode, "fail");
-	assert_true(target_parse_status("128 0/2 0 0 0 0 0 0 0 0 3 3 extended_l2 backing_dev 7:1 rw", &s));
+	assert_true(target_parse_status("128 0/2 0 0 0 0 0 0 0 0 3 3 extended_l2 backing_dev 7:1 rw",
+					&v1_0, &s));
 	assert_int_equal(s.refused, 3);
 	assert_string_equal(s.f.backing_dev, "7:1");
 	assert_string_equal(s.mode, "rw");
+}
+
+static void test_status(void **state)
+{
+	static const char * const modes[] = { "rw", "nospc", "ro", "fail" };
+	static const struct target_version later = { 1, 7, 3 };
+	struct target_status s;
+	char line[256];
+	size_t i;
+
+	(void)state;
+	for (i = 0; i < ARRAY_SIZE(modes); i++) {
+		snprintf(line, sizeof(line),
+			 NUMBERS "1 data_file_raw 6 unwritten 11 free_clusters 12 trims 13 %s",
+			 modes[i]);
+		assert_true(target_parse_status(line, &v1_1, &s));
+		assert_int_equal(s.refused, 10);
+		assert_int_equal(s.f.count, 1);
+		assert_true(s.f.data_file_raw);
+		assert_int_equal(s.given, STATUS_UNWRITTEN |
+				 STATUS_FREE_CLUSTERS | STATUS_TRIMS);
+		assert_int_equal(s.unwritten, 11);
+		assert_int_equal(s.free_clusters, 12);
+		assert_int_equal(s.trims, 13);
+		assert_string_equal(s.mode, modes[i]);
+	}
+	/* in any order, and among others that a newer target has */
+	assert_true(target_parse_status(NUMBERS "0 10 trims 1 a b unwritten 18446744073709551615 rw ro 7 seven rw",
+					&later, &s));
+	assert_int_equal(s.given, STATUS_UNWRITTEN | STATUS_TRIMS);
+	assert_int_equal(s.unwritten, UINT64_MAX);
+	assert_int_equal(s.trims, 1);
+	assert_string_equal(s.mode, "rw");
+	/* what is named like a key, but is none */
+	assert_true(target_parse_status(NUMBERS "2 backing_dev unwritten 2 key trims ro",
+					&v1_1, &s));
+	assert_int_equal(s.given, 0);
+	assert_string_equal(s.f.backing_dev, "unwritten");
+	assert_true(target_parse_status(NUMBERS "0 0 nospc", &v1_1, &s));
+	assert_int_equal(s.given, 0);
+	assert_string_equal(s.mode, "nospc");
+}
+
+/* As many keys as there will ever be. */
+static void test_status_long(void **state)
+{
+	char line[4096];
+	struct target_status s;
+	int n, i;
+
+	(void)state;
+	n = snprintf(line, sizeof(line), NUMBERS "0 202 unwritten 5");
+	for (i = 0; i < 100; i++)
+		n += snprintf(line + n, sizeof(line) - n, " of-a-newer-one-%d %d",
+			      i, i);
+	snprintf(line + n, sizeof(line) - n, " rw");
+	assert_true(n > 1024);
+	assert_true(target_parse_status(line, &v1_1, &s));
+	assert_int_equal(s.unwritten, 5);
+	memset(line + n, ' ', sizeof(line) - n - 1);
+	line[sizeof(line) - 1] = 0;
+	memcpy(line + n + 1, "rw", 2);
+	assert_true(target_parse_status(line, &v1_1, &s));
 }
 
 static void test_status_bad(void **state)
@@ -184,11 +255,14 @@ static void test_status_bad(void **state)
 		"128 02 0 0 0 0 0 0 0 0 0 0 rw",
 		"128 0/ 0 0 0 0 0 0 0 0 0 0 rw",
 		"128 0/2 0 0 0 0 0 0 0 0 0 0 rx",
+		"128 0/2 0 0 0 0 0 0 0 0 0 0 nospc",
 		"128 0/2 0 0 0 0 0 0 0 0 0 0 rw more",
 		"128 0/2 0 0 0 0 0 0 0 0 0 1 rw",
 		"128 0/2 0 0 0 0 0 0 0 0 x 0 rw",
 		"128 0/2 0 0 0 0 x 0 0 0 0 0 rw",
 		"128 0/2 0 0 0 0 0 0 0 0 0 1 backing_dev rw",
+		/* the line of 1.1 */
+		"128 0/2 0 0 0 0 0 0 0 0 0 0 2 unwritten 0 rw",
 		"Fail",
 	};
 	struct target_status s;
@@ -196,8 +270,83 @@ static void test_status_bad(void **state)
 
 	(void)state;
 	for (i = 0; i < ARRAY_SIZE(bad); i++)
-		if (target_parse_status(bad[i], &s))
+		if (target_parse_status(bad[i], &v1_0, &s))
 			fail_msg("'%s' was taken as a status", bad[i]);
+}
+
+static void test_status_bad_keys(void **state)
+{
+	static const char * const bad[] = {
+		/* the line of 1.0 */
+		"rw",
+		"0",
+		"0 x",
+		"0 rx",
+		"0 0 0",
+		"0 rw more",
+		"-0 rw",
+		"x rw",
+		"1 unwritten rw",
+		"1 rw",
+		"2 unwritten rw",
+		"2 unwritten 0",
+		"2 unwritten x rw",
+		"2 unwritten -1 rw",
+		"2 unwritten 18446744073709551616 rw",
+		"2 unwritten 0 trims 1 rw",
+		"4 unwritten 0 rw",
+		"4 unwritten 0 unwritten 0 rw",
+		"6 unwritten 0 trims 1 rw",
+		"3 unwritten 0 trims 1 rw",
+		"3 unwritten 0 rw",
+		"18446744073709551615 unwritten 0 rw",
+		"18446744073709551616 unwritten 0 rw",
+		"2 unwritten 0 nospace",
+		"2 unwritten 0 rw rw",
+	};
+	static const struct target_version others[] = {
+		{ 0, 9, 0 }, { 2, 0, 0 }, { 2, 1, 0 },
+	};
+	const char *good = NUMBERS "0 2 unwritten 0 rw";
+	struct target_status s;
+	char line[256];
+	size_t i;
+
+	(void)state;
+	for (i = 0; i < ARRAY_SIZE(bad); i++) {
+		snprintf(line, sizeof(line), NUMBERS "0 %s", bad[i]);
+		if (target_parse_status(line, &v1_1, &s))
+			fail_msg("'%s' was taken as a status", line);
+	}
+	/* every beginning of a line */
+	assert_true(target_parse_status(good, &v1_1, &s));
+	for (i = 0; i < strlen(good); i++) {
+		memcpy(line, good, i);
+		line[i] = 0;
+		assert_false(target_parse_status(line, &v1_1, &s));
+	}
+	for (i = 0; i < ARRAY_SIZE(others); i++)
+		assert_false(target_parse_status(good, &others[i], &s));
+}
+
+static void test_lacks(void **state)
+{
+	static const struct target_version old = { 0, 9, 0 };
+	struct target_table t;
+
+	(void)state;
+	assert_true(target_parse_table("7:0 7:1 16 196608 2 65536 1 4", &t));
+	assert_null(target_lacks(&v1_0, &t));
+	assert_true(target_parse_table("7:0 7:1 16 196608 2 65536 1 4 8 read_only data_file_raw extended_l2 backing_dev 7:2 no_discard_passdown cache_limit 65536",
+				       &t));
+	assert_null(t.f.unknown);
+	assert_null(target_lacks(&v1_0, &t));
+	assert_null(target_lacks(&v1_1, &t));
+	assert_string_equal(target_lacks(&old, &t), "read_only");
+	assert_true(target_parse_table("7:0 7:1 16 196608 2 65536 1 4 4 read_only shiny cache_limit 65536",
+				       &t));
+	assert_string_equal(t.f.unknown, "shiny");
+	assert_string_equal(target_lacks(&v1_1, &t), "shiny");
 }
 
 int main(void)
@@ -208,8 +357,12 @@ int main(void)
 		cmocka_unit_test(test_table_all_features),
 		cmocka_unit_test(test_table_too_long),
 		cmocka_unit_test(test_table_bad),
+		cmocka_unit_test(test_status_old),
 		cmocka_unit_test(test_status),
+		cmocka_unit_test(test_status_long),
 		cmocka_unit_test(test_status_bad),
+		cmocka_unit_test(test_status_bad_keys),
+		cmocka_unit_test(test_lacks),
 	};
 
 	return cmocka_run_group_tests_name("target", tests, NULL, NULL);
