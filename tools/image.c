@@ -429,10 +429,22 @@ static int read_failed(const struct image *img, int err)
 /* For bitmap_end(): where the last cluster ends that a bitmap uses. */
 struct bitmap_end {
 	const struct image *img;
-	uint64_t end, bytes;
+	uint64_t end, bytes, bitmaps;
 	int err;
 	bool beyond;		/* it would lie behind the end of the file */
 };
+
+/* So many bitmaps are not asked what they are good for. */
+#define USUAL_BITMAPS	64
+
+/* What a bitmap takes if all of it is in use. */
+static uint64_t bitmap_bytes(const struct image *img, const struct bitmap *b)
+{
+	uint64_t bits = div_up(img->h.size, 1ULL << b->granularity_bits);
+	uint64_t cs = cluster_size(img), data = div_up(div_up(bits, 8), cs);
+
+	return (data + div_up(data * 8, cs)) * cs;
+}
 
 static int bitmap_end(const struct bitmap *b, void *arg)
 {
@@ -442,7 +454,8 @@ static int bitmap_end(const struct bitmap *b, void *arg)
 	size_t i, n;
 
 	e->end = max_u64(e->end, off + left);
-	e->bytes += align_up(left, cluster_size(e->img));
+	if (e->bitmaps++ < USUAL_BITMAPS)
+		e->bytes += bitmap_bytes(e->img, b);
 	for (; left; left -= n, off += n) {
 		n = min_u64(left, sizeof(chunk));
 		e->err = read_at(e->img->node.fd, chunk, n, off);
@@ -455,10 +468,9 @@ static int bitmap_end(const struct bitmap *b, void *arg)
 				e->beyond = true;
 				return 1;
 			}
-			if (!at)
-				continue;
-			e->end = max_u64(e->end, at + cluster_size(e->img));
-			e->bytes += cluster_size(e->img);
+			if (at)
+				e->end = max_u64(e->end,
+						 at + cluster_size(e->img));
 		}
 	}
 	return 0;
@@ -492,8 +504,7 @@ static int referenced_by_bitmaps(struct image *img, uint64_t *end)
 			    esc(img->node.path), why);
 	*end = max_u64(*end, img->h.bitmap_dir_offset + img->h.bitmap_dir_size);
 	*end = max_u64(*end, b.end);
-	img->bitmap_bytes = align_up(img->h.bitmap_dir_size, cluster_size(img)) +
-			    b.bytes;
+	img->bitmap_bytes = b.bytes;
 	return 0;
 }
 

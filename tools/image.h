@@ -32,7 +32,7 @@ struct image {
 	__be64 *l1;			/* image_load_tables() */
 	__be64 *reftable;
 	uint8_t *bitmap_dir;		/* image_load_bitmaps() */
-	uint64_t bitmap_bytes;		/* in use by bitmaps; image_end() */
+	uint64_t bitmap_bytes;		/* what bitmaps can need; image_end() */
 	struct undo *undo;		/* newest first */
 	/* The file, or the one behind a device; fd -1: it cannot get longer. */
 	struct space space;

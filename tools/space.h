@@ -29,7 +29,7 @@ struct space {
  * writes there cannot fail for want of space, unless the file system copies on
  * write.  Where a file system cannot do that, the file becomes sparse, and a
  * warning says so.  Durable when it returns 0; else it prints why, and what it has
- * done remains to be given back.
+ * done remains to be given back.  Not to be called again before that.
  */
 int space_take(struct space *s, uint64_t size, uint64_t real);
 /*
