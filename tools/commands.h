@@ -24,6 +24,7 @@ struct options {
 	bool extended_l2;
 	bool size_auto;			/* --size auto */
 	bool no_discard_passdown;
+	bool sparse;
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
 	/* --backing-file, from top to bottom */
 	const char *backing_file[MAX_BACKING_FILES];

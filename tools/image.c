@@ -33,14 +33,15 @@ int image_attach(struct image *img, const struct node *node)
 	size_t len;
 	int ret;
 
-	*img = (struct image){ .node = *node };
+	*img = (struct image){ .node = *node, .space.fd = -1 };
 	/* It may have grown between the time it was opened, and locked. */
 	if (!node->bdev) {
 		if (fstat(node->fd, &st))
 			return fail_errno("%s: cannot stat it", esc(node->path));
 		img->node.size = st.st_size;
+		img->space.fd = node->fd;
+		img->space.path = node->path;
 	}
-	img->size_before = img->node.size;
 	len = min_u64(img->node.size, 1U << QCOW2_MAX_CLUSTER_BITS);
 	/* never empty, so that NULL always means out of memory */
 	img->first = malloc(len + 1);
@@ -103,6 +104,7 @@ void image_close(struct image *img)
 	free(img->l1);
 	free(img->reftable);
 	free(img->bitmap_dir);
+	space_free(&img->space);
 	node_close(&img->node);
 	*img = (struct image)IMAGE_CLOSED;
 }
@@ -427,10 +429,22 @@ static int read_failed(const struct image *img, int err)
 /* For bitmap_end(): where the last cluster ends that a bitmap uses. */
 struct bitmap_end {
 	const struct image *img;
-	uint64_t end;
+	uint64_t end, bytes, bitmaps;
 	int err;
 	bool beyond;		/* it would lie behind the end of the file */
 };
+
+/* So many bitmaps are not asked what they are good for. */
+#define USUAL_BITMAPS	64
+
+/* What a bitmap takes if all of it is in use. */
+static uint64_t bitmap_bytes(const struct image *img, const struct bitmap *b)
+{
+	uint64_t bits = div_up(img->h.size, 1ULL << b->granularity_bits);
+	uint64_t cs = cluster_size(img), data = div_up(div_up(bits, 8), cs);
+
+	return (data + div_up(data * 8, cs)) * cs;
+}
 
 static int bitmap_end(const struct bitmap *b, void *arg)
 {
@@ -440,6 +454,8 @@ static int bitmap_end(const struct bitmap *b, void *arg)
 	size_t i, n;
 
 	e->end = max_u64(e->end, off + left);
+	if (e->bitmaps++ < USUAL_BITMAPS)
+		e->bytes += bitmap_bytes(e->img, b);
 	for (; left; left -= n, off += n) {
 		n = min_u64(left, sizeof(chunk));
 		e->err = read_at(e->img->node.fd, chunk, n, off);
@@ -488,6 +504,7 @@ static int referenced_by_bitmaps(struct image *img, uint64_t *end)
 			    esc(img->node.path), why);
 	*end = max_u64(*end, img->h.bitmap_dir_offset + img->h.bitmap_dir_size);
 	*end = max_u64(*end, b.end);
+	img->bitmap_bytes = b.bytes;
 	return 0;
 }
 
@@ -499,6 +516,7 @@ static int referenced_end(struct image *img, uint64_t *end)
 	uint32_t i;
 	int ret;
 
+	img->bitmap_bytes = 0;
 	max = max_u64(max, g->l1_offset + (uint64_t)g->l1_entries * 8);
 	max = max_u64(max, g->reftable_offset +
 			   ((uint64_t)g->reftable_clusters << g->cluster_bits));
@@ -718,13 +736,16 @@ void image_undo(struct image *img)
 		img->undo = u->next;
 		free(u);
 	}
-	if (!stuck && !img->node.bdev && img->node.size != img->size_before) {
-		if (ftruncate(img->node.fd, img->size_before))
-			failed = true;
-		img->node.size = img->size_before;
-	}
 	if (!img->node.read_only && fsync(img->node.fd))
 		failed = true;
+	if (!stuck && img->space.taken) {
+		node_drop_cache(&img->node);
+		if (space_give_back(&img->space) ||
+		    (img->resized && img->resized(img)))
+			failed = true;
+		if (!img->node.bdev)
+			img->node.size = img->space.length;
+	}
 	if (failed)
 		warning("%s: could not be put back as it was: %s; check it with qemu-img check",
 			esc(img->node.path), strerror(errno));
@@ -956,18 +977,60 @@ out:
 	return ret;
 }
 
-/* Make the file longer, or what stands for it. */
-static int extend(struct image *img, uint64_t size)
+/*
+ * So much, and not more, can be meant for the metadata of an image of @size bytes:
+ * twice what a new one could need.  The rest is for old tables that are larger
+ * than that, and for clusters that crashes have leaked.
+ */
+static uint64_t most_space(const struct image *img, uint64_t size)
 {
+	struct qcow2_geometry geo = img->geo;
+	struct plan_new p;
+
+	geo.size = size;
+	plan_new(&geo, true, &p);
+	return 2 * (p.worst_case * cluster_size(img) + img->bitmap_bytes) +
+	       64 * MIB;
+}
+
+/*
+ * Make the file longer, or the one behind the device, and all of it real: up to
+ * @need bytes, or to its end.  Who made the image said where its clusters lie: he
+ * must not be able to take more of the file system than such an image needs.
+ */
+static int take_space(struct image *img, uint64_t need, uint64_t virtual_size)
+{
+	uint64_t size = max_u64(align_up(img->node.size, cluster_size(img)),
+				need);
+	uint64_t real = SPACE_SPARSE, most;
 	int ret;
 
-	if (img->extend)
-		return img->extend(img, size);
-	if (ftruncate(img->node.fd, size))
-		return fail_errno("%s: cannot extend it to %s",
-				  esc(img->node.path), human_size(size));
-	img->node.size = size;
-	ret = image_sync(img);
+	if (img->space_kind == IMAGE_REAL) {
+		most = most_space(img, virtual_size);
+		if (need > most)
+			return fail(EX_WRONG,
+				    "%s: metadata is spread over %s, far more than an image of %s can need, and all of that would have to take space; free what is leaked (qcow2setup check --repair leaks), or use --sparse",
+				    esc(img->node.path), human_size(need),
+				    human_size(virtual_size));
+		/* What is longer than it can need was made so by somebody. */
+		real = size > most ? need : size;
+	} else if (img->space_kind == IMAGE_SPARSE) {
+		warning("%s: stays sparse: when its file system is full, writes that need more metadata fail",
+			esc(img->space.path));
+	}
+	ret = space_take(&img->space, size, real);
+	if (ret || size == img->node.size)
+		return ret;
+	if (!img->resized)
+		img->node.size = size;
+	else
+		ret = img->resized(img);
+	if (!ret && img->node.size < size)
+		ret = fail(EX_WRONG,
+			   "%s: device has %llu bytes, less than the %llu that are needed; enlarge the device",
+			   esc(img->node.path),
+			   (unsigned long long)img->node.size,
+			   (unsigned long long)size);
 	if (!ret)
 		note("%s: extended to %s", esc(img->node.path),
 		     human_size(size));
@@ -998,8 +1061,8 @@ int image_make_room(struct image *img, const struct room *room)
 {
 	struct qcow2_geometry geo = img->geo;
 	uint64_t cs = cluster_size(img), end, missing = room->more, leaked = 0;
-	uint64_t unlimited = UINT64_MAX / cs, limit = unlimited, found, size;
-	bool fixed = img->node.bdev && !img->extend;
+	uint64_t unlimited = UINT64_MAX / cs, limit = unlimited, found;
+	bool fixed = img->space.fd < 0;
 	struct plan plan;
 	uint32_t needed, i;
 	int ret, tries;
@@ -1051,9 +1114,7 @@ int image_make_room(struct image *img, const struct room *room)
 		    end + 2 * plan.reftable_clusters + 2 > limit)
 			plan.reftable_clusters = 0;
 	} else {
-		size = max_u64(align_up(img->node.size, cs),
-			       plan.clusters * cs);
-		ret = size != img->node.size ? extend(img, size) : 0;
+		ret = take_space(img, plan.clusters * cs, room->size);
 		if (ret)
 			return ret;
 	}

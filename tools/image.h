@@ -12,12 +12,19 @@
 
 #include "header.h"
 #include "node.h"
+#include "space.h"
 
 struct undo;
 
+/* How an image file gets longer. */
+enum image_space {
+	IMAGE_REAL,		/* all that it can need is taken at once */
+	IMAGE_SPARSE,		/* the user does not want that: it is said */
+	IMAGE_PASSING,		/* sparse, since it is cut off again */
+};
+
 struct image {
 	struct node node;
-	uint64_t size_before;		/* of the file, when it was opened */
 	uint8_t *first;			/* first cluster */
 	struct header h;
 	/* Valid if image_reasons() found nothing. */
@@ -25,13 +32,17 @@ struct image {
 	__be64 *l1;			/* image_load_tables() */
 	__be64 *reftable;
 	uint8_t *bitmap_dir;		/* image_load_bitmaps() */
+	uint64_t bitmap_bytes;		/* what bitmaps can need; image_end() */
 	struct undo *undo;		/* newest first */
-	/* How a device gets longer; NULL if it cannot. */
-	int (*extend)(struct image *img, uint64_t size);
-	void *extend_arg;
+	/* The file, or the one behind a device; fd -1: it cannot get longer. */
+	struct space space;
+	enum image_space space_kind;
+	/* Lets a device see that its file has another length. */
+	int (*resized)(struct image *img);
+	void *resized_arg;
 };
 
-#define IMAGE_CLOSED	{ .node = NODE_CLOSED }
+#define IMAGE_CLOSED	{ .node = NODE_CLOSED, .space.fd = -1 }
 
 /* Open, read and parse the header.  Prints why it failed; an exit code. */
 int image_open(struct image *img, int dirfd, const char *path,

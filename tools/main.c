@@ -34,6 +34,7 @@ enum {
 	OPT_BACKING_FILE	= 1U << 14,
 	OPT_REPAIR		= 1U << 15,
 	OPT_BACKING_FORMAT	= 1U << 16,
+	OPT_SPARSE		= 1U << 17,
 	/* everywhere */
 	OPT_HELP		= 1U << 29,
 	OPT_VERSION		= 1U << 30,
@@ -56,7 +57,7 @@ static const struct action {
 	  "IMAGE --data-file DEV|FILE", "make an image for a data file or device" },
 	{ "open", cmd_open, 2, 2,
 	  OPT_DATA_FILE | OPT_READ_ONLY | OPT_TRUST | OPT_BACKING_FILE |
-	  OPT_NO_PASSDOWN | OPT_CACHE_LIMIT,
+	  OPT_NO_PASSDOWN | OPT_CACHE_LIMIT | OPT_SPARSE,
 	  "IMAGE NAME --data-file DEV|FILE", "make an image the device /dev/mapper/NAME" },
 	{ "close", cmd_close, 1, 1, OPT_DEFERRED,
 	  "NAME", "remove a device" },
@@ -75,7 +76,7 @@ static const struct action {
 	  OPT_JSON,
 	  "--size SIZE", "tell how much metadata an image can need" },
 	{ "resize", cmd_resize, 1, 1,
-	  OPT_SIZE | OPT_DATA_FILE | OPT_BACKING_FILE,
+	  OPT_SIZE | OPT_DATA_FILE | OPT_BACKING_FILE | OPT_SPARSE,
 	  "IMAGE|NAME --size SIZE|auto", "give an image another size" },
 };
 
@@ -99,6 +100,7 @@ static const struct opt_desc {
 	{ OPT_BACKING_FORMAT, "backing-format", "FORMAT", "of the backing file: raw or qcow2" },
 	{ OPT_NO_PASSDOWN, "no-discard-passdown", NULL, "keep discarded blocks of the data device" },
 	{ OPT_CACHE_LIMIT, "cache-limit", "SIZE", "memory for the map (default: 64M)" },
+	{ OPT_SPARSE, "sparse", NULL, "take no space for metadata before it is needed" },
 	{ OPT_REPAIR, "repair", "WHAT", "leaks, or all: everything that can be repaired" },
 	{ OPT_OVERWRITE, "overwrite-device", NULL, "IMAGE is a block device: overwrite it" },
 	{ OPT_JSON, "json", NULL, "print JSON" },
@@ -200,6 +202,9 @@ static int parse_option(unsigned int flag, const char *arg, struct options *opt)
 		if (!parse_size(arg, &opt->cache_limit) || !opt->cache_limit)
 			return fail(EX_PARAMETER, "--cache-limit %s is not a size; use a number such as 64M",
 				    esc(arg));
+		return 0;
+	case OPT_SPARSE:
+		opt->sparse = true;
 		return 0;
 	case OPT_REPAIR:
 		if (strcmp(arg, "leaks") && strcmp(arg, "all"))

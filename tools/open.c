@@ -356,6 +356,8 @@ static int activate(struct mapping *m, const char *name,
 	bool read_only = !opt || opt->read_only;
 	int ret = 0;
 
+	if (!read_only && opt->sparse)
+		m->img.space_kind = IMAGE_SPARSE;
 	if (!read_only)
 		ret = image_prepare(&m->img);
 	if (!ret && interrupted())

@@ -214,6 +214,7 @@ static int grow_offline(struct offline *o, struct growth *g)
 	/* The format wants this of all who write. */
 	if (!ret)
 		ret = image_clear_autoclear(&o->img);
+	o->img.space_kind = IMAGE_PASSING;
 	if (!ret && interrupted())
 		ret = EX_WRONG;
 	if (!ret)
@@ -367,10 +368,10 @@ static int part_extend(struct part *p, uint64_t size)
 }
 
 /* For image_make_room(); the node in the image is a copy. */
-static int extend_metadata(struct image *img, uint64_t size)
+static int metadata_resized(struct image *img)
 {
-	struct part *p = img->extend_arg;
-	int ret = part_extend(p, size);
+	struct part *p = img->resized_arg;
+	int ret = part_update(p);
 
 	img->node.size = p->node.size;
 	return ret;
@@ -497,7 +498,8 @@ static int open_live(struct live *l)
 }
 
 /* Everything that is done while nothing can be read or written. */
-static int change_suspended(struct live *l, const struct growth *g)
+static int change_suspended(struct live *l, const struct options *opt,
+			    const struct growth *g)
 {
 	struct dm_line line = {
 		.sectors = l->sectors, .type = DM_TARGET, .params = l->params,
@@ -520,8 +522,11 @@ static int change_suspended(struct live *l, const struct growth *g)
 	if (ret)
 		return ret;
 	if (l->meta.file.fd >= 0) {
-		l->img.extend = extend_metadata;
-		l->img.extend_arg = &l->meta;
+		l->img.space.fd = l->meta.file.fd;
+		l->img.space.path = l->meta.file.path;
+		l->img.space_kind = opt->sparse ? IMAGE_SPARSE : IMAGE_REAL;
+		l->img.resized = metadata_resized;
+		l->img.resized_arg = &l->meta;
 	}
 	image_reasons(&l->img, false, &reasons);
 	if (reasons.n)
@@ -663,7 +668,7 @@ static int resize_live(struct live *l, const struct options *opt)
 		resume_as_it_is(l);
 		goto out;
 	}
-	ret = change_suspended(l, &g);
+	ret = change_suspended(l, opt, &g);
 	if (ret)
 		bring_back(l);
 out:

@@ -399,60 +399,152 @@ closed_over_device()
 	qemu-img compare -q -f qcow2 -F raw "$dir/i.qcow2" "$dir/model"
 }
 
-# What the guest has written cannot be committed when the device is suspended: it
-# is in the live table only, which therefore stays.
-commit_fails()
+# key NAME: of the status line
+key()
 {
-	local try
-
-	# On a slow machine the timer's commit can be the first to fail: not this case.
-	for try in {1..5}; do
-		commit_fails_once
-		[ -n "$late" ] || return 0
-		note "the timer was faster ($try)"
-	done
-	fault "the timer was faster, each time"
+	dmsetup status "$name" | grep -oP " $1 \K[0-9]+"
 }
 
-commit_fails_once()
+# What must not change when it is refused: the table, that it runs, the metadata on $1,
+# the length of the data file.
+refused_state()
 {
-	local meta inject=$here/../../tools/tests/inject-lib
+	dmsetup table "$name"
+	dmsetup info -c --noheadings -o suspended,tables_loaded "$name"
+	sha256sum < "$1"
+	stat -c %s "$dir/i.data"
+}
 
-	rm -f "$dir/i.data" "$dir/model" "$dir/meta.disk"
+# lower_meta KIND: what the metadata device lets through, of 400 sectors
+lower_meta()
+{
+	dmsetup load "$prefix-meta" --table "0 400 $1"
+	dmsetup suspend --noflush "$prefix-meta"
+	dmsetup resume "$prefix-meta"
+}
+
+# What the guest has written cannot be committed when the device is suspended: it
+# is in the live table only, which therefore stays, until it can be written.
+commit_fails()
+{
+	local meta
+
 	truncate -s 200K "$dir/meta.disk"
 	truncate -s 4M "$dir/i.data" "$dir/model"
 	meta=$(losetup -f --show "$dir/meta.disk")
 	dmsetup create "$prefix-meta" --table "0 400 linear $meta 0"
 	"$tool" create "/dev/mapper/$prefix-meta" --data-file "$dir/i.data" --cluster-size 512 --overwrite-device
 	"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data" 2> "$dir/err"
-	put old 7168 1
+	put old 4096 1
 	sync "/dev/mapper/$name"
-	table=$(dmsetup table "$name")
-	before=$(sha256sum < "$dir/meta.disk")
+	lower_meta "flakey $meta 0 0 3600 1 error_writes"
+	before=$(refused_state "$dir/meta.disk")
+	# In an L2 table that is there: nothing has to be reserved for it.
 	pattern unsaved 7168 > "$dir/piece"
-	# Less than a second before the suspend: no commit has been tried yet.
-	cat > "$dir/break" <<-E
-		dmsetup load $prefix-meta --table '0 400 flakey $meta 0 0 3600 1 error_writes'
-		dmsetup suspend --noflush $prefix-meta
-		dmsetup resume $prefix-meta
-		dd if=$dir/piece of=/dev/mapper/$name bs=512 seek=4096 oflag=direct conv=notrunc status=none
-	E
-	refused 4 'could not be written.*before it is closed|is in mode fail' \
-		env INJECT_AT=1 "INJECT_COMMAND=sh -e $dir/break" LD_PRELOAD="$inject" "$tool" resize "$name" --size 8M
-	late=$(grep 'is in mode fail' <<< "$err" || true)
-	[ "$table" = "$(dmsetup table "$name")" ] || fault "another table: $(dmsetup table "$name")"
-	[ "$(dmsetup info -c --noheadings -o suspended "$name")" = Active ]
-	[ "$(stat -c %s "$dir/i.data")" = $((4 << 20)) ] || fault "the data file has grown"
-	[ "$(mode i)" = fail ] || fault "mode $(mode i)"
-	[ "$before" = "$(sha256sum < "$dir/meta.disk")" ] || fault "the metadata was changed"
-	# It can be saved.
-	dd if="$dir/piece" of="$dir/model" bs=512 seek=4096 conv=notrunc status=none
+	dd if="$dir/piece" of="/dev/mapper/$name" bs=512 seek=2060 oflag=direct conv=notrunc status=none
+	dd if="$dir/piece" of="$dir/model" bs=512 seek=2060 conv=notrunc status=none
+	for _ in 1 2; do
+		refused 5 "$name: metadata could not be written, and waits.*see dmesg.*$prefix-meta.*try again" \
+			"$tool" resize "$name" --size 8M
+		[ "$before" = "$(refused_state "$dir/meta.disk")" ] || fault "changed: $(refused_state "$dir/meta.disk")"
+		[ "$(mode i)" = rw ] || fault "mode $(mode i)"
+	done
+	"$tool" status "$name" --json | jq -e '.statistics.unwritten > 0' > "$dir/json"
+	"$tool" status "$name" | grep -q 'could not be written.*see dmesg'
+	# A suspended device is not closed, nor shown as it is not.
+	dmsetup suspend "$name"
+	[ "$(key unwritten)" -gt 0 ]
+	refused 4 'could not be written.*resume' "$tool" close "$name"
+	refused 4 'could not be written.*resume' "$tool" map "$name"
+	dmsetup resume "$name"
+	refused 4 'cannot flush' "$tool" close "$name"
 	cmp "/dev/mapper/$name" "$dir/model"
-	dmsetup remove --retry "$name"
+	lower_meta "linear $meta 0"
+	sync "/dev/mapper/$name"
+	[ "$(key unwritten)" = 0 ] || fault "$(dmsetup status "$name")"
+	truncate -s 1024K "$dir/meta.disk"
+	losetup -c "$meta"
+	dmsetup suspend "$name"
+	dmsetup load "$prefix-meta" --table "0 2048 linear $meta 0"
+	dmsetup resume "$prefix-meta"
+	dmsetup resume "$name"
+	"$tool" resize "$name" --size 8M
+	truncate -s 8M "$dir/model"
+	put new 512 7
+	cmp "/dev/mapper/$name" "$dir/model"
+	"$tool" close "$name"
 	dmsetup remove --retry "$prefix-meta"
 	qemu-img check -q -f qcow2 "$meta" || fault "qemu-img check: $?"
+	qemu-img compare -q -f qcow2 -F raw "$dir/meta.disk" "$dir/model"
 	losetup -d "$meta"
-	for f in $(losetup -n -O NAME -j "$dir/i.data"); do losetup -d "$f"; done
+	poll 30 loops_gone
+	nothing_left
+}
+
+# The same for want of space, which ends by itself.
+no_space_for_commit()
+{
+	truncate -s 24M "$dir/fs"
+	mkfs.ext4 -q -F -m 0 "$dir/fs"
+	mkdir "$dir/mnt"
+	mount -o loop "$dir/fs" "$dir/mnt"
+	truncate -s 64M "$dir/i.data" "$dir/model"
+	# All L2 tables are there, but as holes.
+	"$tool" create "$dir/dense.qcow2" --data-file "$dir/i.data" --cluster-size 64k --preallocation metadata
+	cp --sparse=always "$dir/dense.qcow2" "$dir/mnt/i.qcow2"
+	"$tool" open "$dir/mnt/i.qcow2" "$name" --data-file "$dir/i.data" --sparse 2> "$dir/err"
+	not dd if=/dev/zero of="$dir/mnt/fill" bs=64k status=none 2> "$dir/err"
+	not dd if=/dev/zero of="$dir/mnt/fill" bs=1k oflag=append conv=notrunc status=none 2> "$dir/err"
+	sync "$dir/mnt/fill"
+	before=$(refused_state "$dir/mnt/i.qcow2")
+	put waits 4096 1
+	not sync "/dev/mapper/$name" 2> "$dir/err"
+	grep -qi 'no space' "$dir/err" || fault "$(cat "$dir/err")"
+	[ "$(mode i)" = nospc ] || fault "$(dmsetup status "$name")"
+	"$tool" status "$name" | grep -q "no space for metadata.*free some where $dir/mnt/i.qcow2 is"
+	"$tool" status | grep -q "^$name .*nospc"
+	refused 5 "no space for metadata.*free some where $dir/mnt/i.qcow2 is" "$tool" resize "$name" --size 8G
+	[ "$before" = "$(refused_state "$dir/mnt/i.qcow2")" ] ||
+		fault "changed: $(refused_state "$dir/mnt/i.qcow2")"
+	[ "$(mode i)" = nospc ] || fault "$(dmsetup status "$name")"
+	refused 4 'cannot flush.*free some space' "$tool" close "$name"
+	rm "$dir/mnt/fill"
+	sync "/dev/mapper/$name"
+	[ "$(mode i)" = rw ] || fault "$(dmsetup status "$name")"
+	[ "$(key unwritten)" = 0 ]
+	"$tool" resize "$name" --size 8G
+	truncate -s 8G "$dir/model"
+	"$tool" close "$name"
+	qemu-img check -q -f qcow2 "$dir/mnt/i.qcow2" || fault "qemu-img check: $?"
+	qemu-img compare -q -f qcow2 -F raw "$dir/mnt/i.qcow2" "$dir/model"
+}
+
+# Another device over the same metadata becomes live while ours is suspended.
+taken_meanwhile()
+{
+	local rc=0 inject=$here/../../tools/tests/inject-lib other=$prefix-other
+
+	image i $((4 << 20)) ''
+	truncate -s 4M "$dir/model"
+	open_it
+	put old 7168 1
+	dmsetup create "$other" --notable
+	dmsetup load "$other" --table "$(dmsetup table "$name")"
+	not dmsetup resume "$other" 2> "$dir/err"
+	INJECT_COUNT=$dir/calls LD_PRELOAD=$inject "$tool" resize "$name" --size 4M
+	# The last call is that which makes it live again.
+	INJECT_AT=$(cat "$dir/calls") INJECT_COMMAND="dmsetup resume $other" LD_PRELOAD=$inject \
+		"$tool" resize "$name" --size 4M 2> "$dir/err" || rc=$?
+	[ "$rc" = 5 ] || fault "status $rc: $(cat "$dir/err")"
+	[ "$(grep -vc 'warning: ' "$dir/err")" = 2 ]
+	[ "$(grep -c "$name: the image is in use by another device; close that first" "$dir/err")" = 2 ]
+	grep -q "$name: device stays suspended.*dmsetup resume $name" "$dir/err"
+	dmsetup remove --retry "$other"
+	dmsetup resume "$name"
+	put new 7168 2
+	"$tool" resize "$name" --size 5M
+	truncate -s 5M "$dir/model"
+	judge
 }
 
 start jq fio mkfs.ext4 resize2fs e2fsck
@@ -480,4 +572,6 @@ check "image that is closed, clusters of 512" closed cluster_size=512
 check "image that is closed, its backing file is a disk" closed_over_device disk
 check "image that is closed, its backing file is an image on a disk" closed_over_device image
 check "a commit that fails in the suspend" commit_fails
+check "no space for the commit in the suspend" no_space_for_commit
+check "another device takes the image meanwhile" taken_meanwhile
 finish

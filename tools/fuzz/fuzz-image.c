@@ -10,6 +10,7 @@
  * undone, one that makes an image worse or changes what the disk holds, and a
  * repair that does not last.
  */
+#include <errno.h>
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -25,10 +26,13 @@
 #define PIECE		512
 #define HEAD		3
 #define MAX_PIECES	64
+#define SPACE		(128 << 20)
 
 bool __wrap_loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 		      size_t size);
 int __wrap_fsync(int fd);
+int __real_fallocate64(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate64(int fd, int mode, off_t off, off_t len);
 
 /* It reads all of /sys/block, for a file that no one else can have. */
 bool __wrap_loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
@@ -46,6 +50,16 @@ int __wrap_fsync(int fd)
 {
 	(void)fd;
 	return 0;
+}
+
+/* The file is in memory, of which an image could want any amount. */
+int __wrap_fallocate64(int fd, int mode, off_t off, off_t len)
+{
+	if (!mode && off + len > SPACE) {
+		errno = ENOSPC;
+		return -1;
+	}
+	return __real_fallocate64(fd, mode, off, len);
 }
 
 /*

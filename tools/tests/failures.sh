@@ -81,7 +81,7 @@ with_injection() {
 
 # each_step WHAT OPEN OPTIONS...
 each_step() {
-	local what=$1 calls k sig status wrong
+	local what=$1 calls k sig status wrong extent
 	shift
 
 	cp image original
@@ -89,6 +89,7 @@ each_step() {
 	status=$?
 	"$tool" close $name
 	cp original image
+	extent=$(stat -c '%s %b' image)
 	calls=$(cat calls)
 	if [ $status -eq 0 ] && [ "$calls" -gt 10 ]; then
 		report "$what: opens, with $calls calls"
@@ -112,6 +113,9 @@ each_step() {
 				cp original image
 			elif [ -z "$sig" ] && [ "$(grep -vc warning: said)" -ne 1 ]; then
 				wrong="call $k: not one line is said"
+			# Holes that were filled, and what was behind the end
+			elif [ "$extent" != "$(stat -c '%s %b' image)" ]; then
+				wrong="call $k: length and blocks: $(stat -c '%s %b' image), before: $extent"
 			fi
 			status=$(left)
 			[ -z "$status" ] || wrong="call $k: left: $status"
@@ -159,6 +163,7 @@ device_state() {
 	dmsetup table $name
 	dmsetup info -c --noheadings -o suspended $name
 	od -An -tx1 -N 112 image
+	stat -c '%s %b' image
 	stat -c %s data
 }
 
@@ -259,6 +264,120 @@ cp image original
 dd if=data of=before bs=1M count=1 status=none
 each_resize_step "resize"
 each_resize_kill "resize"
+
+# What a kernel says that has status lines with keys: version, end of the line.
+says() {
+	local version=$1 end=$2
+	shift 2
+	env INJECT_VERSION="$version" INJECT_STATUS="$end" LD_PRELOAD="$inject" "$tool" "$@" >out 2>said
+}
+
+# says_no EXIT_CODE PATTERN VERSION END ACTION...: refused in one line, all is as before
+says_no() {
+	local code=$1 pattern=$2 before status
+	shift 2
+	before=$(device_state; dmsetup info -c --noheadings -o tables_loaded $name)
+	says "$@"
+	status=$?
+	[ $status -eq "$code" ] || wrong+="$3, $2: exit code $status; "
+	grep -q "^qcow2setup: .*$pattern" said && [ "$(wc -l <said)" -eq 1 ] && [ ! -s out ] ||
+		wrong+="$3, $2: $(cat said); "
+	[ "$before" = "$(device_state; dmsetup info -c --noheadings -o tables_loaded $name)" ] ||
+		wrong+="$3, $2: not as before; "
+}
+
+keys() {
+	echo "6 unwritten $1 free_clusters 12 trims 7"
+}
+
+# What is not on disk is in the live table only.
+"$tool" open image $name --data-file data
+wrong=
+says_no 5 "$name: metadata could not be written.*see dmesg.*$work/image.*try again" \
+	1.1.0 "$(keys 3) rw" resize $name --size 2G
+says_no 5 "$name: there is no space for metadata.*free some where $work/image is" \
+	1.1.0 "$(keys 3) nospc" resize $name --size 2G
+says_no 4 'is in mode fail' 1.1.0 "$(keys 0) fail" resize $name --size 2G
+says_no 4 'is in mode ro' 1.1.0 "$(keys 0) ro" resize $name --size 2G
+says_no 4 'does not tell whether all metadata is written; use the qcow2setup that' \
+	1.1.0 "2 trims 0 rw" resize $name --size 2G
+# What is left of it is not known here: no room for a guess.
+for end in "rw" "0" "5 unwritten 0 trims 0 rw" "2 unwritten x rw" "2 unwritten 0 xy"; do
+	says_no 4 'version 1.1.0, is not understood' 1.1.0 "$end" resize $name --size 2G
+	says_no 4 'version 1.1.0, is not understood' 1.1.0 "$end" status $name
+done
+for action in "resize $name --size 2G" "status $name"; do
+	# shellcheck disable=SC2086 # words are wanted
+	says_no 4 '2.0.0, which is not known; use a newer qcow2setup' 2.0.0 "$(keys 0) rw" $action
+	# shellcheck disable=SC2086 # words are wanted
+	says_no 4 '0.9.0, which is too old; reload the module' 0.9.0 rw $action
+done
+dmsetup suspend $name
+for action in close map; do
+	says_no 4 'is suspended, and.*could not be written.*dmsetup resume' 1.1.0 "$(keys 1) rw" $action $name
+done
+dmsetup resume $name
+report "status with keys: refusals" "$wrong"
+
+wrong=
+says 1.1.0 "10 shiny new unwritten 4 free_clusters 12 more than trims 7 nospc" status $name --json || wrong="exit code $?"
+jq -e '.mode == "nospc" and (.statistics | .unwritten == 4 and ."free-clusters" == 12 and .trims == 7)' out >said ||
+	wrong="$(cat out)"
+says 1.1.0 "$(keys 4) nospc" status $name || wrong="exit code $?"
+grep -q '^  mode:  *nospc$' out && grep -q '^  unwritten:  *4$' out && grep -q '^  free clusters:  *12$' out &&
+	grep -q '^  trims:  *7$' out && grep -q "no space.*free some where $work/image is" out || wrong="$(cat out)"
+says 1.1.0 "$(keys 4) rw" status $name || wrong="exit code $?"
+grep -q "could not be written.*see dmesg" out || wrong="$(cat out)"
+says 1.1.0 "$(keys 0) rw" status $name || wrong="exit code $?"
+! grep -q "could not be written\|no space" out || wrong="$(cat out)"
+# In a list it keeps none from being shown.
+says 1.1.0 "nonsense" status
+[ $? -eq 4 ] && grep -q "^$name .*unknown" out && grep -q 'not understood' said || wrong="$(cat out said)"
+says 1.1.0 "$(keys 0) rw" resize $name --size 2G || wrong="$(cat said)"
+[ "$(blockdev --getsize64 /dev/mapper/$name)" -eq $((2 << 30)) ] || wrong="not resized"
+"$tool" close $name
+cp original image
+truncate -s 1G data
+report "status with keys: shown, and resize" "${wrong:-$(left)}"
+
+# Another device has the image when a table is to become live: just one of the calls
+# that can be busy is that.
+wrong='' hits=0
+with_injection INJECT_COUNT=calls -- || wrong="open: exit code $?"
+"$tool" close $name
+for ((k = 1; k <= $(cat calls); k++)); do
+	cp original image
+	with_injection INJECT_AT=$k INJECT_ERRNO=16 --
+	status=$?
+	if grep -q 'in use by another device; close that first' said; then
+		[ $status -eq 5 ] || wrong="open, call $k: exit code $status"
+		hits=$((hits + 1))
+	fi
+	# For a loop device it is tried again.
+	[ $status -ne 0 ] || "$tool" close $name
+done
+[ $hits -eq 1 ] || wrong="open: $hits of $k"
+"$tool" open image $name --data-file data
+resize_step INJECT_COUNT=calls || wrong="resize: exit code $?"
+"$tool" close $name
+hits=0
+for ((k = 1; k <= $(cat calls); k++)); do
+	cp original image
+	truncate -s 1G data
+	"$tool" open image $name --data-file data
+	resize_step INJECT_AT=$k INJECT_ERRNO=16
+	status=$?
+	if grep -q 'in use by another device; close that first' said; then
+		[ $status -eq 5 ] || wrong="resize, call $k: exit code $status"
+		hits=$((hits + 1))
+	fi
+	dmsetup resume $name
+	"$tool" close $name
+done
+[ $hits -eq 1 ] || wrong="resize: $hits of $k"
+cp original image
+truncate -s 1G data
+report "the image is in use by another device" "${wrong:-$(left)}"
 
 # A suspension that is not ours is not ended.
 "$tool" open image $name --data-file data

@@ -4,6 +4,13 @@
  *
  *	image-steps prepare IMAGE	as open does before it makes a device
  *	image-steps undo IMAGE		the same, then undo it
+ *	image-steps sparse IMAGE	prepare with --sparse
+ *	image-steps space IMAGE FREE ROOM ERRNO
+ *					prepare, and undo it if it fails, where the
+ *					file system has FREE bytes left, and from byte
+ *					ROOM on no space is to be had, but ERRNO
+ *	image-steps signal IMAGE N	the same, with a signal in the Nth call that
+ *					takes space
  *	image-steps trim IMAGE		as close does in the end
  *	image-steps crash IMAGE N SEED	prepare, with a power cut after N writes:
  *					of what was not yet made durable only a
@@ -25,12 +32,15 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "image.h"
+#include "interrupt.h"
 #include "repair.h"
 #include "util.h"
 #include "verify.h"
@@ -42,6 +52,10 @@ int __real_write_at(int fd, const void *buf, size_t len, uint64_t off);
 int __wrap_write_at(int fd, const void *buf, size_t len, uint64_t off);
 int __real_fsync(int fd);
 int __wrap_fsync(int fd);
+int __real_fallocate64(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate64(int fd, int mode, off_t off, off_t len);
+int __real_fstatvfs64(int fd, struct statvfs *v);
+int __wrap_fstatvfs64(int fd, struct statvfs *v);
 
 /* Sectors that were written since the last fsync(), newest first. */
 struct pending {
@@ -115,6 +129,39 @@ int __wrap_fsync(int fd)
 	return fcntl(fd, F_GETFD) < 0 ? -1 : 0;
 }
 
+static struct {
+	unsigned long long left, room;
+	int err;
+	long signal_at;
+} fs = { .left = ~0ULL, .room = ~0ULL };
+
+int __wrap_fallocate64(int fd, int mode, off_t off, off_t len)
+{
+	uint64_t end = off + len;
+	int ret;
+
+	if (fs.signal_at && !--fs.signal_at)
+		raise(SIGTERM);
+	if (mode || end <= fs.room)
+		return __real_fallocate64(fd, mode, off, len);
+	ret = fs.room > (uint64_t)off ?
+	      __real_fallocate64(fd, mode, off, fs.room - off) : 0;
+	if (!ret)
+		errno = fs.err;
+	return -1;
+}
+
+int __wrap_fstatvfs64(int fd, struct statvfs *v)
+{
+	int ret = __real_fstatvfs64(fd, v);
+
+	if (!ret && fs.left != ~0ULL) {
+		v->f_blocks = ~0ULL;
+		v->f_bavail = fs.left / v->f_frsize;
+	}
+	return ret;
+}
+
 static int prepare(struct image *img)
 {
 	struct reasons reasons;
@@ -182,6 +229,23 @@ int main(int argc, char **argv)
 	} else if (!strcmp(argv[1], "undo")) {
 		ret = prepare(&img);
 		image_undo(&img);
+	} else if (!strcmp(argv[1], "sparse")) {
+		img.space_kind = IMAGE_SPARSE;
+		ret = prepare(&img);
+	} else if ((!strcmp(argv[1], "space") && argc == 6) ||
+		   (!strcmp(argv[1], "signal") && argc == 4)) {
+		if (argc == 4) {
+			interrupt_catch();
+			fs.signal_at = atol(argv[3]);
+		} else {
+			fs.left = strtoull(argv[3], NULL, 10);
+			fs.room = strtoull(argv[4], NULL, 10);
+			fs.err = atoi(argv[5]);
+		}
+		verbose = false;
+		ret = prepare(&img);
+		if (ret)
+			image_undo(&img);
 	} else if (!strcmp(argv[1], "trim")) {
 		ret = image_trim(&img, &cut);
 	} else if (!strcmp(argv[1], "crash") && argc == 5) {

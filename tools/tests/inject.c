@@ -3,11 +3,14 @@
  * Preload (LD_PRELOAD) that lets one system call of the tool go wrong, to see
  * that it takes back what it did before.
  *
- * INJECT_AT=N: the Nth call, from 1 on, of those below fails.
+ * INJECT_AT=N: the Nth call, from 1 on, of those below fails; with errno
+ * INJECT_ERRNO, or EIO.
  * INJECT_SIGNAL=SIG: a signal arrives there instead.
  * INJECT_COMMAND=CMD: a shell command is run there instead.
  * INJECT_COUNT=FILE: the number of calls is written to FILE at the end.
  * INJECT_READS=1: calls that open and read files count, too.
+ * INJECT_VERSION=A.B.C: what the kernel says to be the version of the target.
+ * INJECT_STATUS="WORD...": what follows the features in the status line.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -19,6 +22,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 
 static long calls;
@@ -41,7 +45,7 @@ static int goes_wrong(void)
 			abort();
 		return 0;
 	}
-	errno = EIO;
+	errno = getenv("INJECT_ERRNO") ? atoi(getenv("INJECT_ERRNO")) : EIO;
 	return 1;
 }
 
@@ -76,10 +80,55 @@ int fsync(int fd)
 	return goes_wrong() ? -1 : REAL(fsync)(fd);
 }
 
+int fallocate64(int fd, int mode, off_t off, off_t len);
+int fallocate64(int fd, int mode, off_t off, off_t len)
+{
+	return goes_wrong() ? -1 : REAL(fallocate64)(fd, mode, off, len);
+}
+
 int memfd_create(const char *name, unsigned int flags);
 int memfd_create(const char *name, unsigned int flags)
 {
 	return goes_wrong() ? -1 : REAL(memfd_create)(name, flags);
+}
+
+/* The @n-th word of @text, from 1 on; NULL if there are not so many. */
+static char *word(char *text, int n)
+{
+	while (text && --n > 0) {
+		text = strchr(text, ' ');
+		text += text ? 1 : 0;
+	}
+	return text;
+}
+
+/* Put @end behind the features of a status line. */
+static void set_status(char *line, const char *end)
+{
+	char *features = word(line, 12);
+
+	if (!features || !word(features, atoi(features) + 2))
+		abort();
+	strcpy(word(features, atoi(features) + 2), end);
+}
+
+/* Let the kernel speak as another one would do. */
+static void other_target(unsigned long request, struct dm_ioctl *dmi)
+{
+	const char *version = getenv("INJECT_VERSION");
+	const char *status = getenv("INJECT_STATUS");
+	char *data = (char *)dmi + dmi->data_start;
+	struct dm_target_spec *spec = (void *)data;
+	struct dm_target_versions *v = (void *)data;
+
+	if (_IOC_NR(request) == DM_GET_TARGET_VERSION_CMD && version &&
+	    sscanf(version, "%u.%u.%u", &v->version[0], &v->version[1],
+		   &v->version[2]) != 3)
+		abort();
+	if (_IOC_NR(request) == DM_TABLE_STATUS_CMD && status &&
+	    !(dmi->flags & DM_STATUS_TABLE_FLAG) && dmi->target_count == 1 &&
+	    !strcmp(spec->target_type, "qcow2"))
+		set_status((char *)(spec + 1), status);
 }
 
 int ioctl(int fd, unsigned long request, ...);
@@ -87,6 +136,7 @@ int ioctl(int fd, unsigned long request, ...)
 {
 	va_list ap;
 	void *arg;
+	int ret;
 
 	va_start(ap, request);
 	arg = va_arg(ap, void *);
@@ -95,7 +145,10 @@ int ioctl(int fd, unsigned long request, ...)
 	     request == LOOP_SET_CAPACITY ||
 	     _IOC_TYPE(request) == DM_IOCTL) && goes_wrong())
 		return -1;
-	return REAL(ioctl)(fd, request, arg);
+	ret = REAL(ioctl)(fd, request, arg);
+	if (!ret && _IOC_TYPE(request) == DM_IOCTL)
+		other_target(request, arg);
+	return ret;
 }
 
 static int read_goes_wrong(void)
