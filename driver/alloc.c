@@ -238,11 +238,8 @@ static int qcow2_reserve_region(struct qcow2_alloc *a, unsigned long region)
 /* Say once that it is time to make room. */
 static void qcow2_check_low(struct qcow2_alloc *a)
 {
-	u64 left = qcow2_alloc_free(a), need;
+	u64 left = qcow2_alloc_free(a), need = a->l1->needed - a->tables;
 
-	spin_lock_irq(&a->l1->lock);
-	need = a->l1->needed - min(a->l1->needed, a->l1->used);
-	spin_unlock_irq(&a->l1->lock);
 	if (a->low || left >= need || left > max(a->nr_clusters >> 4, 16ULL))
 		return;
 	a->low = true;
@@ -272,7 +269,6 @@ static int qcow2_reserve_cluster(struct qcow2_alloc *a, u64 *cluster)
 	}
 	__set_bit(*cluster, a->used);
 	WRITE_ONCE(a->cursor, *cluster + 1);
-	qcow2_check_low(a);
 	return 0;
 }
 
@@ -307,9 +303,12 @@ int qcow2_alloc_reserve(struct qcow2_alloc *a, unsigned long i)
 	if (offset)
 		return 0;
 	r = qcow2_reserve_cluster(a, &cluster);
-	if (!r)
-		WRITE_ONCE(a->reserved[i], cluster);
-	return r;
+	if (r)
+		return r;
+	WRITE_ONCE(a->reserved[i], cluster);
+	a->tables++;
+	qcow2_check_low(a);
+	return 0;
 }
 
 bool qcow2_alloc_has_table(struct qcow2_alloc *a, unsigned long i)
@@ -470,6 +469,7 @@ int qcow2_alloc_resume(struct qcow2_alloc *a)
 	a->ready = false;
 	a->beyond = false;
 	a->skipped = 0;
+	a->tables = a->l1->used;
 	a->refblock_offset = 0;
 	a->cursor = 0;
 	memset(a->reserved, 0, a->l1->needed * sizeof(*a->reserved));

@@ -32,6 +32,7 @@ struct qcow2_alloc {
 	u64 cursor;			/* no free cluster below */
 	void *refblock;			/* one block of refcounts */
 	u64 refblock_offset;		/* where it is from; 0 = nowhere */
+	unsigned long tables;		/* that there are, or are reserved */
 	bool low;			/* that free clusters get rare was told */
 	unsigned int skipped;		/* clusters that could not be written */
 	/* Something lies where no one can tell what is free: nothing is taken */
