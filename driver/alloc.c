@@ -19,9 +19,6 @@
  */
 #define QCOW2_MAX_CLUSTERS	BIT_ULL(27)
 
-/* Clusters that are given up because they cannot be written */
-#define QCOW2_MAX_SKIPPED	64
-
 /* The piece of the L1 table that is looked at in one go; bytes */
 #define QCOW2_SCAN_BYTES	65536U
 
@@ -187,7 +184,6 @@ static int qcow2_find_cluster(struct qcow2_alloc *a, u64 *cluster)
 		return 0;
 	}
 	WRITE_ONCE(a->cursor, a->nr_clusters);
-	DMERR_LIMIT("%s: no free metadata cluster for an L2 table", a->io->name);
 	return -ENOSPC;
 }
 
@@ -202,15 +198,18 @@ static int qcow2_zero_cluster(struct qcow2_alloc *a, u64 cluster)
 }
 
 /*
- * A cluster cannot be written.  The next request tries the next one, but not
- * without end: it may be the device, and not the cluster.
+ * A cluster cannot be written: the next request tries another one.  But it may be
+ * the device, and not the cluster; so it comes last, and not too many do.
  */
-static void qcow2_skip(struct qcow2_alloc *a, u64 next)
+static void qcow2_skip(struct qcow2_alloc *a, u64 cluster)
 {
-	if (a->skipped < QCOW2_MAX_SKIPPED) {
-		a->skipped++;
-		WRITE_ONCE(a->cursor, next);
-	}
+	if (a->nr_skipped == QCOW2_MAX_SKIPPED)
+		return;
+	memmove(a->skipped + 1, a->skipped, a->nr_skipped * sizeof(*a->skipped));
+	a->skipped[0] = cluster;
+	WRITE_ONCE(a->nr_skipped, a->nr_skipped + 1);
+	if (cluster >= a->cursor)
+		WRITE_ONCE(a->cursor, cluster + 1);
 }
 
 /* Have a refcount block for a region, if only of zeros that nothing refers to. */
@@ -222,11 +221,8 @@ static int qcow2_reserve_region(struct qcow2_alloc *a, unsigned long region)
 	if (qcow2_region_block(a, region))
 		return 0;
 	r = qcow2_zero_cluster(a, self);
-	if (r) {
-		if (r != -ENOSPC)
-			qcow2_skip(a, self + (1ULL << qcow2_alloc_region_shift(a)));
+	if (r)
 		return r;
-	}
 	__set_bit(self, a->used);
 	spin_lock(&a->lock);
 	a->reftable[region] = cpu_to_be64(self << a->geo.cluster_bits);
@@ -253,22 +249,29 @@ static int qcow2_reserve_cluster(struct qcow2_alloc *a, u64 *cluster)
 	int r;
 
 	r = qcow2_find_cluster(a, cluster);
+	if (r == -ENOSPC && a->nr_skipped) {
+		WRITE_ONCE(a->nr_skipped, a->nr_skipped - 1);
+		*cluster = a->skipped[a->nr_skipped];
+		r = 0;
+	}
+	if (r == -ENOSPC)
+		DMERR_LIMIT("%s: no free metadata cluster for an L2 table",
+			    a->io->name);
 	if (r)
 		return r;
 	r = qcow2_reserve_region(a, *cluster >> qcow2_alloc_region_shift(a));
-	if (!r) {
+	if (!r)
 		r = qcow2_zero_cluster(a, *cluster);
-		if (r && r != -ENOSPC)
-			qcow2_skip(a, *cluster + 1);
-	}
 	if (r) {
+		if (r != -ENOSPC || *cluster < a->cursor)
+			qcow2_skip(a, *cluster);
 		DMERR_LIMIT("%s: cannot write a new metadata cluster at %#llx: %d",
 			    a->io->name,
 			    (unsigned long long)*cluster << a->geo.cluster_bits, r);
 		return r;
 	}
 	__set_bit(*cluster, a->used);
-	WRITE_ONCE(a->cursor, *cluster + 1);
+	WRITE_ONCE(a->cursor, max(a->cursor, *cluster + 1));
 	return 0;
 }
 
@@ -468,7 +471,7 @@ int qcow2_alloc_resume(struct qcow2_alloc *a)
 
 	a->ready = false;
 	a->beyond = false;
-	a->skipped = 0;
+	a->nr_skipped = 0;
 	a->tables = a->l1->used;
 	a->refblock_offset = 0;
 	a->cursor = 0;

@@ -16,6 +16,8 @@
 
 struct qcow2_health;
 
+#define QCOW2_MAX_SKIPPED	64
+
 struct qcow2_alloc {
 	/* Constant */
 	struct qcow2_mdio *io;
@@ -34,7 +36,9 @@ struct qcow2_alloc {
 	u64 refblock_offset;		/* where it is from; 0 = nowhere */
 	unsigned long tables;		/* that there are, or are reserved */
 	bool low;			/* that free clusters get rare was told */
-	unsigned int skipped;		/* clusters that could not be written */
+	/* Clusters that could not be written: tried when there are no others */
+	u32 skipped[QCOW2_MAX_SKIPPED];
+	unsigned int nr_skipped;	/* WRITE_ONCE; read anywhere */
 	/* Something lies where no one can tell what is free: nothing is taken */
 	bool beyond;
 
@@ -99,7 +103,7 @@ int qcow2_alloc_reserve(struct qcow2_alloc *a, unsigned long i);
 /* Clusters that may still be free.  Any context. */
 static inline u64 qcow2_alloc_free(struct qcow2_alloc *a)
 {
-	return a->nr_clusters - READ_ONCE(a->cursor);
+	return a->nr_clusters - READ_ONCE(a->cursor) + READ_ONCE(a->nr_skipped);
 }
 
 /*----------------------------------------------------------------
