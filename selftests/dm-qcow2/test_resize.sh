@@ -172,6 +172,29 @@ file_system()
 	judge
 }
 
+# The image file: as long as it must be, and its space taken or not
+space()
+{
+	local real sparse=("$@")
+
+	image i $((64 << 20)) cluster_size=512
+	truncate -s 64M "$dir/model"
+	open_it "${sparse[@]}" 2> "$dir/err"
+	put old 7168 1
+	"$tool" resize "$name" --size 512M "${sparse[@]}" 2>> "$dir/err"
+	[ "$(grep -c 'warning: .*i.qcow2: stays sparse' "$dir/err" || true)" = $((2 * $#)) ]
+	[ "$(wc -l < "$dir/err")" = $((2 * $#)) ] || fault "$(cat "$dir/err")"
+	[ "$(stat -c %s "$dir/i.qcow2")" -gt $((8 << 20)) ]
+	real=$(($(stat -c '%b * 512 >= %s' "$dir/i.qcow2")))
+	[ $((real + $#)) = 1 ] || fault "$(stat -c '%s bytes, %b blocks' "$dir/i.qcow2")"
+	truncate -s 512M "$dir/model"
+	put new 7168 500
+	# It can be had later, too.
+	"$tool" resize "$name" --size 512M
+	[ $(($(stat -c '%b * 512 >= %s' "$dir/i.qcow2"))) = 1 ]
+	judge
+}
+
 # What is the state of everything that must not change?
 state()
 {
@@ -562,6 +585,8 @@ check "grows over a backing file, small clusters" over_backing cluster_size=512
 check "under load, clusters of 512" under_load cluster_size=512
 check "under load, clusters of 64 KiB" under_load ''
 check "file system that is mounted" file_system
+check "the space of the image file" space
+check "the space of the image file, sparse" space --sparse
 check "refusals" refusals
 check "devices of fixed size" devices
 check "space for metadata is used up, and enlarged" space_used_up
