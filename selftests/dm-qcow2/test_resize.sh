@@ -438,10 +438,16 @@ refused_state()
 	stat -c %s "$dir/i.data"
 }
 
-# lower_meta KIND: what the metadata device lets through, of 400 sectors
+# field FILE OFFSET: a number of 64 bits in an image
+field()
+{
+	echo $((0x$(od -An -v -tx1 -j "$2" -N 8 "$1" | tr -d ' ')))
+}
+
+# lower_meta TABLE: what the metadata device is from now on
 lower_meta()
 {
-	dmsetup load "$prefix-meta" --table "0 400 $1"
+	dmsetup load "$prefix-meta" --table "$1"
 	dmsetup suspend --noflush "$prefix-meta"
 	dmsetup resume "$prefix-meta"
 }
@@ -450,7 +456,7 @@ lower_meta()
 # is in the live table only, which therefore stays, until it can be written.
 commit_fails()
 {
-	local meta
+	local meta l2
 
 	truncate -s 200K "$dir/meta.disk"
 	truncate -s 4M "$dir/i.data" "$dir/model"
@@ -460,7 +466,13 @@ commit_fails()
 	"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data" 2> "$dir/err"
 	put old 4096 1
 	sync "/dev/mapper/$name"
-	lower_meta "flakey $meta 0 0 3600 1 error_writes"
+	# The L2 table of sector 2060 is a bad sector; each has 64 clusters.
+	l2=$(field "$dir/meta.disk" 40)
+	l2=$(($(field "$dir/meta.disk" $((l2 + 8 * (2060 >> 6)))) >> 9 & (1 << 47) - 1))
+	[ "$l2" != 0 ]
+	lower_meta "0 $l2 linear $meta 0
+		$l2 1 error
+		$((l2 + 1)) $((399 - l2)) linear $meta $((l2 + 1))"
 	before=$(refused_state "$dir/meta.disk")
 	# In an L2 table that is there: nothing has to be reserved for it.
 	pattern unsaved 7168 > "$dir/piece"
@@ -482,7 +494,7 @@ commit_fails()
 	dmsetup resume "$name"
 	refused 4 'cannot flush' "$tool" close "$name"
 	cmp "/dev/mapper/$name" "$dir/model"
-	lower_meta "linear $meta 0"
+	lower_meta "0 400 linear $meta 0"
 	sync "/dev/mapper/$name"
 	[ "$(key unwritten)" = 0 ] || fault "$(dmsetup status "$name")"
 	truncate -s 1024K "$dir/meta.disk"
@@ -554,6 +566,8 @@ taken_meanwhile()
 	dmsetup create "$other" --notable
 	dmsetup load "$other" --table "$(dmsetup table "$name")"
 	not dmsetup resume "$other" 2> "$dir/err"
+	# The first one may have more to do.
+	"$tool" resize "$name" --size 4M
 	INJECT_COUNT=$dir/calls LD_PRELOAD=$inject "$tool" resize "$name" --size 4M
 	# The last call is that which makes it live again.
 	INJECT_AT=$(cat "$dir/calls") INJECT_COMMAND="dmsetup resume $other" LD_PRELOAD=$inject \
