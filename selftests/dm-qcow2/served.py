@@ -50,6 +50,7 @@ class Script:
         self.noting, self.nth, self.how, self.error = True, nth, how, error
         self.trace, self.failed, self.steps = [], [], {}
         self.step = self.dead = self.hold = self.refuse = None
+        self.watch = None       # a function that is told of each write when it has been done
         # What a write that fails has done nevertheless: bytes of so many
         self.done = self.half if how == "dead" else self.none
 
@@ -195,6 +196,9 @@ class Served:
                         part[first - start:end - start] = data[first - offset:end - offset]
             else:
                 self.pending.append((offset, bytearray(data)))
+            watch = self.script.watch
+            if watch and op == "write":
+                watch(Request(self.name, op, offset, length), data)
         elif op == "flush" and not error:
             for start, part in self.pending:
                 self.durable[start:start + len(part)] = part

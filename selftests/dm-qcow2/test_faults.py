@@ -68,7 +68,10 @@ class Rig:
             image.set_u64(image.l2_pos(self.cover), image.l2(self.cover) + cluster)
         if not self.raw:
             image.poison_unused(SEED)
+        end = -(-image.file_size() // cluster) * cluster
         image.extend()
+        # What nothing refers to yet need not be zeros.
+        image.patch(end, b"\xa5" * (image.file_size() - end))
         self.states = image.states()
         self.missing = {i for i in range(image.tables) if not image.l1(i)}
         self.content = image.content() if not corrupt else bytes(size)

@@ -139,6 +139,35 @@ def waits(bench):
     s.done()
 
 
+@test("metadata space gets low: told once, before anything is refused")
+def low(bench):
+    s = Space(bench, 20)
+    events = s.dm.events()
+    told = None
+    for i in range(20):
+        s.write(i * COVER)
+        if told is None and s.dm.events() > events:
+            told = i
+    expect(told is not None, "nothing was told before the space ends")
+    expect(s.dm.events() == events + 1, f"{s.dm.events() - events} events")
+    s.full(30 * COVER)
+    s.dm.cycle()
+    s.done()
+
+
+@test("metadata space for just all tables: nothing to be told, also if none has been committed yet")
+def enough(bench):
+    s = Space(bench, TABLES)
+    events = s.dm.events()
+    expect(s.dm.status().free_clusters >= TABLES, f"{s.dm.status()}")
+    for i in range(TABLES):
+        s.write(i * COVER)
+    expect(s.dm.events() == events, f"{s.dm.events() - events} events: {s.dm.status()}")
+    s.disk.fsync()
+    expect(s.dm.events() == events, f"{s.dm.events() - events} events: {s.dm.status()}")
+    s.done()
+
+
 @test("over a backing device: a discard that has no room for its table is dropped, write zeroes fail")
 def hints(bench):
     path = bench.file("backing", TABLES * COVER)
