@@ -7,6 +7,7 @@ first write to a unit copies what it does not cover. The backing content must
 never change, and never show where a unit has become data or zero.
 """
 import errno
+import glob
 import hashlib
 import mmap
 import os
@@ -14,7 +15,7 @@ import random
 import time
 
 from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, Loop, Lower, Stat, Task, Units, expect, fails_with,
-                       in_parallel, main, run, same, test)
+                       in_parallel, main, queue_limit, run, same, sysfs, test, wait_for)
 
 CLUSTER = 64 * KIB
 PATTERN = "unallocated data unallocated zero unallocated unallocated zero+ data".split()
@@ -346,6 +347,57 @@ class NowaitRead:
                 data = bytes(view)
         buffer.close()
         return data[:n]
+
+
+class Partition:
+    """A partition that begins at a sector of a disk with physical blocks of 4 KiB."""
+
+    def __init__(self, start, size):
+        run("modprobe", "scsi_debug", f"dev_size_mb={size // MIB + 1}", "sector_size=512", "physblk_exp=3", "delay=1")
+        run("modprobe", "sd_mod")
+
+        def disks():
+            return glob.glob("/sys/bus/pseudo/drivers/scsi_debug/adapter*/host*/target*/*:*/block/sd*")
+        wait_for("a SCSI disk", 60, disks)
+        self.disk = "/dev/" + os.path.basename(disks()[0])
+        self.path = self.disk + "1"
+        wait_for(self.disk, 10, lambda: os.path.exists(self.disk))
+        run("addpart", self.disk, 1, start, size // 512)
+        wait_for(self.path, 10, lambda: os.path.exists(self.path))
+
+    def close(self):
+        run("modprobe", "-r", "scsi_debug")
+
+
+def partition(bench, start):
+    """The limits of a device whose backing device is a partition."""
+    def limits(path):
+        with open(f"{sysfs(path)}/alignment_offset", encoding="ascii") as f:
+            return {"alignment_offset": int(f.read()), "physical_block_size": queue_limit(path, "physical_block_size")}
+    size = 4 * MIB
+    part = bench.add(Partition(start, size))
+    linear = bench.linear("linear", part.path)
+    wanted = limits(linear.path)
+    expect(wanted == {"alignment_offset": -start * 512 % 4096, "physical_block_size": 4096}, f"dm-linear: {wanted}")
+    with open(backing_file(bench, size), "rb") as f:
+        content = f.read()
+    disk = bench.io(part)
+    disk.write(0, content)
+    bench.drop(disk)
+    image = bench.image(size, backing=bench.path("backing"))
+    image.attach()
+    dm = image.open(backing=part.path)
+    got = limits(dm.path)
+    expect(got == wanted, f"{got}, that of dm-linear over the partition: {wanted}")
+    disk = bench.io(dm)
+    same(disk.read(0, size), content)
+    bench.drop(disk)
+    bench.drop(dm)
+
+
+for _start in (35, 40, 63):
+    test(f"the backing device is a partition at sector {_start} of a disk with physical blocks of 4 KiB",
+         _start)(partition)
 
 
 @test("reads with RWF_NOWAIT: right, or EAGAIN; those of one unit are served")
