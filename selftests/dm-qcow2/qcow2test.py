@@ -535,7 +535,6 @@ class Dm:
         words = line.split()
         tables, entries = words[1].split("/")
         n = int(words[11])
-        words[12 + n:-1] = words[12 + n:-1] or ["2", "unwritten", "0"]      # of 1.0.0, without keys: drop this
         more = words[13 + n:-1]
         expect(len(words) >= 14 + n and int(words[12 + n]) == len(more) and len(more) % 2 == 0,
                f"{len(words)} words in the status line: {words}")
