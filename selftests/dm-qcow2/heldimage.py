@@ -2,36 +2,20 @@
 """An image on block devices that can hold requests back, for as long as a test wants:
 so what gets on meanwhile, and what does not, is no question of the machine's pace.
 """
-import collections
 import contextlib
 import errno
 import struct
 
 from qcow2test import DM_SUSPEND_FLAG, DM_TABLE_STATUS, Dm, dm_ioctl, expect, run, wait_for
 from qcow2image import COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO
-from test_faults import Script, Served
+from served import Script, Served
 
 # Bits of all subclusters
 ALL = (1 << SUBCLUSTERS) - 1
 
-Line = collections.namedtuple("Line", (
-    "cluster_sectors tables entries slices state_bytes dirty hits misses first_writes commits "
-    "drops refused features mode keys"))
-
 
 def status(dm):
-    """The status line, with or without the group of keys and values before the mode."""
-    (target, line), = dm_ioctl(DM_TABLE_STATUS, dm.name).targets
-    expect(target == "qcow2", f"not a status line of the target: {target} {line}")
-    words = line.split()
-    tables, entries = words[1].split("/")
-    rest = 12 + int(words[11])
-    keys = words[rest:-1]
-    if keys:
-        expect(len(keys) == 1 + int(keys[0]) and int(keys[0]) % 2 == 0, f"not as many as it says: {line}")
-        keys = keys[1:]
-    return Line(int(words[0]), int(tables), int(entries), *map(int, words[2:11]), words[12:rest], words[-1],
-                dict(zip(keys[::2], map(int, keys[1::2]))))
+    return dm.status()
 
 
 def state_of(dm):
