@@ -212,25 +212,23 @@ class Commit:
         if self.rig.what(request, ()) in LINKS and not self.fault:
             try:
                 self.units(*alone(self.rig, request, data))
-            except Failure as e:
+            except Exception as e:  # pylint: disable=broad-except # run() raises it, the server goes on
                 self.fault = Failure(f"{self.rig.what(request, ())}, and nothing else that was not flushed: {e}")
 
     def instant(self, bad, op, exact):
         """A power cut now would leave an image that is good, and has the units that need
         nothing of what is bad. Unless exact, that can be there all the same."""
         rig = self.rig
+        # The timer goes on to try.
         with rig.script.gate:
-            held = [(bytes(s.store), bytes(s.durable)) for s in rig.below]
-        for meta, data in zip(*held):
-            states = self.units(meta, data)
-            for at in self.places:
-                state = states[at // rig.unit]
+            states = [self.units(getattr(rig.meta, kind), getattr(rig.data, kind)) for kind in ("store", "durable")]
+        for at in self.places:
+            where = f"{op} of {bad}: unit {at // rig.unit} of table {at // rig.cover}"
+            for state in (s[at // rig.unit] for s in states):
                 if not bad & self.needs[at]:
-                    expect(state == "data", f"{op} of {bad}: unit {at // rig.unit} of table {at // rig.cover} is "
-                           f"{state}, although it needs {self.needs[at]}")
+                    expect(state == "data", f"{where} is {state}, although it needs {self.needs[at]}")
                 elif exact or op == "read":
-                    expect(state != "data", f"{op} of {bad}: unit {at // rig.unit} of table {at // rig.cover} is "
-                           f"data, although it needs {self.needs[at]}")
+                    expect(state != "data", f"{where} is data, although it needs {self.needs[at]}")
 
 
 # Name, options of the rig, first writes (table and unit), what fails
@@ -309,7 +307,7 @@ class Load:
         with self.lock:
             try:
                 self.judge(*alone(self.rig, request, data), self.current)
-            except Failure as e:
+            except Exception as e:  # pylint: disable=broad-except # cut() raises it, the server goes on
                 self.fault = Failure(f"{what}, and nothing else that was not flushed: {e}")
 
     def change(self, offset, data):

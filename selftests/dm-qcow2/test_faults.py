@@ -779,7 +779,7 @@ def waiting(bench, what, fail):
         same(disk.read(20 * unit, 512), bytes(512))
     if what in ("commit", "flush"):
         # 401 of them, and what fills the rest of 201 units: all wait for a commit then.
-        wait_for("all is written", HANG, lambda: sum(r.device == "data" and r.op == "write" for r in script.trace) > 602)
+        wait_for("all is written", HANG, lambda: [r.device + r.op for r in script.trace].count("datawrite") > 602)
     time.sleep(0.3)
     early = [n for n in [*first, *rest] if n in aio.reap()]
     expect(not early, f"{len(early)} requests did not wait")
