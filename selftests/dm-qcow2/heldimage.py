@@ -6,16 +6,12 @@ import contextlib
 import errno
 import struct
 
-from qcow2test import DM_SUSPEND_FLAG, DM_TABLE_STATUS, Dm, dm_ioctl, expect, run, wait_for
+from qcow2test import DM_SUSPEND_FLAG, DM_TABLE_STATUS, Dm, Io, Task, dm_ioctl, run, wait_for
 from qcow2image import COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO
 from served import Script, Served
 
 # Bits of all subclusters
 ALL = (1 << SUBCLUSTERS) - 1
-
-
-def status(dm):
-    return dm.status()
 
 
 def state_of(dm):
@@ -75,6 +71,29 @@ class Disk(Served):
             self.released += 1
 
 
+class Patient(Io):
+    """An open device whose requests are not waited for for ever: what holds them back would
+    not be taken away else."""
+    HANG = 240      # seconds; more than anything that a test holds back on purpose
+
+    def do(self, function, *arguments):
+        result = []
+        Task(lambda: result.append(function(*arguments))).finish(self.HANG)
+        return result[0]
+
+    def read(self, offset, length):
+        return self.do(super().read, offset, length)
+
+    def write(self, offset, data):
+        self.do(super().write, offset, data)
+
+    def fsync(self):
+        self.do(super().fsync)
+
+    def discard(self, offset, length):
+        self.do(super().discard, offset, length)
+
+
 class Setup:
     """An image on two served devices."""
 
@@ -106,7 +125,7 @@ class Setup:
     def open(self, *features):
         line = self.image.line(self.meta.path, self.data.path, *features) if features else self.line
         self.dm = self.bench.add(Dm("q", line))
-        self.disk = self.bench.io(self.dm)
+        self.disk = self.bench.add(Patient(self.dm.path))
 
     @contextlib.contextmanager
     def holding(self, hold=None):
@@ -153,4 +172,4 @@ class Setup:
             f.write(self.meta.store)
 
     def status(self):
-        return status(self.dm)
+        return self.dm.status()

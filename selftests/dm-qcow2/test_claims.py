@@ -11,7 +11,7 @@ import errno
 
 from qcow2test import (DM_READONLY_FLAG, DM_TABLE_CLEAR, DM_TABLE_LOAD, KIB, MIB, Dm, Io, Loop, Lower, dm_ioctl,
                        expect, fails_with, in_parallel, main, run, same, test, wait_for)
-from heldimage import state_of, status
+from heldimage import state_of
 
 CLUSTER = 64 * KIB
 SIZE = 16 * MIB
@@ -321,13 +321,13 @@ def unwritten(bench):
     lower.bad(*bad)
     s.write(a, 4, b"U", flush=False)
     a.suspend()
-    expect(status(a).keys.get("unwritten"), f"nothing is left to be written: {status(a)}")
+    expect(a.status().unwritten, f"nothing is left to be written: {a.status()}")
     lower.good()
     for dm in (b, c):
         s.refused(dm)
     a.resume()
     s.works(a, "writer", 5)
-    wait_for("all is written", 30, lambda: not status(a).keys["unwritten"])
+    wait_for("all is written", 30, lambda: not a.status().unwritten)
     a.suspend()
     b.resume()
     s.works(b, "writer", 6)

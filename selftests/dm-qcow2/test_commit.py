@@ -11,7 +11,7 @@ import time
 
 from powercut import FlushTrace
 from qcow2test import GIB, KIB, MIB, Dm, Io, Lower, Task, expect, main, note, run, same, test, wait_for
-from heldimage import Setup, status
+from heldimage import Setup
 
 HANG = 60       # seconds; far more than anything here can take
 
@@ -115,8 +115,8 @@ class Large:
         flushes = "".join(letter for letter, _ in self.trace.flushes())
         for at in (0, self.SIZE // 2, self.SIZE - 4096):
             same(self.disk.read(at, 4096), bytes(4096), at)
-        expect(status(self.dm).tables == self.tables, f"{self.tables} tables expected: {status(self.dm)}")
-        expect(status(self.dm).mode == "rw", f"{status(self.dm)}")
+        expect(self.dm.status().tables == self.tables, f"{self.tables} tables expected: {self.dm.status()}")
+        expect(self.dm.status().mode == "rw", f"{self.dm.status()}")
         for thing in (self.trace, self.disk, self.dm):
             self.bench.drop(thing)
         expect(self.image.state(0) == self.image.state(self.SIZE - 512) == "zero", "not zero on disk")
@@ -129,7 +129,7 @@ def large_discard(bench):
     s = Large(bench)
     s.disk.discard(0, s.SIZE)
     s.disk.fsync()
-    commits = status(s.dm).commits
+    commits = s.dm.status().commits
     flushes = s.finish()
     # How many commits the timer makes of it is a question of time. One more of the data
     # device if all is on disk when the fsync comes, and one at the end.
@@ -256,12 +256,14 @@ def reservation(bench, device, block):
 def promised(bench):
     s = Tables(bench, 200)
     image = s.image
+    # Of this table it is known that it can be written.
+    s.disk.write(8 * 512, b"o" * 512)
     for t in range(1, 150, 5):
         with s.holding(lambda r: (r.op, r.device) == ("write", "metadata") and s.what(r) == "new cluster"):
             write = Task(s.disk.write, t * image.cover, b"n" * 512)
             wait_for("its cluster is written", 60, lambda: s.meta.held or not write.is_alive())
             # What has its table does not wait.
-            s.disk.write((8 + t % 50) * 512, b"o" * 512)
+            Task(s.disk.write, (9 + t % 50) * 512, b"o" * 512).finish(HANG)
             expect(write.is_alive() and s.meta.held, "acknowledged before it had a place for its table")
         write.finish(HANG)
         s.disk.fsync()

@@ -12,7 +12,6 @@ import os
 
 from qcow2image import COPIED, CORRUPT
 from qcow2test import KIB, KernelLog, expect, fails_with, main, same, test
-from heldimage import status
 
 FAR = 1 << 27
 
@@ -79,7 +78,7 @@ def far(bench, cluster, which):
     for turn in range(2):
         for t in range(4):
             same(disk.read(t * cover, 4 * cluster), model.read(t * cover, 4 * cluster), t * cover)
-        expect(status(dm).mode == "rw", f"{status(dm)}")
+        expect(dm.status().mode == "rw", f"{dm.status()}")
         # What needs a table, and what has one that is far away; the former twice
         for at in (3 * cover, 2 * cover + 5 * cluster, 3 * cover + cluster) if which == "L2 table" else \
                 (3 * cover, 3 * cover + cluster):
@@ -91,7 +90,7 @@ def far(bench, cluster, which):
             disk.write(t * cover + cluster // 2 // 512 * 512, b"%c" % (65 + t) * cluster)
             model.write(t * cover + cluster // 2 // 512 * 512, b"%c" % (65 + t) * cluster)
         disk.fsync()
-        expect(status(dm).mode == "rw" and dm.events() == events, f"{status(dm)}, {dm.events() - events} events")
+        expect(dm.status().mode == "rw" and dm.events() == events, f"{dm.status()}, {dm.events() - events} events")
         if not turn:
             dm.cycle()
     # Under a table that is where others are, it may be either; and then it is done.
@@ -103,7 +102,7 @@ def far(bench, cluster, which):
         expect(e.errno == errno.EIO, f"{errno.errorcode[e.errno]} instead of EIO")
     for t in range(4):
         same(disk.read(t * cover, 8 * cluster), model.read(t * cover, 8 * cluster), t * cover)
-    expect(status(dm).mode == "rw", f"{status(dm)}")
+    expect(dm.status().mode == "rw", f"{dm.status()}")
     for thing in (disk, dm):
         bench.drop(thing)
     expect(not image.get("incompatible_features") & CORRUPT, "the corrupt bit was set")

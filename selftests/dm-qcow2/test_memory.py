@@ -14,7 +14,6 @@ import time
 from qcow2test import (DM_READONLY_FLAG, DM_TABLE_LOAD, KIB, MIB, Dm, dm_ioctl, drop_caches, expect, fails_with, main,
                        note, run, same, test)
 from qcow2image import COPIED, CORRUPT
-from heldimage import status
 
 CLUSTER = 64 * KIB
 # Entries of the largest L1 table, and clusters of the largest refcount table
@@ -47,7 +46,7 @@ def measured(bench, line, count, readonly=True):
         dm_ioctl(DM_TABLE_LOAD, dm.name, line, DM_READONLY_FLAG if readonly else 0)
         dm.resume()
     grown = used() - before
-    modes = {status(dm).mode for dm in devices}
+    modes = {dm.status().mode for dm in devices}
     expect(modes == {"ro" if readonly else "rw"}, f"{modes}")
     for dm in devices:
         bench.drop(dm)
@@ -152,7 +151,7 @@ def writer(bench):
         disk = bench.io(dm)
         with fails_with(errno.EIO):
             disk.write(128 * KIB, b"w" * 512)
-        expect(status(dm).mode == "ro", f"a cluster was given away that entry {index} names: {status(dm)}")
+        expect(dm.status().mode == "ro", f"a cluster was given away that entry {index} names: {dm.status()}")
         bench.drop(disk)
         bench.drop(dm)
         expect(image.l1(index) == free * CLUSTER | COPIED, "the entry was changed")

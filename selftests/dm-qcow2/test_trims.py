@@ -14,7 +14,7 @@ import time
 
 from qcow2test import (DM_NOFLUSH_FLAG, DM_TABLE_STATUS, KIB, MIB, Dm, Loop, Task, device_sectors, dm_ioctl,
                        drop_caches, expect, main, note, run, same, test, wait_for)
-from heldimage import Setup, state_of, status
+from heldimage import Setup, state_of
 
 HANG = 60       # seconds; far more than anything here can take
 CLUSTER = 16 * KIB
@@ -70,7 +70,7 @@ class Trims(Setup):
     def all_down(self):
         """Until nothing waits any more."""
         wait_for("all discards are passed down", HANG, lambda: not self.data.held and
-                 not self.status().keys.get("trims"))
+                 not self.status().trims)
 
 
 def data_units(s, state=every_other):
@@ -157,7 +157,7 @@ def suspend(bench, flags):
             task = Task(s.dm.suspend, flags)
             begun(s, task)
             few_more(stopped(s, task))
-            expect(status(s.dm).keys["trims"], f"nothing waits any more: {status(s.dm)}")
+            expect(s.status().trims, f"nothing waits any more: {s.status()}")
             quiet = len(s.discards())
             time.sleep(0.5)
             expect(len(s.discards()) == quiet and not s.data.held, "discards of a device that is suspended")
@@ -391,7 +391,7 @@ def no_passdown(bench):
         s.disk.discard(0, s.size)
         s.disk.fsync()
         time.sleep(2)
-        expect(not s.discards() and not s.status().keys.get("trims"), f"{len(s.discards())} discards, {s.status()}")
+        expect(not s.discards() and not s.status().trims, f"{len(s.discards())} discards, {s.status()}")
     s.shut()
 
 
@@ -410,13 +410,13 @@ def counted(bench):
         # A bit for each unit at least; which of them are under way is not known.
         expect(full.slices == before.slices and full.state_bytes - before.state_bytes >= s.size // s.unit // 8 // 2,
                f"they are not counted: {before}, then {full}")
-        expect(full.keys["trims"] > 8, f"{full}")
+        expect(full.trims > 8, f"{full}")
         same(s.disk.read(0, s.size), bytes(s.size))
         # What is under way is in use, the rest are hints.
         busy = {r.offset // (BLOCK * s.unit) for r in s.holds[-len(s.data.held):]}
         wait_for("hints are given up for memory", 60, lambda: drop_caches() or s.status().slices <= len(busy) + 1)
         least = s.status()
-        expect(least.state_bytes < before.state_bytes and least.keys["trims"] <= len(busy) + 1, f"{least}")
+        expect(least.state_bytes < before.state_bytes and least.trims <= len(busy) + 1, f"{least}")
         same(s.disk.read(0, s.size), bytes(s.size))
     s.all_down()
     seen = set(s.units())
