@@ -123,10 +123,11 @@ static bool qcow2_drop_for_room(struct qcow2_cache *cache)
 bool qcow2_cache_has_room(struct qcow2_cache *cache)
 {
 	struct qcow2_map *map = cache->map;
+	u64 bytes = qcow2_trim_bytes(map);
 
-	if (READ_ONCE(map->state_bytes) > cache->limit)
+	if (READ_ONCE(map->state_bytes) + bytes > cache->limit)
 		qcow2_map_drop(map, QCOW2_DROP_BATCH);
-	return READ_ONCE(map->state_bytes) <= cache->limit;
+	return READ_ONCE(map->state_bytes) + bytes <= cache->limit;
 }
 
 /*

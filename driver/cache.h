@@ -63,7 +63,7 @@ int qcow2_cache_load(struct qcow2_cache *cache, unsigned long index,
 void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index);
 
 /*
- * May hints for discards use more memory?  Drops slices if need be.  Process
+ * May hints for discards of one more slice use memory?  Drops slices if need be.  Process
  * context.
  */
 bool qcow2_cache_has_room(struct qcow2_cache *cache);
