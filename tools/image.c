@@ -47,7 +47,7 @@ int image_attach(struct image *img, const struct node *node)
 	img->first = malloc(len + 1);
 	if (!img->first)
 		return fail_nomem();
-	ret = read_at(node->fd, img->first, len, 0);
+	ret = node_read(node, img->first, len, 0);
 	if (ret) {
 		errno = -ret;
 		return fail_errno("%s: cannot read the header", esc(node->path));
@@ -334,9 +334,9 @@ int image_load_tables(struct image *img, bool strict)
 	img->reftable = malloc(rt_bytes);
 	if (!img->l1 || !img->reftable)
 		return fail_nomem();
-	ret = read_at(img->node.fd, img->l1, l1_bytes, g->l1_offset);
+	ret = node_read(&img->node, img->l1, l1_bytes, g->l1_offset);
 	if (!ret)
-		ret = read_at(img->node.fd, img->reftable, rt_bytes,
+		ret = node_read(&img->node, img->reftable, rt_bytes,
 			      g->reftable_offset);
 	if (ret) {
 		errno = -ret;
@@ -404,7 +404,7 @@ int image_load_bitmaps(struct image *img, const char **why)
 		*why = "out of memory";
 		return EX_MEMORY;
 	}
-	if (read_at(img->node.fd, img->bitmap_dir, len,
+	if (node_read(&img->node, img->bitmap_dir, len,
 		    img->h.bitmap_dir_offset)) {
 		*why = "bitmap directory cannot be read";
 		return EX_WRONG;
@@ -458,7 +458,7 @@ static int bitmap_end(const struct bitmap *b, void *arg)
 		e->bytes += bitmap_bytes(e->img, b);
 	for (; left; left -= n, off += n) {
 		n = min_u64(left, sizeof(chunk));
-		e->err = read_at(e->img->node.fd, chunk, n, off);
+		e->err = node_read(&e->img->node, chunk, n, off);
 		if (e->err)
 			return 1;
 		for (i = 0; i < n / 8; i++) {
@@ -572,7 +572,7 @@ static int read_refblock(const struct image *img, const __be64 *table,
 	*off = be64_to_cpu(table[i]) & QCOW2_REFTABLE_OFFSET_MASK;
 	if (!*off)
 		return 0;
-	ret = read_at(img->node.fd, block, cluster_size(img), *off);
+	ret = node_read(&img->node, block, cluster_size(img), *off);
 	return ret ? read_failed(img, ret) : 0;
 }
 
@@ -667,7 +667,7 @@ static int undo_add(struct image *img, uint64_t off, size_t len)
 	u->off = off;
 	u->len = len;
 	u->failed = false;
-	if (len && read_at(img->node.fd, u->old, len, off)) {
+	if (len && node_read(&img->node, u->old, len, off)) {
 		free(u);
 		return fail(EX_WRONG, "%s: cannot read its metadata: %s",
 			    esc(img->node.path), strerror(EIO));

@@ -2,7 +2,10 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/loop.h>
+#include <linux/major.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
@@ -14,6 +17,12 @@
 #include "util.h"
 
 #define ATTACH_TRIES	64
+
+/*
+ * Before the name that a loop device of ours has: offset, limit and autoclear
+ * can be the same for one that somebody else has made.
+ */
+#define MARK	"qcow2setup:"
 
 static void wait_a_little(void)
 {
@@ -61,9 +70,9 @@ int loop_attach(struct loop *loop, const struct node *node)
 	*loop = (struct loop)LOOP_CLOSED;
 	if (node->read_only)
 		config.info.lo_flags |= LO_FLAGS_READ_ONLY;
-	/* What losetup shows; cut if need be. */
-	snprintf((char *)config.info.lo_file_name, LO_NAME_SIZE, "%.*s",
-		 LO_NAME_SIZE - 1, node->path);
+	/* Cut if need be; losetup shows the name that the kernel knows. */
+	snprintf((char *)config.info.lo_file_name, LO_NAME_SIZE, MARK "%.*s",
+		 LO_NAME_SIZE - (int)sizeof(MARK), node->path);
 
 	control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
 	if (control < 0) {
@@ -119,27 +128,41 @@ static dev_t decode_dev(__u64 dev)
 		       (dev & 0xff) | ((dev >> 12) & 0xfff00));
 }
 
-static bool backing(int fd, dev_t *dev, ino_t *ino, bool *read_only)
+bool loop_look(int fd, struct loop_view *v)
 {
 	struct loop_info64 info;
+	struct stat st;
 
-	if (ioctl(fd, LOOP_GET_STATUS64, &info))
+	*v = (struct loop_view){ 0 };
+	/* Other drivers may know the same ioctl number by another name. */
+	if (fstat(fd, &st) || !S_ISBLK(st.st_mode) ||
+	    major(st.st_rdev) != LOOP_MAJOR ||
+	    ioctl(fd, LOOP_GET_STATUS64, &info))
 		return false;
-	*dev = decode_dev(info.lo_device);
-	*ino = info.lo_inode;
-	*read_only = info.lo_flags & LO_FLAGS_READ_ONLY;
+	v->dev = decode_dev(info.lo_device);
+	v->ino = info.lo_inode;
+	v->offset = info.lo_offset;
+	v->limit = info.lo_sizelimit;
+	v->read_only = info.lo_flags & LO_FLAGS_READ_ONLY;
+	v->whole = !v->offset && !v->limit;
+	v->ours = v->whole && info.lo_flags & LO_FLAGS_AUTOCLEAR &&
+		  !strncmp((char *)info.lo_file_name, MARK, strlen(MARK));
 	return true;
 }
 
-bool loop_backing(int fd, dev_t *dev, ino_t *ino)
+bool loop_look_at(const char *name, struct loop_view *v)
 {
-	struct stat st;
-	bool ro;
+	char path[64];
+	bool found;
+	int fd;
 
-	/* Other drivers may know the same ioctl number by another name. */
-	if (fstat(fd, &st) || !S_ISBLK(st.st_mode) || major(st.st_rdev) != 7)
+	snprintf(path, sizeof(path), "/dev/%.40s", name);
+	fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	if (fd < 0)
 		return false;
-	return backing(fd, dev, ino, &ro);
+	found = loop_look(fd, v);
+	close(fd);
+	return found;
 }
 
 bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
@@ -153,10 +176,7 @@ bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 		return false;
 	while (!found && (d = readdir(dir))) {
 		char path[300];
-		dev_t b_dev;
-		ino_t b_ino;
-		bool ro;
-		int fd;
+		struct loop_view v;
 
 		if (strncmp(d->d_name, "loop", 4))
 			continue;
@@ -164,17 +184,103 @@ bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 			 d->d_name);
 		if (access(path, F_OK))
 			continue;
-		snprintf(path, sizeof(path), "/dev/%s", d->d_name);
-		fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-		if (fd < 0)
-			continue;
-		if (backing(fd, &b_dev, &b_ino, &ro) && b_dev == dev &&
-		    b_ino == ino && !(ro && skip_read_only)) {
+		if (loop_look_at(d->d_name, &v) && v.dev == dev &&
+		    v.ino == ino && !(v.read_only && skip_read_only)) {
 			snprintf(name, size, "%.20s", d->d_name);
 			found = true;
 		}
-		close(fd);
 	}
 	closedir(dir);
 	return found;
+}
+
+/* How long is what a loop device shows?  False: it is out of reach. */
+static bool file_size(const char *path, const struct loop_view *v,
+		      uint64_t *size)
+{
+	char sectors[32];
+	struct stat st;
+
+	/* The name may mean something else here, or now. */
+	if (stat(path, &st) || st.st_dev != v->dev || st.st_ino != v->ino)
+		return false;
+	*size = st.st_size;
+	if (!S_ISBLK(st.st_mode))
+		return true;
+	if (!sysfs_read(sectors, sizeof(sectors), "/sys/dev/block/%u:%u/size",
+			major(st.st_rdev), minor(st.st_rdev)) ||
+	    !parse_u64(sectors, size))
+		return false;
+	*size *= 512;
+	return true;
+}
+
+static int check_end(struct node *node, const char *name, const char *file)
+{
+	struct loop_view v;
+	uint64_t has, size;
+	char sectors[32];
+
+	if (!loop_look_at(name, &v) || !file_size(file, &v, &has) ||
+	    !sysfs_read(sectors, sizeof(sectors), "/sys/block/%s/size", name) ||
+	    !parse_u64(sectors, &size)) {
+		node->pieces = true;
+		return 0;
+	}
+	size = v.offset + size * 512;
+	if (has >= size)
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: %s, the file of /dev/%s, has %llu bytes, but the device shows it up to byte %llu: what is missing would read as zeros; restore the file, or make the device shorter with losetup --set-capacity /dev/%s",
+		    esc(node->path), esc(file), name, (unsigned long long)has,
+		    (unsigned long long)size, name);
+}
+
+/* Stacks are not that high, and have no circles. */
+#define MAX_STACK	16
+
+/* @sys: a device's folder, or a link to it */
+static int check_below(struct node *node, const char *sys, unsigned int depth)
+{
+	char path[PATH_MAX], file[PATH_MAX], *name, *end;
+	struct dirent *d;
+	int ret = 0;
+	DIR *dir;
+
+	if (depth > MAX_STACK || !realpath(sys, path))
+		return 0;
+	/* Of a partition the device. */
+	name = strstr(path, "/block/");
+	if (!name)
+		return 0;
+	name += strlen("/block/");
+	end = strchrnul(name, '/');
+	*end = 0;
+	if (sysfs_read(file, sizeof(file), "/sys/block/%.200s/loop/backing_file",
+		       name))
+		return check_end(node, name, file);
+	if (end - path + sizeof("/slaves") > sizeof(path))
+		return 0;
+	memcpy(end, "/slaves", sizeof("/slaves"));
+	dir = opendir(path);
+	if (!dir)
+		return 0;
+	while (!ret && (d = readdir(dir))) {
+		if (d->d_name[0] == '.')
+			continue;
+		snprintf(file, sizeof(file), "%.*s/%s", PATH_MAX - 300, path,
+			 d->d_name);
+		ret = check_below(node, file, depth + 1);
+	}
+	closedir(dir);
+	return ret;
+}
+
+int loop_check_ends(struct node *node)
+{
+	char sys[64];
+
+	snprintf(sys, sizeof(sys), "/sys/dev/block/%u:%u", major(node->rdev),
+		 minor(node->rdev));
+	return check_below(node, sys, 0);
 }

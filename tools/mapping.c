@@ -226,7 +226,7 @@ static bool has_magic(const struct node *node)
 {
 	__be32 magic;
 
-	return !read_at(node->fd, &magic, sizeof(magic), 0) &&
+	return !node_read(node, &magic, sizeof(magic), 0) &&
 	       be32_to_cpu(magic) == QCOW2_MAGIC;
 }
 

@@ -305,25 +305,27 @@ static int part_open(struct part *p, const char *number, unsigned int flags)
 	if (!p->node.bdev || strcmp(now, number))
 		return fail(EX_WRONG, "%s: is not device %s; check /dev",
 			    esc(p->path), esc(number));
-	p->node.path = p->d.file[0] ? p->d.file : p->d.node;
+	p->node.path = p->d.ours && p->d.file[0] ? p->d.file : p->d.node;
 	return 0;
 }
 
-/* The file behind a loop device, if it is still what its name says. */
+/*
+ * The file of a loop device that open has made, if it is still what its name
+ * says.  What was given as a device stays as long as it is.
+ */
 static void part_open_file(struct part *p)
 {
-	dev_t dev;
-	ino_t ino;
+	struct loop_view v;
 	struct stat st;
 	int fd;
 
-	if (!p->d.loop || !loop_backing(p->node.fd, &dev, &ino))
+	if (!p->d.loop || !loop_look(p->node.fd, &v) || !v.ours)
 		return;
 	fd = open(p->d.file, O_RDWR | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
 	if (fd < 0)
 		return;
-	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_dev != dev ||
-	    st.st_ino != ino) {
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_dev != v.dev ||
+	    st.st_ino != v.ino) {
 		close(fd);
 		return;
 	}
@@ -343,7 +345,7 @@ static void part_close(struct part *p)
 /* Let a loop device see how long its file is; its size may stay less. */
 static int part_update(struct part *p)
 {
-	if (p->d.loop && ioctl(p->node.fd, LOOP_SET_CAPACITY, 0))
+	if (p->d.loop && p->d.ours && ioctl(p->node.fd, LOOP_SET_CAPACITY, 0))
 		return fail_errno("%s: cannot update its size", esc(p->path));
 	if (ioctl(p->node.fd, BLKGETSIZE64, &p->node.size))
 		return fail_errno("%s: cannot get its size", esc(p->path));
@@ -357,7 +359,7 @@ static int part_extend(struct part *p, uint64_t size)
 
 	if (p->file.fd >= 0)
 		ret = grow_file(&p->file, size);
-	if (!ret && p->d.loop)
+	if (!ret)
 		ret = part_update(p);
 	if (ret || p->node.size >= size)
 		return ret;

@@ -233,7 +233,8 @@ static void print_options(const struct target_features *f)
 static void print_trouble(const struct open_device *d)
 {
 	const struct target_status *s = &d->status;
-	const char *file = d->metadata.file;
+	/* Only what open has made gets longer with its file. */
+	const char *file = d->metadata.ours ? d->metadata.file : "";
 
 	if (!strcmp(s->mode, "nospc"))
 		printf("  There is no space for metadata that waits to be written: free some where %s is.\n"

@@ -63,7 +63,7 @@ int verify_read(const struct verify *v, void *buf, size_t len, uint64_t off)
 	size_t n = off < size ? min_u64(len, size - off) : 0;
 
 	memset((uint8_t *)buf + n, 0, len - n);
-	return n ? read_at(v->img->node.fd, buf, n, off) : 0;
+	return n ? node_read(&v->img->node, buf, n, off) : 0;
 }
 
 static void add_ref(struct verify *v, enum ref_kind kind, uint32_t index,
