@@ -329,23 +329,28 @@ static int choose_size(const struct options *opt, const struct node *data,
 	uint64_t size = opt->size ? opt->size :
 			backing->name ? backing->size : data->size;
 
-	g->size = size & ~511ULL;
-	if (!g->size)
+	if (!size)
 		return fail(EX_WRONG,
 			    "%s: is smaller than a sector (%llu bytes); give a larger --size and data file",
 			    esc(opt->size || !backing->name ? data->path :
 				backing->node.path),
 			    (unsigned long long)size);
-	if (g->size > data->size)
-		return fail(EX_WRONG,
-			    "%s: data %s has %llu bytes, less than the size of %llu; enlarge it, or give a smaller --size",
-			    esc(data->path), data->bdev ? "device" : "file",
-			    (unsigned long long)data->size,
-			    (unsigned long long)g->size);
-	if (g->size > QCOW2_MAX_OFFSET)
+	if (size > QCOW2_MAX_OFFSET)
 		return fail(EX_WRONG, "%s; give a smaller --size",
 			    qcow2_fault_str(QCOW2_FAULT_SIZE_BIG));
-	return 0;
+	/* Whole sectors; what is behind the last one would be lost. */
+	g->size = align_up(size, 512);
+	if (g->size <= data->size)
+		return 0;
+	if (size <= data->size)
+		return fail(EX_WRONG,
+			    "%s: data file ends in the middle of a sector; enlarge it with truncate -s %llu, or give a smaller --size",
+			    esc(data->path), (unsigned long long)g->size);
+	return fail(EX_WRONG,
+		    "%s: data %s has %llu bytes, less than the size of %llu; enlarge it, or give a smaller --size",
+		    esc(data->path), data->bdev ? "device" : "file",
+		    (unsigned long long)data->size,
+		    (unsigned long long)g->size);
 }
 
 static int choose_layout(const struct options *opt, struct qcow2_geometry *g,
@@ -459,13 +464,11 @@ static int open_backing(const struct options *opt, const char *image,
 		return fail(EX_WRONG,
 			    "%s: data and backing file are the same; name two files",
 			    esc(arg));
-	b->size = align_up(b->node.size, 512);
-	if (opt->backing_format == BACKING_FORMAT_QCOW2) {
+	b->size = b->node.size;
+	if (opt->backing_format == BACKING_FORMAT_QCOW2)
 		ret = image_virtual_size(&b->node, &b->size);
-		if (ret)
-			return ret;
-		b->size &= ~511ULL;
-	}
+	if (ret)
+		return ret;
 	return backing_name(b, arg, image);
 }
 

@@ -38,12 +38,15 @@
 #define SECTOR		512
 #define LOCK_MS		3000
 
-/* @size: of the data; @old: of the image; sets *@new */
+/*
+ * @size: of the data, which is made longer if it ends within a sector; @old: of
+ * the image; sets *@new
+ */
 static int choose_size(const struct options *opt, const char *path,
 		       uint64_t old, uint64_t size, unsigned int block,
 		       uint64_t *new)
 {
-	*new = opt->size_auto ? size / block * block : opt->size;
+	*new = opt->size_auto ? align_up(size, block) : opt->size;
 	if (*new % block)
 		return fail(EX_PARAMETER,
 			    "%s: size of %llu bytes is no multiple of %u; give --size %llu",

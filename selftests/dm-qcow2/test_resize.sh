@@ -97,6 +97,21 @@ raw()
 		jq -e '."allocated-clusters" == ."total-clusters"' > "$dir/out"
 }
 
+# The data file ends within a sector, where the loop device does not go.
+within_a_sector()
+{
+	pattern RAW 8388609 > "$dir/i.data"
+	"$tool" create "$dir/i.qcow2" --data-file "$dir/i.data" --size 1M --data-file-raw
+	cp "$dir/i.data" "$dir/model"
+	open_it
+	"$tool" resize "$name" --size auto
+	[ "$(bytes)" = 8389120 ] || fault "$(bytes) bytes"
+	[ "$(stat -c %s "$dir/i.data")" = 8389120 ]
+	truncate -s 8389120 "$dir/model"
+	put more 512 8
+	judge
+}
+
 # The backing file goes on behind the old end, and must not come to be seen.
 over_backing()
 {
@@ -593,6 +608,7 @@ check "grows over old content" over_old_data ''
 check "grows over old content, extended L2" over_old_data extended_l2=on
 check "grows, raw" raw --cluster-size 512
 check "grows, raw, extended L2" raw --extended-l2
+check "grows, raw data that ends within a sector" within_a_sector
 check "grows over a backing file" over_backing ''
 check "grows over a backing file, extended L2" over_backing extended_l2=on
 check "grows over a backing file, small clusters" over_backing cluster_size=512

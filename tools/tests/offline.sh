@@ -58,6 +58,38 @@ done
 run info c.qcow2 && grep -q '20971008 bytes' out
 ok "create: size is that of the data, in sectors"
 
+# What ends within a sector: nothing may be lost, and the data is not changed.
+for size in 1 511 1000 100000001; do
+	rm -f c.qcow2
+	yes tail | head -c $size >odd.raw
+	cp odd.raw odd.before
+	refuse 4 "truncate -s $(((size + 511) / 512 * 512))," create c.qcow2 \
+		--data-file odd.raw --data-file-raw && [ ! -e c.qcow2 ] &&
+		cmp odd.raw odd.before &&
+		eval "$(grep -o 'truncate -s [0-9]*' err)" odd.raw &&
+		run create c.qcow2 --data-file odd.raw --data-file-raw &&
+		check c.qcow2 && same -f qcow2 -F raw c.qcow2 odd.before
+	ok "create: $size bytes of raw data: refused, and the remedy"
+	rm -f c.qcow2
+	run create c.qcow2 --data-file data.raw --size $size --data-file-raw 2>err
+	if [ $size -gt $((64 << 20)) ]; then
+		grep -q 'less than the size' err && [ ! -e c.qcow2 ]
+	else
+		qemu-img create -q -f qcow2 -o data_file=q.raw q.qcow2 $size &&
+			[ "$(qemu-img info --output=json c.qcow2 | jq '."virtual-size"')" = \
+			"$(qemu-img info --output=json q.qcow2 | jq '."virtual-size"')" ] &&
+			run measure --size $size --json &&
+			jq -e --argjson n $(((size + 511) / 512 * 512)) '."data-file" == $n' out
+	fi >/dev/null
+	ok "create: --size $size is rounded up as QEMU does it"
+	rm -f q.qcow2 q.raw
+done
+refuse 4 'smaller --size' create c.qcow2 --data-file data.raw \
+	--size 18446744073709551615 && [ ! -e c.qcow2 ] &&
+	refuse 1 'smaller --size' measure --size 18446744073709551615
+ok "create: the largest number of bytes"
+rm -f c.qcow2 odd.raw odd.before
+
 rm -f c.qcow2
 run create c.qcow2 --data-file data.raw --size 1000s --preallocation metadata &&
 	check c.qcow2 && [ "$(stat -c %s c.qcow2)" -eq $((5 * 65536)) ] &&

@@ -57,6 +57,15 @@ for options in "${layouts[@]}"; do
 		ok "resize: $options, from $size: QEMU writes to it"
 	done
 done
+# The data ends within a sector: its last bytes are the guest's, too.
+rm -f t.qcow2 t.raw
+yes tail | head -c 100000001 >t.raw
+cp t.raw t.want
+run create t.qcow2 --data-file t.raw --data-file-raw --size 1M &&
+	run resize t.qcow2 --size auto --data-file t.raw && check t.qcow2 &&
+	[ "$(stat -c %s t.raw)" -eq 100000256 ] && truncate -s 100000256 t.want &&
+	same -f qcow2 -F raw t.qcow2 t.want
+ok "resize: --size auto: data that ends within a sector"
 for options in "--cluster-size 512" "--cluster-size 64K" --extended-l2; do
 	rm -f t.qcow2
 	(yes raw; :) | head -c 40M >t.raw
