@@ -153,7 +153,7 @@ static int unit_state(const struct grower *w, uint64_t pos,
 	}
 	if (fault)
 		return fail(EX_WRONG,
-			    "%s: corrupt image: L2 entry of offset %llu: %s; repair it with qemu-img check -r all",
+			    "%s: corrupt image: L2 entry of offset %llu: %s; see what qcow2setup check says, and restore it from a backup",
 			    esc(w->img->node.path), (unsigned long long)guest,
 			    qcow2_fault_str(fault));
 	return 0;
@@ -366,7 +366,7 @@ static int change_old_tables(struct grower *w)
 			continue;
 		if (!(be64_to_cpu(w->img->l1[i]) & QCOW2_OFLAG_COPIED))
 			ret = fail(EX_WRONG,
-				   "%s: L2 table %llu is shared; repair the image with qemu-img check -r all",
+				   "%s: L2 table %llu is shared; repair the image with qcow2setup check --repair all",
 				   esc(w->img->node.path),
 				   (unsigned long long)i);
 		else

@@ -176,8 +176,11 @@ static const char *remedy_for(enum qcow2_fault fault)
 		return "the file is truncated: restore it from a backup";
 	case QCOW2_FAULT_SIZE_ZERO:
 		return "enlarge it with qemu-img resize";
+	case QCOW2_FAULT_REFTABLE_NONE:
+	case QCOW2_FAULT_REFTABLE_HEADER:
+		return "repair it with qcow2setup check --repair all";
 	default:
-		return "try to repair it with qemu-img check -r all";
+		return "restore it from a backup";
 	}
 }
 
@@ -209,10 +212,10 @@ void image_reasons(struct image *img, bool read_only, struct reasons *r)
 	else if (h->backing_file.s)
 		add_backing_reasons(r, h);
 	if (!read_only && h->incompatible & QCOW2_INCOMPAT_CORRUPT)
-		add_reason(r, "repair it with qemu-img check -r all, or use --readonly",
+		add_reason(r, OR_READONLY("find and repair the fault with qcow2setup check --repair all"),
 			   "%s", qcow2_fault_str(QCOW2_FAULT_CORRUPT));
 	if (!read_only && h->incompatible & QCOW2_INCOMPAT_DIRTY)
-		add_reason(r, "repair it with qcow2setup check --repair all, or use --readonly",
+		add_reason(r, OR_READONLY("repair it with qcow2setup check --repair all"),
 			   "%s", qcow2_fault_str(QCOW2_FAULT_DIRTY));
 	if (r->n)
 		return;
@@ -248,14 +251,18 @@ static int claim_cmp(const void *a, const void *b)
 }
 
 /* Report an impossible entry; refuse it only if the image will be written. */
-static int bad_entry(const struct image *img, bool strict, const char *table,
+static int bad_entry(const struct image *img, bool strict, bool l2,
 		     uint32_t index, uint64_t entry, const char *what)
 {
+	const char *table = l2 ? "L1" : "refcount table";
+
 	if (strict)
 		return fail(EX_WRONG,
-			    "%s: corrupt image: %s entry %u (0x%llx): %s; repair it with qemu-img check -r all, or use --readonly",
+			    "%s: corrupt image: %s entry %u (0x%llx): %s; %s",
 			    esc(img->node.path), table, index,
-			    (unsigned long long)entry, what);
+			    (unsigned long long)entry, what,
+			    l2 ? OR_READONLY("see what qcow2setup check says, and restore it from a backup") :
+				 OR_READONLY("repair it with qcow2setup check --repair all"));
 	warning("%s: corrupt image: %s entry %u (0x%llx): %s",
 		esc(img->node.path), table, index, (unsigned long long)entry,
 		what);
@@ -300,8 +307,8 @@ static int check_tables(const struct image *img, bool strict)
 		}
 		if (!fault)
 			continue;
-		ret = bad_entry(img, strict, l2 ? "L1" : "refcount table",
-				index, entry, qcow2_fault_str(fault));
+		ret = bad_entry(img, strict, l2, index, entry,
+				qcow2_fault_str(fault));
 		if (ret || ++warned == 8)
 			goto out;
 	}
@@ -309,8 +316,7 @@ static int check_tables(const struct image *img, bool strict)
 	for (k = 1; k < n; k++) {
 		if (claims[k].off != claims[k - 1].off)
 			continue;
-		ret = bad_entry(img, strict,
-				claims[k].l2 ? "L1" : "refcount table",
+		ret = bad_entry(img, strict, claims[k].l2,
 				claims[k].index, claims[k].off,
 				qcow2_fault_str(QCOW2_FAULT_ENTRY_OVERLAP));
 		if (ret || ++warned == 8)
@@ -500,8 +506,8 @@ static int referenced_by_bitmaps(struct image *img, uint64_t *end)
 		return 0;
 	if (ret)
 		return fail(ret,
-			    "%s: %s; remove the bitmaps with qemu-img, or use --readonly",
-			    esc(img->node.path), why);
+			    "%s: %s; %s", esc(img->node.path), why,
+			    OR_READONLY("remove the bitmaps with qemu-img"));
 	*end = max_u64(*end, img->h.bitmap_dir_offset + img->h.bitmap_dir_size);
 	*end = max_u64(*end, b.end);
 	img->bitmap_bytes = b.bytes;
@@ -747,7 +753,7 @@ void image_undo(struct image *img)
 			img->node.size = img->space.length;
 	}
 	if (failed)
-		warning("%s: could not be put back as it was: %s; check it with qemu-img check",
+		warning("%s: could not be put back as it was: %s; check it with qcow2setup check",
 			esc(img->node.path), strerror(errno));
 }
 

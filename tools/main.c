@@ -339,8 +339,13 @@ int main(int argc, char **argv)
 	int ret;
 
 	ret = parse_command_line(argc, argv, &opt, &action, &args);
-	if (ret < 0 && action)
+	if (ret < 0 && action) {
+		/* info speaks of what open would say. */
+		takes_readonly = action->options & OPT_READ_ONLY ||
+				 action->handler == cmd_info;
+		takes_trust = action->options & OPT_TRUST;
 		ret = action->handler(&opt, args);
+	}
 	dm_exit();
 	/* A full disk or closed pipe must not look like success. */
 	if (fflush(stdout) && !ret)

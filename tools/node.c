@@ -29,8 +29,9 @@ static int open_failed(const char *path, unsigned int flags, int err)
 	if (err == EROFS || (!(flags & NODE_READ_ONLY) &&
 			     (err == EACCES || err == EPERM)))
 		return fail(EX_PERMISSION,
-			    "%s: cannot open it for writing: %s; get write access, or use --readonly",
-			    esc(path), strerror(err));
+			    "%s: cannot open it for writing: %s; %s",
+			    esc(path), strerror(err),
+			    OR_READONLY("get write access"));
 	if (err == ELOOP)
 		return fail(EX_WRONG,
 			    "%s: symbolic link in a name that was taken from an image; name the file on the command line",
@@ -87,8 +88,8 @@ int node_open(struct node *node, int dirfd, const char *path,
 		node->block_size = value;
 	if (!node->read_only && !ioctl(node->fd, BLKROGET, &value) && value)
 		return fail(EX_PERMISSION,
-			    "%s: device is read-only; make it writable, or use --readonly",
-			    esc(path));
+			    "%s: device is read-only; %s", esc(path),
+			    OR_READONLY("make it writable"));
 	node_drop_cache(node);
 	ret = loop_check_ends(node);
 	/* Nor may the kernel read ahead then. */

@@ -60,7 +60,7 @@ static int choose_size(const struct options *opt, const char *path,
 			    esc(path), (unsigned long long)*new,
 			    (unsigned long long)old);
 	return fail(EX_WRONG,
-		    "%s: has %llu bytes and is not made smaller; close it, and use qemu-img resize --shrink",
+		    "%s: has %llu bytes and is not made smaller; close it, and use qemu-img resize --shrink; if the data is raw and on a device, first make that as small as the image shall be",
 		    esc(path), (unsigned long long)old);
 }
 

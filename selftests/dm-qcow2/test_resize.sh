@@ -210,6 +210,26 @@ space()
 	judge
 }
 
+# QEMU cannot change the length of the device of a raw disk: as the tool says it.
+smaller_over_device()
+{
+	local data
+
+	pattern RAW $((8 << 20)) > "$dir/i.data"
+	data=$(losetup -f --show "$dir/i.data")
+	later losetup -d "$data"
+	"$tool" create "$dir/i.qcow2" --data-file "$data" --data-file-raw
+	refused 4 'close it, and use qemu-img resize --shrink; .* raw .* device, first make that as small' \
+		"$tool" resize "$dir/i.qcow2" --size 4M
+	truncate -s 4M "$dir/i.data"
+	losetup -c "$data"
+	qemu-img resize -q --shrink -f qcow2 "$dir/i.qcow2" 4M
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$data"
+	cmp "/dev/mapper/$name" "$dir/i.data"
+	"$tool" close "$name"
+	"$tool" check "$dir/i.qcow2" > "$dir/out"
+}
+
 # What is the state of everything that must not change?
 state()
 {
@@ -617,6 +637,7 @@ check "under load, clusters of 64 KiB" under_load ''
 check "file system that is mounted" file_system
 check "the space of the image file" space
 check "the space of the image file, sparse" space --sparse
+check "smaller, over a device" smaller_over_device
 check "refusals" refusals
 check "devices of fixed size" devices
 check "space for metadata is used up, and enlarged" space_used_up

@@ -708,6 +708,63 @@ f.write(e)'
 ! prepare_steps prepare t.qcow2 && grep -q 'another' err
 ok "prepare: L2 table that is used twice is refused"
 
+# remedies that the tool prints are done as they are printed
+# remedy FILE: the command of qcow2setup that it names, to run with an image
+remedy() {
+	grep -o 'qcow2setup check --repair [a-z]*' "$1" | head -n 1 | cut -d ' ' -f 2-
+}
+for how in mark 'mark and data elsewhere' 'refcount table entry' 'refcount table'; do
+	image 1G
+	qemu-io -c 'write 0 128k' t.qcow2 >/dev/null
+	case $how in
+	mark*)	poke t.qcow2 79 06 ;;
+	*entry)	poke t.qcow2 65536 0000000000020100 ;;
+	ref*)	poke t.qcow2 56 00000000 ;;
+	esac
+	# The second cluster of data is said to be where the first one is.
+	[[ $how != *elsewhere ]] || poke t.qcow2 262152 8000000000000000
+	if [ "$how" = 'refcount table entry' ]; then
+		! run resize t.qcow2 --size 2G && cp err says
+	else
+		run info t.qcow2 && cp out says
+	fi
+	! grep -q 'qemu-img check' says && fix=$(remedy says) && [ -n "$fix" ]
+	ok "remedy: $how: the project's own check"
+	# shellcheck disable=SC2086 # words are wanted
+	run $fix t.qcow2
+	status=$?
+	run info t.qcow2 && cp out says
+	if [ $status -eq 0 ]; then
+		grep -q 'can be opened: read-write' says && run check t.qcow2
+	else
+		! grep -q 'can be opened: read-write' says && ! run check t.qcow2
+	fi
+	ok "remedy: $how: read-write if, and only if, no fault is left"
+	[[ $how = *elsewhere ]] || [ $status -eq 0 ]
+	ok "remedy: $how: what can be repaired is"
+done
+image 1G
+qemu-io -c 'write 0 128k' t.qcow2 >/dev/null
+poke t.qcow2 196608 8000000000040100
+refuse 4 'L1 entry 0.*; see what qcow2setup check says, and restore' resize t.qcow2 --size 2G &&
+	exits 2 check t.qcow2 --repair all && grep -q 'L1 entry 0' err
+ok "remedy: an L1 entry that nobody can repair"
+# No option that the action does not take
+image 1G
+poke t.qcow2 79 06
+for action in 'resize t.qcow2 --size 2G' 'table t.qcow2 --data-file t.raw'; do
+	# shellcheck disable=SC2086 # words are wanted
+	run $action
+	case $action in
+	resize*)	! grep -q -e '--readonly' err ;;
+	table*)		grep -q -e '--readonly' err ;;
+	esac && grep -q 'qcow2setup check --repair all' err
+	ok "remedy: options of ${action%% *} only"
+done
+image 1G
+refuse 1 '--data-file DEV|FILE (the image says t.raw)$' table t.qcow2
+ok "remedy: table has no --trust-image-paths"
+
 # trim never cuts what something refers to, even if refcounts deny it
 image 1G
 qemu-io -c 'write -P 1 0 4k' t.qcow2 >/dev/null
