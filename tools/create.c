@@ -418,17 +418,13 @@ static int check_device(const struct target_file *t, const struct node *data,
  * The name for the header.  There a relative one starts in the folder of the
  * image, but here, as all names do, in that of the caller.
  */
-static int backing_name(struct new_backing *b, const char *arg,
-			const char *image)
+static int header_name(char **name, const char *arg, const char *image)
 {
-	b->name = *arg == '/' || !strchr(image, '/') ? strdup(arg) :
-						       realpath(arg, NULL);
-	if (!b->name)
+	*name = *arg == '/' || !strchr(image, '/') ? strdup(arg) :
+						     realpath(arg, NULL);
+	if (!*name)
 		return errno == ENOMEM ? fail_nomem() :
 		       fail_errno("%s: cannot find its full name", esc(arg));
-	if (strlen(b->name) > 1023)
-		return fail(EX_WRONG, "%s: name is longer than 1023 bytes; use a shorter path",
-			    esc(b->name));
 	return 0;
 }
 
@@ -469,7 +465,11 @@ static int open_backing(const struct options *opt, const char *image,
 		ret = image_virtual_size(&b->node, &b->size);
 	if (ret)
 		return ret;
-	return backing_name(b, arg, image);
+	ret = header_name(&b->name, arg, image);
+	if (!ret && strlen(b->name) > 1023)
+		ret = fail(EX_WRONG, "%s: name is longer than 1023 bytes; use a shorter path",
+			   esc(b->name));
+	return ret;
 }
 
 int cmd_create(const struct options *opt, char **args)
@@ -482,6 +482,7 @@ int cmd_create(const struct options *opt, char **args)
 	struct qcow2_geometry g = { 0 };
 	struct plan_new p;
 	uint8_t *header = NULL;
+	char *data_name = NULL;
 	int ret;
 
 	if (!opt->data_file)
@@ -489,6 +490,8 @@ int cmd_create(const struct options *opt, char **args)
 			    "create needs to know where the data is; give --data-file DEV|FILE");
 	/* Read only: nothing here can ever write to it. */
 	ret = node_open(&data, AT_FDCWD, opt->data_file, NODE_READ_ONLY);
+	if (!ret)
+		ret = header_name(&data_name, opt->data_file, args[0]);
 	if (!ret)
 		ret = open_backing(opt, args[0], &data, &backing);
 	if (!ret)
@@ -503,11 +506,12 @@ int cmd_create(const struct options *opt, char **args)
 		ret = fail_nomem();
 		goto out;
 	}
-	if (!make_header(header, &g, opt->data_file, opt->data_file_raw,
+	if (!make_header(header, &g, data_name, opt->data_file_raw,
 			 &backing)) {
 		ret = fail(EX_WRONG,
 			   "%s: name is too long for a header of %s; use a shorter path, or a larger --cluster-size",
-			   esc(backing.name ? backing.name : opt->data_file), human_size(1ULL << g.cluster_bits));
+			   esc(backing.name ? backing.name : data_name),
+			   human_size(1ULL << g.cluster_bits));
 		goto out;
 	}
 	interrupt_catch();
@@ -525,6 +529,7 @@ out:
 	node_close(&data);
 	node_close(&backing.node);
 	free(backing.name);
+	free(data_name);
 	if (t.dir >= 0)
 		close(t.dir);
 	return interrupt_result(ret);

@@ -101,8 +101,22 @@ rm -f c.qcow2
 cp before.raw sub/d.raw
 (cd sub && "${tool[@]}" create ../c.qcow2 --data-file ./d.raw --data-file-raw) &&
 	[ "$(qemu-img info --output=json c.qcow2 |
-		jq -r '."format-specific".data."data-file"')" = ./d.raw ]
-ok "create: data file name is recorded as it is given"
+		jq -r '."format-specific".data."data-file"')" = "$PWD/sub/d.raw" ]
+ok "create: data file in another folder is recorded with its full name"
+rm -f sub/c.qcow2 sub/data.raw
+# What is there by that name below the image must not be taken for it.
+yes wrong | head -c 64M >sub/data.raw
+run create sub/c.qcow2 --data-file data.raw --data-file-raw &&
+	same -f qcow2 -F raw sub/c.qcow2 data.raw &&
+	(cd sub && qemu-img compare -q -f qcow2 -F raw c.qcow2 ../data.raw) &&
+	refuse 4 "$PWD/data.raw is a file\|image is a file" table sub/c.qcow2 \
+		--data-file data.raw
+ok "create: image in another folder: QEMU finds the data from anywhere"
+rm -f sub/data.raw c.qcow2
+(cd sub && "${tool[@]}" create c2.qcow2 --data-file d.raw --data-file-raw) &&
+	[ "$(qemu-img info --output=json sub/c2.qcow2 2>/dev/null |
+		jq -r '."format-specific".data."data-file"')" = d.raw ]
+ok "create: image in this folder: the name is recorded as it is given"
 
 rm -f c.qcow2 big.raw
 truncate -s 8T big.raw
