@@ -155,10 +155,7 @@ static void add_backing_reasons(struct reasons *r, const struct header *h)
 {
 	const struct span *f = &h->backing_format;
 
-	if (!h->backing_file.len)
-		add_reason(r, "record it with qemu-img rebase -u, or remove it with qemu-img rebase -u -b \"\" IMAGE",
-			   "the name of the backing file is empty");
-	else if (!f->s)
+	if (!f->s)
 		add_reason(r, "record it: qemu-img rebase -u -F raw|qcow2 -b BACKING IMAGE",
 			   "the format of the backing file is not recorded, and is not guessed");
 	else if (!(f->len == 3 && !memcmp(f->s, "raw", 3)) &&
@@ -176,6 +173,9 @@ static const char *remedy_for(enum qcow2_fault fault)
 		return "the file is truncated: restore it from a backup";
 	case QCOW2_FAULT_SIZE_ZERO:
 		return "enlarge it with qemu-img resize";
+	case QCOW2_FAULT_RAW_BACKING:
+		/* only the place for a name */
+		return "clear it with qemu-img rebase -u -b \"\" IMAGE";
 	case QCOW2_FAULT_REFTABLE_NONE:
 	case QCOW2_FAULT_REFTABLE_HEADER:
 		return "repair it with qcow2setup check --repair all";

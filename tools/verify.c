@@ -97,6 +97,9 @@ static int get_geometry(struct verify *v)
 		v->uncertain = true;
 		say(v, "%s", qcow2_fault_str(QCOW2_FAULT_SNAPSHOTS));
 	}
+	/* A place for a name, but no name */
+	if (!h.backing_file_size)
+		h.backing_file_offset = 0;
 	fault = qcow2_header_check(&h, true, g);
 	if (fault == QCOW2_FAULT_RAW_BACKING) {
 		v->corruptions++;
@@ -164,8 +167,8 @@ static void collect_luks(struct verify *v)
 
 	if (img->h.crypt_method != 2)
 		return;
-	if (img->h.backing_file.s)
-		end = (const uint8_t *)img->h.backing_file.s - img->first;
+	if (img->h.raw.backing_file_offset)
+		end = be64_to_cpu(img->h.raw.backing_file_offset);
 	while (at + sizeof(struct qcow2_extension) <= end) {
 		struct qcow2_extension ext;
 		uint64_t off, len;

@@ -327,6 +327,26 @@ run info t.qcow2 && grep -q 'not recorded.*rebase -u' out
 ok "info: backing file without a format"
 refuse 4 'not recorded' table t.qcow2 --data-file t.raw --backing-file b.raw
 ok "table: backing file without a format"
+# A place for the name, and no name: there is none.
+for raw in off on; do
+	image 4M ",data_file_raw=$raw"
+	truncate -s 4M t.raw
+	poke t.qcow2 8 0000000000008000
+	qemu-img info --output=json t.qcow2 | jq 'has("backing-filename")' >want
+	run info t.qcow2 --json && jq 'has("backing-filename")' out | cmp - want &&
+		run info t.qcow2 && ! grep -q '^backing' out && check t.qcow2 &&
+		exits 0 check t.qcow2
+	ok "info, check: backing file without a name, raw $raw"
+done
+run info t.qcow2 && grep -q 'clear it with qemu-img rebase -u -b "" IMAGE' out &&
+	qemu-img rebase -f qcow2 -u -b "" t.qcow2 &&
+	run info t.qcow2 && grep -q 'can be opened: read-write' out
+ok "remedy: raw data, and a backing file without a name"
+image 4M
+poke t.qcow2 8 0000000000008000
+run info t.qcow2 && grep -q 'can be opened: read-write' out &&
+	run resize t.qcow2 --size 8M && check t.qcow2 && [ "$(hex -j 8 -N 8 t.qcow2)" = 0000000000008000 ]
+ok "resize: backing file without a name"
 
 # flags of the header
 for bit in 1:corrupt 0:dirty; do
