@@ -271,9 +271,7 @@ int cmd_close(const struct options *opt, char **args)
 	if (ret)
 		return ret;
 	if (!info.exists)
-		return fail(EX_WRONG,
-			    "%s: no such device; qcow2setup status lists those that are open",
-			    esc(name));
+		return dm_gone(name);
 	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
 		return fail(EX_WRONG,
 			    "%s: not opened by qcow2setup; remove it with dmsetup remove",

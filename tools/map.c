@@ -310,7 +310,7 @@ static int open_live(struct map *m, const char *name)
 		return ret;
 	ret = dm_params(name, false, &type, &params, &sectors);
 	if (ret)
-		return ret;
+		return ret == -ENXIO ? dm_gone(name) : ret;
 	ours = !strcmp(type, DM_TARGET) && target_parse_table(params, &table);
 	free(type);
 	free(params);

@@ -406,9 +406,7 @@ static int check_device(const struct live *l)
 	if (ret)
 		return ret;
 	if (!info.exists)
-		return fail(EX_WRONG,
-			    "%s: no such device; qcow2setup status lists those that are open",
-			    esc(l->name));
+		return dm_gone(l->name);
 	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
 		return fail(EX_WRONG,
 			    "%s: not opened by qcow2setup; resize the image when it is closed",
@@ -429,7 +427,7 @@ static int read_table(struct live *l)
 	l->params = NULL;
 	ret = dm_params(l->name, false, &type, &l->params, &l->sectors);
 	if (ret)
-		return ret;
+		return ret == -ENXIO ? dm_gone(l->name) : ret;
 	free(type);
 	/* What is not known could not be in the new table. */
 	if (!target_parse_table(l->params, &l->table) || l->table.f.unknown)
@@ -459,7 +457,7 @@ static int check_state(struct live *l)
 			    esc(l->name), esc(l->name));
 	ret = live_status(l->name, &status);
 	if (ret)
-		return ret;
+		return ret == -ENXIO ? dm_gone(l->name) : ret;
 	/* What there was no space for may be written in the suspend. */
 	if (strcmp(status.mode, "rw") && strcmp(status.mode, "nospc"))
 		return fail(EX_WRONG,
