@@ -204,6 +204,7 @@ static int check_offline_data(const struct offline *o, uint64_t size)
 		    (unsigned long long)size);
 }
 
+/* The image may have the size already; the data must have it in any case. */
 static int grow_offline(struct offline *o, struct growth *g)
 {
 	struct grown_file file = { .fd = -1, .path = o->data.path };
@@ -214,6 +215,8 @@ static int grow_offline(struct offline *o, struct growth *g)
 		file.fd = o->data.fd;
 		ret = grow_file(&file, g->size);
 	}
+	if (g->size == o->img.geo.size)
+		return ret;
 	/* The format wants this of all who write. */
 	if (!ret)
 		ret = image_clear_autoclear(&o->img);
@@ -253,7 +256,7 @@ static int resize_image(const struct options *opt, const char *path)
 				  block, &g.size);
 	if (!ret)
 		ret = check_offline_data(&o, g.size);
-	if (!ret && g.size > o.img.geo.size) {
+	if (!ret) {
 		if (o.data.fd >= 0)
 			g.data = &o.data;
 		ret = grow_offline(&o, &g);

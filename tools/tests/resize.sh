@@ -83,6 +83,16 @@ ok "resize: to the size of the data"
 cp t.qcow2 before.qcow2
 run resize t.qcow2 --size 40M && cmp t.qcow2 before.qcow2
 ok "resize: to the same size"
+truncate -s 20M t.raw
+run resize t.qcow2 --size 40M --data-file t.raw && cmp t.qcow2 before.qcow2 &&
+	[ "$(stat -c %s t.raw)" = $((40 << 20)) ]
+ok "resize: to the same size: the data gets it, too"
+truncate -s 20M t.raw
+(ulimit -f 30000
+ "${tool[@]}" resize t.qcow2 --size 40M --data-file t.raw >out 2>err)
+[ $? -eq 4 ] && cmp t.qcow2 before.qcow2 && grep -q 'cannot extend' err &&
+	[ "$(stat -c %s t.raw)" = $((20 << 20)) ]
+ok "resize: to the same size: the data cannot get it"
 refuse 4 'qemu-img resize --shrink' resize t.qcow2 --size 39M
 ok "resize: smaller"
 truncate -s 20M t.raw
