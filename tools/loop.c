@@ -17,6 +17,8 @@
 #include "util.h"
 
 #define ATTACH_TRIES	64
+/* So long the node of a new device may take that udev or the kernel makes. */
+#define NODE_TRIES	15
 
 /*
  * Before the name that a loop device of ours has: offset, limit and autoclear
@@ -51,6 +53,28 @@ static int open_free(int control, struct loop *loop)
 	return nr;
 }
 
+/* Nobody makes nodes here, as in a container: do it.  An exit code. */
+static int make_node(const char *name)
+{
+	unsigned int major_nr, minor_nr;
+	char number[32], path[32];
+	int err;
+
+	if (!sysfs_read(number, sizeof(number), "/sys/block/%s/dev", name) ||
+	    sscanf(number, "%u:%u", &major_nr, &minor_nr) != 2)
+		return fail(EX_WRONG,
+			    "loop devices: the kernel offers %s, and neither /dev nor /sys/block has it; make them available here",
+			    name);
+	snprintf(path, sizeof(path), "/dev/%s", name);
+	if (!mknod(path, S_IFBLK | 0600, makedev(major_nr, minor_nr)) ||
+	    errno == EEXIST)
+		return 0;
+	err = errno;
+	return fail(errno_to_exit(err),
+		    "%s: is missing and cannot be made: %s; make it where that is allowed: mknod %s b %u %u",
+		    path, strerror(err), path, major_nr, minor_nr);
+}
+
 int loop_attach(struct loop *loop, const struct node *node)
 {
 	struct loop_config config = {
@@ -65,7 +89,7 @@ int loop_attach(struct loop *loop, const struct node *node)
 		.info.lo_flags = LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
 	};
 	struct loop_info64 info;
-	int control, ret = -EAGAIN, i;
+	int control, ret = -EAGAIN, i, missing = 0, code;
 
 	*loop = (struct loop)LOOP_CLOSED;
 	if (node->read_only)
@@ -86,6 +110,13 @@ int loop_attach(struct loop *loop, const struct node *node)
 		ret = open_free(control, loop);
 		if (ret == -ENOENT || ret == -ENXIO || ret == -EBUSY) {
 			/* the node is not there yet, or the device just went */
+			if (ret == -ENOENT && ++missing >= NODE_TRIES) {
+				code = make_node(loop->name);
+				if (code) {
+					close(control);
+					return code;
+				}
+			}
 			wait_a_little();
 			continue;
 		}

@@ -285,7 +285,52 @@ out_of_reach()
 	"$tool" close "$name"
 }
 
-start jq
+# A /dev of its own, where nobody makes nodes: run COMMAND there
+in_bare_dev()
+{
+	mkdir -p "$dir/dev"
+	# shellcheck disable=SC2016 # for the shell in there
+	unshare -m bash -ec '
+		mount -t tmpfs none "$1/dev"
+		cp -a /dev/null /dev/loop-control "$1/dev"
+		mkdir "$1/dev/mapper"
+		cp -a /dev/mapper/control "$1/dev/mapper"
+		mount --bind "$1/dev" /dev
+		shift
+		"$@"' - "$dir" "$@"
+}
+
+in_a_container()
+{
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
+	put
+	"$tool" close "$name"
+	ls /dev/loop[0-9]* > "$dir/nodes"
+	# Another one may not make nodes: somebody else has to.
+	rm /dev/loop[0-9]*
+	refused 2 "missing.*mknod /dev/loop[0-9]* b 7 [0-9]*" setpriv --bounding-set -mknod \
+		"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" --readonly
+	eval "${err#*allowed: }"
+	refused 2 "missing.*mknod /dev/loop[0-9]* b 7 [0-9]*" setpriv --bounding-set -mknod \
+		"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" --readonly
+	eval "${err#*allowed: }"
+	there "$dir/i.qcow2" "$dir/i.data"
+}
+
+no_node()
+{
+	local f
+
+	truncate -s 4M "$dir/i.data"
+	"$tool" create "$dir/i.qcow2" --data-file "$dir/i.data"
+	export dir name tool
+	for f in put there refused fault note in_a_container ktap_print_msg; do
+		export -f "${f?}"
+	done
+	in_bare_dev bash -ec in_a_container
+}
+
+start jq setpriv
 need_tool
 check "close: an image behind another one in a file" behind_another
 check "close: the same with sectors of 4 KiB" behind_another --sector-size 4096
@@ -300,4 +345,5 @@ check "two devices of one file" two_of_a_file
 check "a chain over a part of a file" chain_over_a_part
 check "a file that has been cut off" ends_early
 check "a file that is out of reach" out_of_reach
+check "loop devices that have no node" no_node
 finish
