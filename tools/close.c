@@ -43,13 +43,13 @@ struct below {
 
 /*
  * Open the image by the name that the loop device knows, and make sure that
- * the loop device means the same file.
+ * the loop device means the same file, and that it was given to open, as a file:
+ * the device's @uuid says so.
  */
-static void open_image(struct below *b)
+static void open_image(struct below *b, const char *uuid)
 {
 	const struct device *metadata = &b->layer[0].metadata;
-	dev_t dev;
-	ino_t ino;
+	struct loop_view v;
 	struct stat st;
 	int fd;
 	bool same;
@@ -65,9 +65,9 @@ static void open_image(struct below *b)
 		return;
 	}
 	fd = open(metadata->node, O_RDONLY | O_CLOEXEC);
-	same = fd >= 0 && loop_backing(fd, &dev, &ino) &&
-	       dev == b->image.dev && ino == b->image.ino &&
-	       !b->image.bdev;
+	same = fd >= 0 && loop_look(fd, &v) && v.ours &&
+	       v.dev == b->image.dev && v.ino == b->image.ino &&
+	       !b->image.bdev && device_made_of(uuid, &b->image);
 	if (fd >= 0)
 		close(fd);
 	if (!same) {
@@ -103,7 +103,8 @@ static void look_at(struct layer *l, char *next, size_t size)
 	free(params);
 }
 
-static void look_below(const char *name, bool trim, struct below *b)
+static void look_below(const char *name, const char *uuid, bool trim,
+		       struct below *b)
 {
 	char next[128];
 
@@ -116,8 +117,9 @@ static void look_below(const char *name, bool trim, struct below *b)
 		snprintf(l->name, sizeof(l->name), "%s", next);
 		look_at(l, next, sizeof(next));
 	}
-	if (trim && b->layer[0].metadata.loop)
-		open_image(b);
+	/* What was given as a device stays as long as it is. */
+	if (trim && b->layer[0].metadata.loop && b->layer[0].metadata.ours)
+		open_image(b, uuid);
 }
 
 /*
@@ -194,7 +196,7 @@ static void wait_for_loop(const struct device *d)
 {
 	int i;
 
-	for (i = 0; i < WAIT_STEPS && d->autoclear && device_attached(d); i++)
+	for (i = 0; i < WAIT_STEPS && d->ours && device_attached(d); i++)
 		wait_step();
 }
 
@@ -269,15 +271,13 @@ int cmd_close(const struct options *opt, char **args)
 	if (ret)
 		return ret;
 	if (!info.exists)
-		return fail(EX_WRONG,
-			    "%s: no such device; qcow2setup status lists those that are open",
-			    esc(name));
+		return dm_gone(name);
 	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
 		return fail(EX_WRONG,
 			    "%s: not opened by qcow2setup; remove it with dmsetup remove",
 			    esc(name));
 
-	look_below(name, !info.read_only && !opt->deferred, &below);
+	look_below(name, info.uuid, !info.read_only && !opt->deferred, &below);
 	if (!opt->deferred && !info.read_only) {
 		/* Without a table nothing was ever written. */
 		if (!info.suspended)

@@ -329,23 +329,28 @@ static int choose_size(const struct options *opt, const struct node *data,
 	uint64_t size = opt->size ? opt->size :
 			backing->name ? backing->size : data->size;
 
-	g->size = size & ~511ULL;
-	if (!g->size)
+	if (!size)
 		return fail(EX_WRONG,
 			    "%s: is smaller than a sector (%llu bytes); give a larger --size and data file",
 			    esc(opt->size || !backing->name ? data->path :
 				backing->node.path),
 			    (unsigned long long)size);
-	if (g->size > data->size)
-		return fail(EX_WRONG,
-			    "%s: data %s has %llu bytes, less than the size of %llu; enlarge it, or give a smaller --size",
-			    esc(data->path), data->bdev ? "device" : "file",
-			    (unsigned long long)data->size,
-			    (unsigned long long)g->size);
-	if (g->size > QCOW2_MAX_OFFSET)
+	if (size > QCOW2_MAX_OFFSET)
 		return fail(EX_WRONG, "%s; give a smaller --size",
 			    qcow2_fault_str(QCOW2_FAULT_SIZE_BIG));
-	return 0;
+	/* Whole sectors; what is behind the last one would be lost. */
+	g->size = align_up(size, 512);
+	if (g->size <= data->size)
+		return 0;
+	if (size <= data->size)
+		return fail(EX_WRONG,
+			    "%s: data file ends in the middle of a sector; enlarge it with truncate -s %llu, or give a smaller --size",
+			    esc(data->path), (unsigned long long)g->size);
+	return fail(EX_WRONG,
+		    "%s: data %s has %llu bytes, less than the size of %llu; enlarge it, or give a smaller --size",
+		    esc(data->path), data->bdev ? "device" : "file",
+		    (unsigned long long)data->size,
+		    (unsigned long long)g->size);
 }
 
 static int choose_layout(const struct options *opt, struct qcow2_geometry *g,
@@ -413,17 +418,13 @@ static int check_device(const struct target_file *t, const struct node *data,
  * The name for the header.  There a relative one starts in the folder of the
  * image, but here, as all names do, in that of the caller.
  */
-static int backing_name(struct new_backing *b, const char *arg,
-			const char *image)
+static int header_name(char **name, const char *arg, const char *image)
 {
-	b->name = *arg == '/' || !strchr(image, '/') ? strdup(arg) :
-						       realpath(arg, NULL);
-	if (!b->name)
+	*name = *arg == '/' || !strchr(image, '/') ? strdup(arg) :
+						     realpath(arg, NULL);
+	if (!*name)
 		return errno == ENOMEM ? fail_nomem() :
 		       fail_errno("%s: cannot find its full name", esc(arg));
-	if (strlen(b->name) > 1023)
-		return fail(EX_WRONG, "%s: name is longer than 1023 bytes; use a shorter path",
-			    esc(b->name));
 	return 0;
 }
 
@@ -459,14 +460,16 @@ static int open_backing(const struct options *opt, const char *image,
 		return fail(EX_WRONG,
 			    "%s: data and backing file are the same; name two files",
 			    esc(arg));
-	b->size = align_up(b->node.size, 512);
-	if (opt->backing_format == BACKING_FORMAT_QCOW2) {
+	b->size = b->node.size;
+	if (opt->backing_format == BACKING_FORMAT_QCOW2)
 		ret = image_virtual_size(&b->node, &b->size);
-		if (ret)
-			return ret;
-		b->size &= ~511ULL;
-	}
-	return backing_name(b, arg, image);
+	if (ret)
+		return ret;
+	ret = header_name(&b->name, arg, image);
+	if (!ret && strlen(b->name) > 1023)
+		ret = fail(EX_WRONG, "%s: name is longer than 1023 bytes; use a shorter path",
+			   esc(b->name));
+	return ret;
 }
 
 int cmd_create(const struct options *opt, char **args)
@@ -479,6 +482,7 @@ int cmd_create(const struct options *opt, char **args)
 	struct qcow2_geometry g = { 0 };
 	struct plan_new p;
 	uint8_t *header = NULL;
+	char *data_name = NULL;
 	int ret;
 
 	if (!opt->data_file)
@@ -486,6 +490,8 @@ int cmd_create(const struct options *opt, char **args)
 			    "create needs to know where the data is; give --data-file DEV|FILE");
 	/* Read only: nothing here can ever write to it. */
 	ret = node_open(&data, AT_FDCWD, opt->data_file, NODE_READ_ONLY);
+	if (!ret)
+		ret = header_name(&data_name, opt->data_file, args[0]);
 	if (!ret)
 		ret = open_backing(opt, args[0], &data, &backing);
 	if (!ret)
@@ -500,11 +506,12 @@ int cmd_create(const struct options *opt, char **args)
 		ret = fail_nomem();
 		goto out;
 	}
-	if (!make_header(header, &g, opt->data_file, opt->data_file_raw,
+	if (!make_header(header, &g, data_name, opt->data_file_raw,
 			 &backing)) {
 		ret = fail(EX_WRONG,
 			   "%s: name is too long for a header of %s; use a shorter path, or a larger --cluster-size",
-			   esc(backing.name ? backing.name : opt->data_file), human_size(1ULL << g.cluster_bits));
+			   esc(backing.name ? backing.name : data_name),
+			   human_size(1ULL << g.cluster_bits));
 		goto out;
 	}
 	interrupt_catch();
@@ -522,6 +529,7 @@ out:
 	node_close(&data);
 	node_close(&backing.node);
 	free(backing.name);
+	free(data_name);
 	if (t.dir >= 0)
 		close(t.dir);
 	return interrupt_result(ret);

@@ -97,7 +97,8 @@ static bool look_below_tail(const char *kernel_name, char *loop, size_t loop_siz
 
 bool device_look_up(const char *number, struct device *d)
 {
-	char path[64], uuid[160], flag[8];
+	char path[64], uuid[160];
+	struct loop_view v = { 0 };
 
 	memset(d, 0, sizeof(*d));
 	if (strlen(number) > 24)
@@ -122,30 +123,31 @@ bool device_look_up(const char *number, struct device *d)
 			snprintf(d->loop_name, sizeof(d->loop_name), "%.30s",
 				 d->kernel_name);
 	}
-	d->autoclear = d->loop_name[0] &&
-		       sysfs_read(flag, sizeof(flag),
-				  "/sys/block/%s/loop/autoclear",
-				  d->loop_name) && !strcmp(flag, "1");
+	if (d->loop_name[0])
+		loop_look_at(d->loop_name, &v);
+	d->ours = v.ours;
+	/* A part of it is not the file. */
+	if (!v.whole)
+		d->file[0] = 0;
 	return true;
 }
 
-/* Is the file behind the loop device that which @node has open? */
+bool device_made_of(const char *uuid, const struct node *node)
+{
+	char want[64];
+
+	snprintf(want, sizeof(want), DM_UUID_PREFIX "%016llx-",
+		 (unsigned long long)node_hash(node));
+	return !strncmp(uuid, want, strlen(want));
+}
+
+/* Does the loop device show the file that @node has open, and all of it? */
 static bool loop_is_node(const char *kernel_name, const struct node *node)
 {
-	char path[300];
-	bool same;
-	dev_t dev;
-	ino_t ino;
-	int fd;
+	struct loop_view v;
 
-	snprintf(path, sizeof(path), "/dev/%s", kernel_name);
-	fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-	if (fd < 0)
-		return false;
-	same = loop_backing(fd, &dev, &ino) && dev == node->dev &&
-	       ino == node->ino;
-	close(fd);
-	return same;
+	return loop_look_at(kernel_name, &v) && v.whole &&
+	       v.dev == node->dev && v.ino == node->ino;
 }
 
 bool device_is_node(const char *number, const struct node *node)

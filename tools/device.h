@@ -18,14 +18,19 @@ struct device {
 	bool qcow2;			/* a device of ours */
 	bool loop;
 	char loop_name[32];		/* it, or the one below a helper */
-	bool autoclear;			/* goes when its last user goes */
-	char file[PATH_MAX];		/* behind the loop device */
+	bool ours;			/* that is made by open, and goes with its user */
+	char file[PATH_MAX];		/* that it shows, if it is all of it */
 };
 
 /* @number as in a table line: "7:3".  False if there is no such device. */
 bool device_look_up(const char *number, struct device *d);
 /* Is it still attached to a file? */
 bool device_attached(const struct device *d);
+/*
+ * Was one of our devices, with this uuid, made of the image @node, and not of
+ * another file or device that leads there?
+ */
+bool device_made_of(const char *uuid, const struct node *node);
 /* Is @number this file or device, also through a loop device or a helper? */
 bool device_is_node(const char *number, const struct node *node);
 

@@ -233,6 +233,13 @@ int dm_query(const char *name, struct dm_dev_info *info)
 	return 0;
 }
 
+int dm_gone(const char *name)
+{
+	return fail(EX_WRONG,
+		    "%s: no such device; qcow2setup status lists those that are open",
+		    esc(name));
+}
+
 /*
  * The kernel's log has the reason why a table was refused, the ioctl has only
  * a number.  Read what was logged since @fd was opened.
@@ -491,6 +498,7 @@ int dm_params(const char *name, bool status, char **type, char **params,
 	      uint64_t *sectors)
 {
 	struct dm_task *dmt;
+	struct dm_info info;
 	uint64_t start;
 	char *t, *p;
 	int ret;
@@ -504,6 +512,11 @@ int dm_params(const char *name, bool status, char **type, char **params,
 	if (status)
 		dm_task_no_flush(dmt);
 	ret = task_run(dmt);
+	/* libdevmapper takes it for success of some requests. */
+	if (!ret && dm_task_get_info(dmt, &info) && !info.exists)
+		ret = -ENXIO;
+	if (ret == -ENXIO)
+		goto out;
 	if (ret) {
 		ret = fail(errno_to_exit(-ret), "%s: cannot read its %s: %s",
 			   esc(name), status ? "status" : "table",

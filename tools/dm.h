@@ -45,6 +45,8 @@ int dm_check(bool need_target);
 int dm_target_version(struct target_version *v);
 int dm_check_name(const char *name);
 int dm_query(const char *name, struct dm_dev_info *info);
+/* Say that a device is not there (any more). */
+int dm_gone(const char *name);
 /* Refuse a table of the qcow2 target with what the loaded module lacks. */
 int dm_check_table(const char *name, const char *params);
 /*
@@ -70,7 +72,10 @@ int dm_remove(const char *name, bool deferred);
  * last user, if they could be told so when they were made.
  */
 void dm_remove_tails(const char *name);
-/* Table or status of a device with one target; free() what it returns. */
+/*
+ * Table or status of a device with one target; free() what it returns.  -ENXIO is
+ * returned without a message: there is no such device any more.
+ */
 int dm_params(const char *name, bool status, char **type, char **params,
 	      uint64_t *sectors);
 

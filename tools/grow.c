@@ -138,7 +138,7 @@ static int unit_state(const struct grower *w, uint64_t pos,
 	if (!off)
 		return 0;
 	index = (pos >> g->cluster_bits) & (entries - 1);
-	ret = read_at(w->img->node.fd, entry, 8 * words,
+	ret = node_read(&w->img->node, entry, 8 * words,
 		      off + index * 8 * words);
 	if (ret)
 		return read_failed(w, ret);
@@ -153,7 +153,7 @@ static int unit_state(const struct grower *w, uint64_t pos,
 	}
 	if (fault)
 		return fail(EX_WRONG,
-			    "%s: corrupt image: L2 entry of offset %llu: %s; repair it with qemu-img check -r all",
+			    "%s: corrupt image: L2 entry of offset %llu: %s; see what qcow2setup check says, and restore it from a backup",
 			    esc(w->img->node.path), (unsigned long long)guest,
 			    qcow2_fault_str(fault));
 	return 0;
@@ -186,7 +186,7 @@ static int copy_cut(const struct grower *w, uint64_t start, uint64_t len)
 
 	if (!buf)
 		return fail_nomem();
-	ret = have ? read_at(b->fd, buf, have, start) : 0;
+	ret = have ? node_read(b, buf, have, start) : 0;
 	if (ret) {
 		errno = -ret;
 		ret = fail_errno("%s: cannot read it", esc(b->path));
@@ -355,7 +355,7 @@ static int change_old_tables(struct grower *w)
 		off = l2_offset(w, i);
 		if (!off)
 			continue;
-		ret = read_at(w->img->node.fd, was, w->cs, off);
+		ret = node_read(&w->img->node, was, w->cs, off);
 		if (ret) {
 			ret = read_failed(w, ret);
 			break;
@@ -366,7 +366,7 @@ static int change_old_tables(struct grower *w)
 			continue;
 		if (!(be64_to_cpu(w->img->l1[i]) & QCOW2_OFLAG_COPIED))
 			ret = fail(EX_WRONG,
-				   "%s: L2 table %llu is shared; repair the image with qemu-img check -r all",
+				   "%s: L2 table %llu is shared; repair the image with qcow2setup check --repair all",
 				   esc(w->img->node.path),
 				   (unsigned long long)i);
 		else

@@ -256,7 +256,9 @@ enum header_fault header_parse(const void *buf, size_t len, struct header *h)
 			return HEADER_BACKING_OFFSET;
 		if (memchr(p + backing, 0, backing_len))
 			return HEADER_BACKING_NUL;
-		h->backing_file.s = (const char *)p + backing;
+		/* Without a name there is none, as QEMU has it. */
+		if (backing_len)
+			h->backing_file.s = (const char *)p + backing;
 		h->backing_file.len = backing_len;
 		ext_end = backing;
 	}

@@ -47,7 +47,7 @@ int image_attach(struct image *img, const struct node *node)
 	img->first = malloc(len + 1);
 	if (!img->first)
 		return fail_nomem();
-	ret = read_at(node->fd, img->first, len, 0);
+	ret = node_read(node, img->first, len, 0);
 	if (ret) {
 		errno = -ret;
 		return fail_errno("%s: cannot read the header", esc(node->path));
@@ -155,10 +155,7 @@ static void add_backing_reasons(struct reasons *r, const struct header *h)
 {
 	const struct span *f = &h->backing_format;
 
-	if (!h->backing_file.len)
-		add_reason(r, "record it with qemu-img rebase -u, or remove it with qemu-img rebase -u -b \"\" IMAGE",
-			   "the name of the backing file is empty");
-	else if (!f->s)
+	if (!f->s)
 		add_reason(r, "record it: qemu-img rebase -u -F raw|qcow2 -b BACKING IMAGE",
 			   "the format of the backing file is not recorded, and is not guessed");
 	else if (!(f->len == 3 && !memcmp(f->s, "raw", 3)) &&
@@ -176,8 +173,14 @@ static const char *remedy_for(enum qcow2_fault fault)
 		return "the file is truncated: restore it from a backup";
 	case QCOW2_FAULT_SIZE_ZERO:
 		return "enlarge it with qemu-img resize";
+	case QCOW2_FAULT_RAW_BACKING:
+		/* only the place for a name */
+		return "clear it with qemu-img rebase -u -b \"\" IMAGE";
+	case QCOW2_FAULT_REFTABLE_NONE:
+	case QCOW2_FAULT_REFTABLE_HEADER:
+		return "repair it with qcow2setup check --repair all";
 	default:
-		return "try to repair it with qemu-img check -r all";
+		return "restore it from a backup";
 	}
 }
 
@@ -209,10 +212,10 @@ void image_reasons(struct image *img, bool read_only, struct reasons *r)
 	else if (h->backing_file.s)
 		add_backing_reasons(r, h);
 	if (!read_only && h->incompatible & QCOW2_INCOMPAT_CORRUPT)
-		add_reason(r, "repair it with qemu-img check -r all, or use --readonly",
+		add_reason(r, OR_READONLY("find and repair the fault with qcow2setup check --repair all"),
 			   "%s", qcow2_fault_str(QCOW2_FAULT_CORRUPT));
 	if (!read_only && h->incompatible & QCOW2_INCOMPAT_DIRTY)
-		add_reason(r, "repair it with qcow2setup check --repair all, or use --readonly",
+		add_reason(r, OR_READONLY("repair it with qcow2setup check --repair all"),
 			   "%s", qcow2_fault_str(QCOW2_FAULT_DIRTY));
 	if (r->n)
 		return;
@@ -248,14 +251,18 @@ static int claim_cmp(const void *a, const void *b)
 }
 
 /* Report an impossible entry; refuse it only if the image will be written. */
-static int bad_entry(const struct image *img, bool strict, const char *table,
+static int bad_entry(const struct image *img, bool strict, bool l2,
 		     uint32_t index, uint64_t entry, const char *what)
 {
+	const char *table = l2 ? "L1" : "refcount table";
+
 	if (strict)
 		return fail(EX_WRONG,
-			    "%s: corrupt image: %s entry %u (0x%llx): %s; repair it with qemu-img check -r all, or use --readonly",
+			    "%s: corrupt image: %s entry %u (0x%llx): %s; %s",
 			    esc(img->node.path), table, index,
-			    (unsigned long long)entry, what);
+			    (unsigned long long)entry, what,
+			    l2 ? OR_READONLY("see what qcow2setup check says, and restore it from a backup") :
+				 OR_READONLY("repair it with qcow2setup check --repair all"));
 	warning("%s: corrupt image: %s entry %u (0x%llx): %s",
 		esc(img->node.path), table, index, (unsigned long long)entry,
 		what);
@@ -300,8 +307,8 @@ static int check_tables(const struct image *img, bool strict)
 		}
 		if (!fault)
 			continue;
-		ret = bad_entry(img, strict, l2 ? "L1" : "refcount table",
-				index, entry, qcow2_fault_str(fault));
+		ret = bad_entry(img, strict, l2, index, entry,
+				qcow2_fault_str(fault));
 		if (ret || ++warned == 8)
 			goto out;
 	}
@@ -309,8 +316,7 @@ static int check_tables(const struct image *img, bool strict)
 	for (k = 1; k < n; k++) {
 		if (claims[k].off != claims[k - 1].off)
 			continue;
-		ret = bad_entry(img, strict,
-				claims[k].l2 ? "L1" : "refcount table",
+		ret = bad_entry(img, strict, claims[k].l2,
 				claims[k].index, claims[k].off,
 				qcow2_fault_str(QCOW2_FAULT_ENTRY_OVERLAP));
 		if (ret || ++warned == 8)
@@ -334,9 +340,9 @@ int image_load_tables(struct image *img, bool strict)
 	img->reftable = malloc(rt_bytes);
 	if (!img->l1 || !img->reftable)
 		return fail_nomem();
-	ret = read_at(img->node.fd, img->l1, l1_bytes, g->l1_offset);
+	ret = node_read(&img->node, img->l1, l1_bytes, g->l1_offset);
 	if (!ret)
-		ret = read_at(img->node.fd, img->reftable, rt_bytes,
+		ret = node_read(&img->node, img->reftable, rt_bytes,
 			      g->reftable_offset);
 	if (ret) {
 		errno = -ret;
@@ -404,7 +410,7 @@ int image_load_bitmaps(struct image *img, const char **why)
 		*why = "out of memory";
 		return EX_MEMORY;
 	}
-	if (read_at(img->node.fd, img->bitmap_dir, len,
+	if (node_read(&img->node, img->bitmap_dir, len,
 		    img->h.bitmap_dir_offset)) {
 		*why = "bitmap directory cannot be read";
 		return EX_WRONG;
@@ -458,7 +464,7 @@ static int bitmap_end(const struct bitmap *b, void *arg)
 		e->bytes += bitmap_bytes(e->img, b);
 	for (; left; left -= n, off += n) {
 		n = min_u64(left, sizeof(chunk));
-		e->err = read_at(e->img->node.fd, chunk, n, off);
+		e->err = node_read(&e->img->node, chunk, n, off);
 		if (e->err)
 			return 1;
 		for (i = 0; i < n / 8; i++) {
@@ -500,8 +506,8 @@ static int referenced_by_bitmaps(struct image *img, uint64_t *end)
 		return 0;
 	if (ret)
 		return fail(ret,
-			    "%s: %s; remove the bitmaps with qemu-img, or use --readonly",
-			    esc(img->node.path), why);
+			    "%s: %s; %s", esc(img->node.path), why,
+			    OR_READONLY("remove the bitmaps with qemu-img"));
 	*end = max_u64(*end, img->h.bitmap_dir_offset + img->h.bitmap_dir_size);
 	*end = max_u64(*end, b.end);
 	img->bitmap_bytes = b.bytes;
@@ -572,7 +578,7 @@ static int read_refblock(const struct image *img, const __be64 *table,
 	*off = be64_to_cpu(table[i]) & QCOW2_REFTABLE_OFFSET_MASK;
 	if (!*off)
 		return 0;
-	ret = read_at(img->node.fd, block, cluster_size(img), *off);
+	ret = node_read(&img->node, block, cluster_size(img), *off);
 	return ret ? read_failed(img, ret) : 0;
 }
 
@@ -667,7 +673,7 @@ static int undo_add(struct image *img, uint64_t off, size_t len)
 	u->off = off;
 	u->len = len;
 	u->failed = false;
-	if (len && read_at(img->node.fd, u->old, len, off)) {
+	if (len && node_read(&img->node, u->old, len, off)) {
 		free(u);
 		return fail(EX_WRONG, "%s: cannot read its metadata: %s",
 			    esc(img->node.path), strerror(EIO));
@@ -747,7 +753,7 @@ void image_undo(struct image *img)
 			img->node.size = img->space.length;
 	}
 	if (failed)
-		warning("%s: could not be put back as it was: %s; check it with qemu-img check",
+		warning("%s: could not be put back as it was: %s; check it with qcow2setup check",
 			esc(img->node.path), strerror(errno));
 }
 

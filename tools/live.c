@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -47,7 +48,7 @@ int live_unwritten(const char *name, struct target_status *s,
 	int ret = read_status(name, &v, s);
 
 	if (ret)
-		return ret;
+		return ret == -ENXIO ? dm_gone(name) : ret;
 	/* Version 1.0 does not count them, and what is dirty then, stays so. */
 	*unwritten = v.minor ? s->unwritten : s->dirty_slices;
 	if (!v.minor || s->given & STATUS_UNWRITTEN)

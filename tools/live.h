@@ -10,7 +10,8 @@
 /*
  * Read a device's status, in the words of the module that is loaded.  A line that
  * is not understood is an error.  Both print why they failed, and return an exit
- * code.
+ * code; but if there is no such device any more, live_status() returns -ENXIO
+ * without a message.
  */
 int live_status(const char *name, struct target_status *s);
 /*

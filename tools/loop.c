@@ -2,7 +2,10 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/loop.h>
+#include <linux/major.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
@@ -14,6 +17,14 @@
 #include "util.h"
 
 #define ATTACH_TRIES	64
+/* So long the node of a new device may take that udev or the kernel makes. */
+#define NODE_TRIES	15
+
+/*
+ * Before the name that a loop device of ours has: offset, limit and autoclear
+ * can be the same for one that somebody else has made.
+ */
+#define MARK	"qcow2setup:"
 
 static void wait_a_little(void)
 {
@@ -42,6 +53,28 @@ static int open_free(int control, struct loop *loop)
 	return nr;
 }
 
+/* Nobody makes nodes here, as in a container: do it.  An exit code. */
+static int make_node(const char *name)
+{
+	unsigned int major_nr, minor_nr;
+	char number[32], path[32];
+	int err;
+
+	if (!sysfs_read(number, sizeof(number), "/sys/block/%s/dev", name) ||
+	    sscanf(number, "%u:%u", &major_nr, &minor_nr) != 2)
+		return fail(EX_WRONG,
+			    "loop devices: the kernel offers %s, and neither /dev nor /sys/block has it; make them available here",
+			    name);
+	snprintf(path, sizeof(path), "/dev/%s", name);
+	if (!mknod(path, S_IFBLK | 0600, makedev(major_nr, minor_nr)) ||
+	    errno == EEXIST)
+		return 0;
+	err = errno;
+	return fail(errno_to_exit(err),
+		    "%s: is missing and cannot be made: %s; make it where that is allowed: mknod %s b %u %u",
+		    path, strerror(err), path, major_nr, minor_nr);
+}
+
 int loop_attach(struct loop *loop, const struct node *node)
 {
 	struct loop_config config = {
@@ -56,14 +89,14 @@ int loop_attach(struct loop *loop, const struct node *node)
 		.info.lo_flags = LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
 	};
 	struct loop_info64 info;
-	int control, ret = -EAGAIN, i;
+	int control, ret = -EAGAIN, i, missing = 0, code;
 
 	*loop = (struct loop)LOOP_CLOSED;
 	if (node->read_only)
 		config.info.lo_flags |= LO_FLAGS_READ_ONLY;
-	/* What losetup shows; cut if need be. */
-	snprintf((char *)config.info.lo_file_name, LO_NAME_SIZE, "%.*s",
-		 LO_NAME_SIZE - 1, node->path);
+	/* Cut if need be; losetup shows the name that the kernel knows. */
+	snprintf((char *)config.info.lo_file_name, LO_NAME_SIZE, MARK "%.*s",
+		 LO_NAME_SIZE - (int)sizeof(MARK), node->path);
 
 	control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
 	if (control < 0) {
@@ -77,6 +110,13 @@ int loop_attach(struct loop *loop, const struct node *node)
 		ret = open_free(control, loop);
 		if (ret == -ENOENT || ret == -ENXIO || ret == -EBUSY) {
 			/* the node is not there yet, or the device just went */
+			if (ret == -ENOENT && ++missing >= NODE_TRIES) {
+				code = make_node(loop->name);
+				if (code) {
+					close(control);
+					return code;
+				}
+			}
 			wait_a_little();
 			continue;
 		}
@@ -119,27 +159,41 @@ static dev_t decode_dev(__u64 dev)
 		       (dev & 0xff) | ((dev >> 12) & 0xfff00));
 }
 
-static bool backing(int fd, dev_t *dev, ino_t *ino, bool *read_only)
+bool loop_look(int fd, struct loop_view *v)
 {
 	struct loop_info64 info;
+	struct stat st;
 
-	if (ioctl(fd, LOOP_GET_STATUS64, &info))
+	*v = (struct loop_view){ 0 };
+	/* Other drivers may know the same ioctl number by another name. */
+	if (fstat(fd, &st) || !S_ISBLK(st.st_mode) ||
+	    major(st.st_rdev) != LOOP_MAJOR ||
+	    ioctl(fd, LOOP_GET_STATUS64, &info))
 		return false;
-	*dev = decode_dev(info.lo_device);
-	*ino = info.lo_inode;
-	*read_only = info.lo_flags & LO_FLAGS_READ_ONLY;
+	v->dev = decode_dev(info.lo_device);
+	v->ino = info.lo_inode;
+	v->offset = info.lo_offset;
+	v->limit = info.lo_sizelimit;
+	v->read_only = info.lo_flags & LO_FLAGS_READ_ONLY;
+	v->whole = !v->offset && !v->limit;
+	v->ours = v->whole && info.lo_flags & LO_FLAGS_AUTOCLEAR &&
+		  !strncmp((char *)info.lo_file_name, MARK, strlen(MARK));
 	return true;
 }
 
-bool loop_backing(int fd, dev_t *dev, ino_t *ino)
+bool loop_look_at(const char *name, struct loop_view *v)
 {
-	struct stat st;
-	bool ro;
+	char path[64];
+	bool found;
+	int fd;
 
-	/* Other drivers may know the same ioctl number by another name. */
-	if (fstat(fd, &st) || !S_ISBLK(st.st_mode) || major(st.st_rdev) != 7)
+	snprintf(path, sizeof(path), "/dev/%.40s", name);
+	fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	if (fd < 0)
 		return false;
-	return backing(fd, dev, ino, &ro);
+	found = loop_look(fd, v);
+	close(fd);
+	return found;
 }
 
 bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
@@ -153,10 +207,7 @@ bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 		return false;
 	while (!found && (d = readdir(dir))) {
 		char path[300];
-		dev_t b_dev;
-		ino_t b_ino;
-		bool ro;
-		int fd;
+		struct loop_view v;
 
 		if (strncmp(d->d_name, "loop", 4))
 			continue;
@@ -164,17 +215,103 @@ bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 			 d->d_name);
 		if (access(path, F_OK))
 			continue;
-		snprintf(path, sizeof(path), "/dev/%s", d->d_name);
-		fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-		if (fd < 0)
-			continue;
-		if (backing(fd, &b_dev, &b_ino, &ro) && b_dev == dev &&
-		    b_ino == ino && !(ro && skip_read_only)) {
+		if (loop_look_at(d->d_name, &v) && v.dev == dev &&
+		    v.ino == ino && !(v.read_only && skip_read_only)) {
 			snprintf(name, size, "%.20s", d->d_name);
 			found = true;
 		}
-		close(fd);
 	}
 	closedir(dir);
 	return found;
+}
+
+/* How long is what a loop device shows?  False: it is out of reach. */
+static bool file_size(const char *path, const struct loop_view *v,
+		      uint64_t *size)
+{
+	char sectors[32];
+	struct stat st;
+
+	/* The name may mean something else here, or now. */
+	if (stat(path, &st) || st.st_dev != v->dev || st.st_ino != v->ino)
+		return false;
+	*size = st.st_size;
+	if (!S_ISBLK(st.st_mode))
+		return true;
+	if (!sysfs_read(sectors, sizeof(sectors), "/sys/dev/block/%u:%u/size",
+			major(st.st_rdev), minor(st.st_rdev)) ||
+	    !parse_u64(sectors, size))
+		return false;
+	*size *= 512;
+	return true;
+}
+
+static int check_end(struct node *node, const char *name, const char *file)
+{
+	struct loop_view v;
+	uint64_t has, size;
+	char sectors[32];
+
+	if (!loop_look_at(name, &v) || !file_size(file, &v, &has) ||
+	    !sysfs_read(sectors, sizeof(sectors), "/sys/block/%s/size", name) ||
+	    !parse_u64(sectors, &size)) {
+		node->pieces = true;
+		return 0;
+	}
+	size = v.offset + size * 512;
+	if (has >= size)
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: %s, the file of /dev/%s, has %llu bytes, but the device shows it up to byte %llu: what is missing would read as zeros; restore the file, or make the device shorter with losetup --set-capacity /dev/%s",
+		    esc(node->path), esc(file), name, (unsigned long long)has,
+		    (unsigned long long)size, name);
+}
+
+/* Stacks are not that high, and have no circles. */
+#define MAX_STACK	16
+
+/* @sys: a device's folder, or a link to it */
+static int check_below(struct node *node, const char *sys, unsigned int depth)
+{
+	char path[PATH_MAX], file[PATH_MAX], *name, *end;
+	struct dirent *d;
+	int ret = 0;
+	DIR *dir;
+
+	if (depth > MAX_STACK || !realpath(sys, path))
+		return 0;
+	/* Of a partition the device. */
+	name = strstr(path, "/block/");
+	if (!name)
+		return 0;
+	name += strlen("/block/");
+	end = strchrnul(name, '/');
+	*end = 0;
+	if (sysfs_read(file, sizeof(file), "/sys/block/%.200s/loop/backing_file",
+		       name))
+		return check_end(node, name, file);
+	if (end - path + sizeof("/slaves") > sizeof(path))
+		return 0;
+	memcpy(end, "/slaves", sizeof("/slaves"));
+	dir = opendir(path);
+	if (!dir)
+		return 0;
+	while (!ret && (d = readdir(dir))) {
+		if (d->d_name[0] == '.')
+			continue;
+		snprintf(file, sizeof(file), "%.*s/%s", PATH_MAX - 300, path,
+			 d->d_name);
+		ret = check_below(node, file, depth + 1);
+	}
+	closedir(dir);
+	return ret;
+}
+
+int loop_check_ends(struct node *node)
+{
+	char sys[64];
+
+	snprintf(sys, sizeof(sys), "/sys/dev/block/%u:%u", major(node->rdev),
+		 minor(node->rdev));
+	return check_below(node, sys, 0);
 }

@@ -5,6 +5,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/types.h>
 
 #include "node.h"
@@ -26,8 +27,20 @@ int loop_attach(struct loop *loop, const struct node *node);
 /* Let go; without another user this detaches the device. */
 void loop_release(struct loop *loop);
 
-/* The file behind the loop device @fd; false if it is no loop device. */
-bool loop_backing(int fd, dev_t *dev, ino_t *ino);
+/* What a loop device shows of which file. */
+struct loop_view {
+	dev_t dev;
+	ino_t ino;
+	uint64_t offset, limit;	/* @limit 0: up to the end of the file */
+	bool read_only;
+	bool whole;		/* all of the file, as it is */
+	bool ours;		/* made by loop_attach(), for the whole file */
+};
+
+/* False if @fd is no loop device, or has no file. */
+bool loop_look(int fd, struct loop_view *v);
+/* The same for a device by its name, "loop3". */
+bool loop_look_at(const char *name, struct loop_view *v);
 
 /*
  * Is a file attached to some loop device?  @skip_read_only: those that cannot
@@ -35,5 +48,12 @@ bool loop_backing(int fd, dev_t *dev, ino_t *ino);
  */
 bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 	       size_t size);
+
+/*
+ * A loop device whose file has been cut off shows zeros for what is missing,
+ * and for what was read together with it.  Refuse a block device that has such a
+ * one below it.  Sets @node->pieces if a file is out of reach.
+ */
+int loop_check_ends(struct node *node);
 
 #endif

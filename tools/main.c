@@ -4,6 +4,7 @@
  * means of the device-mapper target "qcow2".
  */
 #include <getopt.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -338,9 +339,16 @@ int main(int argc, char **argv)
 	char **args = NULL;
 	int ret;
 
+	/* A limit on the size of files is an error like others: EFBIG. */
+	signal(SIGXFSZ, SIG_IGN);
 	ret = parse_command_line(argc, argv, &opt, &action, &args);
-	if (ret < 0 && action)
+	if (ret < 0 && action) {
+		/* info speaks of what open would say. */
+		takes_readonly = action->options & OPT_READ_ONLY ||
+				 action->handler == cmd_info;
+		takes_trust = action->options & OPT_TRUST;
 		ret = action->handler(&opt, args);
+	}
 	dm_exit();
 	/* A full disk or closed pipe must not look like success. */
 	if (fflush(stdout) && !ret)

@@ -165,7 +165,7 @@ static int walk(struct map *m, struct extents *x)
 		ret = fail_nomem();
 		goto out;
 	}
-	ret = read_at(m->img.node.fd, l1, tables * 8, g->l1_offset);
+	ret = node_read(&m->img.node, l1, tables * 8, g->l1_offset);
 	if (ret) {
 		ret = read_failed(m, ret);
 		goto out;
@@ -186,7 +186,7 @@ static int walk(struct map *m, struct extents *x)
 				    QCOW2_UNALLOCATED, false);
 			continue;
 		}
-		ret = read_at(m->img.node.fd, l2, cs, off);
+		ret = node_read(&m->img.node, l2, cs, off);
 		if (ret) {
 			ret = read_failed(m, ret);
 			goto out;
@@ -310,7 +310,7 @@ static int open_live(struct map *m, const char *name)
 		return ret;
 	ret = dm_params(name, false, &type, &params, &sectors);
 	if (ret)
-		return ret;
+		return ret == -ENXIO ? dm_gone(name) : ret;
 	ours = !strcmp(type, DM_TARGET) && target_parse_table(params, &table);
 	free(type);
 	free(params);

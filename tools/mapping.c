@@ -90,8 +90,9 @@ static int recorded_path(const struct mapping *m, const struct walk *w,
 
 	if (!w->opt->trust_image_paths && name->s)
 		return fail(EX_PARAMETER,
-			    "%s: the %s file is not named; give %s (the image says %s), or --trust-image-paths",
-			    esc(path), kind, option, escn(name->s, name->len));
+			    "%s: the %s file is not named; give %s (the image says %s)%s",
+			    esc(path), kind, option, escn(name->s, name->len),
+			    takes_trust ? ", or --trust-image-paths" : "");
 	if (!name->s)
 		return fail(EX_PARAMETER,
 			    "%s: the %s file is not named, nor does the image name one; give %s",
@@ -226,7 +227,7 @@ static bool has_magic(const struct node *node)
 {
 	__be32 magic;
 
-	return !read_at(node->fd, &magic, sizeof(magic), 0) &&
+	return !node_read(node, &magic, sizeof(magic), 0) &&
 	       be32_to_cpu(magic) == QCOW2_MAGIC;
 }
 

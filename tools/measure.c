@@ -22,15 +22,11 @@ static int get_geometry(const struct options *opt, struct qcow2_geometry *g)
 	if (g->ext_l2 && g->cluster_bits < QCOW2_MIN_CLUSTER_BITS_EXT_L2)
 		return fail(EX_PARAMETER,
 			    "--extended-l2 needs clusters of at least 16 KiB; give a larger --cluster-size");
-	/* What create would make of it. */
-	g->size = opt->size & ~511ULL;
-	if (!g->size)
-		return fail(EX_PARAMETER,
-			    "%s; give a larger --size",
-			    qcow2_fault_str(QCOW2_FAULT_SIZE_ZERO));
-	if (g->size > QCOW2_MAX_OFFSET)
+	if (opt->size > QCOW2_MAX_OFFSET)
 		return fail(EX_PARAMETER, "%s; give a smaller --size",
 			    qcow2_fault_str(QCOW2_FAULT_SIZE_BIG));
+	/* What create would make of it. */
+	g->size = align_up(opt->size, 512);
 	if (qcow2_l1_entries_needed(g) > QCOW2_MAX_L1_ENTRIES)
 		return fail(EX_PARAMETER,
 			    "with clusters of %s an image can have at most %s; give a larger --cluster-size",

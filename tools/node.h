@@ -22,6 +22,7 @@ struct node {
 	dev_t dev;		/* the file system's device */
 	ino_t ino;
 	dev_t rdev;		/* a block device's own number */
+	bool pieces;		/* how it is read; see node_read() */
 };
 
 #define NODE_CLOSED	{ .fd = -1 }
@@ -38,7 +39,19 @@ int node_open(struct node *node, int dirfd, const char *path,
 	      unsigned int flags);
 void node_close(struct node *node);
 
-/* Are both the same file or device, also through a loop device? */
+/*
+ * As read_at().  Where a read that crosses the end of what is below a device
+ * could come back as zeros, all of it, it is not more than a page at once.
+ */
+int node_read(const struct node *node, void *buf, size_t len, uint64_t off);
+
+/* Tells files and devices apart, and stays the same for one. */
+uint64_t node_hash(const struct node *node);
+
+/*
+ * Are both the same file or device, or do loop devices show the same bytes of
+ * one?
+ */
 bool node_same(const struct node *a, const struct node *b);
 
 /*

@@ -68,21 +68,6 @@ static void wait_for_loops(void)
 			nanosleep(&step, NULL);
 }
 
-/* FNV-1a over where an image is, so that it is known again. */
-static uint64_t node_hash(const struct node *node)
-{
-	uint64_t parts[2] = { node->bdev ? node->rdev : node->dev,
-			      node->bdev ? 0 : node->ino };
-	uint64_t hash = 0xcbf29ce484222325ULL;
-	unsigned int i;
-
-	for (i = 0; i < 16; i++) {
-		hash ^= (parts[i / 8] >> 8 * (i % 8)) & 0xff;
-		hash *= 0x100000001b3ULL;
-	}
-	return hash;
-}
-
 /* A name that no other device has, and that stays the same for an image. */
 static void make_uuid(char *uuid, size_t size, const char *prefix,
 		      const struct node *node, const char *name)

@@ -38,12 +38,15 @@
 #define SECTOR		512
 #define LOCK_MS		3000
 
-/* @size: of the data; @old: of the image; sets *@new */
+/*
+ * @size: of the data, which is made longer if it ends within a sector; @old: of
+ * the image; sets *@new
+ */
 static int choose_size(const struct options *opt, const char *path,
 		       uint64_t old, uint64_t size, unsigned int block,
 		       uint64_t *new)
 {
-	*new = opt->size_auto ? size / block * block : opt->size;
+	*new = opt->size_auto ? align_up(size, block) : opt->size;
 	if (*new % block)
 		return fail(EX_PARAMETER,
 			    "%s: size of %llu bytes is no multiple of %u; give --size %llu",
@@ -57,7 +60,7 @@ static int choose_size(const struct options *opt, const char *path,
 			    esc(path), (unsigned long long)*new,
 			    (unsigned long long)old);
 	return fail(EX_WRONG,
-		    "%s: has %llu bytes and is not made smaller; close it, and use qemu-img resize --shrink",
+		    "%s: has %llu bytes and is not made smaller; close it, and use qemu-img resize --shrink; if the data is raw and on a device, first make that as small as the image shall be",
 		    esc(path), (unsigned long long)old);
 }
 
@@ -201,6 +204,7 @@ static int check_offline_data(const struct offline *o, uint64_t size)
 		    (unsigned long long)size);
 }
 
+/* The image may have the size already; the data must have it in any case. */
 static int grow_offline(struct offline *o, struct growth *g)
 {
 	struct grown_file file = { .fd = -1, .path = o->data.path };
@@ -211,6 +215,8 @@ static int grow_offline(struct offline *o, struct growth *g)
 		file.fd = o->data.fd;
 		ret = grow_file(&file, g->size);
 	}
+	if (g->size == o->img.geo.size)
+		return ret;
 	/* The format wants this of all who write. */
 	if (!ret)
 		ret = image_clear_autoclear(&o->img);
@@ -250,7 +256,7 @@ static int resize_image(const struct options *opt, const char *path)
 				  block, &g.size);
 	if (!ret)
 		ret = check_offline_data(&o, g.size);
-	if (!ret && g.size > o.img.geo.size) {
+	if (!ret) {
 		if (o.data.fd >= 0)
 			g.data = &o.data;
 		ret = grow_offline(&o, &g);
@@ -305,25 +311,27 @@ static int part_open(struct part *p, const char *number, unsigned int flags)
 	if (!p->node.bdev || strcmp(now, number))
 		return fail(EX_WRONG, "%s: is not device %s; check /dev",
 			    esc(p->path), esc(number));
-	p->node.path = p->d.file[0] ? p->d.file : p->d.node;
+	p->node.path = p->d.ours && p->d.file[0] ? p->d.file : p->d.node;
 	return 0;
 }
 
-/* The file behind a loop device, if it is still what its name says. */
+/*
+ * The file of a loop device that open has made, if it is still what its name
+ * says.  What was given as a device stays as long as it is.
+ */
 static void part_open_file(struct part *p)
 {
-	dev_t dev;
-	ino_t ino;
+	struct loop_view v;
 	struct stat st;
 	int fd;
 
-	if (!p->d.loop || !loop_backing(p->node.fd, &dev, &ino))
+	if (!p->d.loop || !loop_look(p->node.fd, &v) || !v.ours)
 		return;
 	fd = open(p->d.file, O_RDWR | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
 	if (fd < 0)
 		return;
-	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_dev != dev ||
-	    st.st_ino != ino) {
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_dev != v.dev ||
+	    st.st_ino != v.ino) {
 		close(fd);
 		return;
 	}
@@ -343,7 +351,7 @@ static void part_close(struct part *p)
 /* Let a loop device see how long its file is; its size may stay less. */
 static int part_update(struct part *p)
 {
-	if (p->d.loop && ioctl(p->node.fd, LOOP_SET_CAPACITY, 0))
+	if (p->d.loop && p->d.ours && ioctl(p->node.fd, LOOP_SET_CAPACITY, 0))
 		return fail_errno("%s: cannot update its size", esc(p->path));
 	if (ioctl(p->node.fd, BLKGETSIZE64, &p->node.size))
 		return fail_errno("%s: cannot get its size", esc(p->path));
@@ -357,7 +365,7 @@ static int part_extend(struct part *p, uint64_t size)
 
 	if (p->file.fd >= 0)
 		ret = grow_file(&p->file, size);
-	if (!ret && p->d.loop)
+	if (!ret)
 		ret = part_update(p);
 	if (ret || p->node.size >= size)
 		return ret;
@@ -401,9 +409,7 @@ static int check_device(const struct live *l)
 	if (ret)
 		return ret;
 	if (!info.exists)
-		return fail(EX_WRONG,
-			    "%s: no such device; qcow2setup status lists those that are open",
-			    esc(l->name));
+		return dm_gone(l->name);
 	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
 		return fail(EX_WRONG,
 			    "%s: not opened by qcow2setup; resize the image when it is closed",
@@ -424,7 +430,7 @@ static int read_table(struct live *l)
 	l->params = NULL;
 	ret = dm_params(l->name, false, &type, &l->params, &l->sectors);
 	if (ret)
-		return ret;
+		return ret == -ENXIO ? dm_gone(l->name) : ret;
 	free(type);
 	/* What is not known could not be in the new table. */
 	if (!target_parse_table(l->params, &l->table) || l->table.f.unknown)
@@ -454,7 +460,7 @@ static int check_state(struct live *l)
 			    esc(l->name), esc(l->name));
 	ret = live_status(l->name, &status);
 	if (ret)
-		return ret;
+		return ret == -ENXIO ? dm_gone(l->name) : ret;
 	/* What there was no space for may be written in the suspend. */
 	if (strcmp(status.mode, "rw") && strcmp(status.mode, "nospc"))
 		return fail(EX_WRONG,

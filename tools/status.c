@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /* qcow2setup status: what is open, and how it does. */
+#include <errno.h>
 #include <inttypes.h>
 #include <libsmartcols.h>
 #include <stdlib.h>
@@ -19,6 +20,7 @@ struct open_device {
 	struct dm_dev_info info;
 	uint64_t size;			/* bytes */
 	bool has_table, has_status;
+	bool gone;			/* while we looked */
 	struct target_table table;
 	struct target_status status;
 	struct device metadata, data, backing;
@@ -35,6 +37,7 @@ static void free_below(struct open_device *d)
 	}
 }
 
+/* -ENXIO: it has gone, without a message; as of dm_params(). */
 static int get_device(const char *name, struct open_device *d);
 
 static int get_below(struct open_device *d)
@@ -233,7 +236,8 @@ static void print_options(const struct target_features *f)
 static void print_trouble(const struct open_device *d)
 {
 	const struct target_status *s = &d->status;
-	const char *file = d->metadata.file;
+	/* Only what open has made gets longer with its file. */
+	const char *file = d->metadata.ours ? d->metadata.file : "";
 
 	if (!strcmp(s->mode, "nospc"))
 		printf("  There is no space for metadata that waits to be written: free some where %s is.\n"
@@ -327,7 +331,6 @@ static int by_name(const void *a, const void *b)
  */
 static int get_list(struct list *list, int *wrong)
 {
-	struct dm_dev_info info;
 	size_t i;
 	int ret;
 
@@ -337,8 +340,10 @@ static int get_list(struct list *list, int *wrong)
 	qsort(list->d, list->n, sizeof(*list->d), by_name);
 	for (i = 0; i < list->n; i++) {
 		ret = get_device(list->d[i].name, &list->d[i]);
-		/* One that went meanwhile is no error. */
-		if (ret && !dm_query(list->d[i].name, &info) && info.exists)
+		/* One that went meanwhile is no error, and not in the list. */
+		if (ret == -ENXIO)
+			list->d[i].gone = true;
+		else if (ret)
 			*wrong = ret;
 	}
 	return 0;
@@ -390,7 +395,8 @@ static int print_table(const struct list *list)
 		ret = !scols_table_new_column(table, columns[i].name, 0,
 					      columns[i].flags);
 	for (i = 0; !ret && i < list->n; i++)
-		ret = fill_line(table, &list->d[i]);
+		if (!list->d[i].gone)
+			ret = fill_line(table, &list->d[i]);
 	if (!ret)
 		ret = scols_print_table(table);
 	scols_unref_table(table);
@@ -409,7 +415,8 @@ static int status_all(const struct options *opt)
 		json_start(&j, stdout);
 		json_array(&j, NULL);
 		for (i = 0; i < list.n; i++)
-			print_json(&j, &list.d[i]);
+			if (!list.d[i].gone)
+				print_json(&j, &list.d[i]);
 		json_array_end(&j);
 		json_end(&j);
 	} else if (!ret) {
@@ -435,6 +442,8 @@ static int status_one(const struct options *opt, const char *name)
 		return fail(EX_WRONG, "/dev/mapper/%s is inactive; open it first",
 			    esc(name));
 	ret = get_device(name, &d);
+	if (ret == -ENXIO)
+		ret = dm_gone(name);
 	if (!ret && !d.has_table)
 		ret = fail(EX_WRONG,
 			   "%s: not a qcow2 device; qcow2setup status lists those that are open",

@@ -9,6 +9,7 @@
 #include "util.h"
 
 bool verbose;
+bool takes_readonly, takes_trust;
 
 static void vmessage(const char *kind, const char *fmt, va_list ap)
 {

@@ -28,6 +28,11 @@ enum {
 
 extern bool verbose;
 
+/* A remedy names an option only if the action takes it: main() says so. */
+extern bool takes_readonly, takes_trust;
+#define OR_READONLY(remedy)	\
+	(takes_readonly ? remedy ", or use --readonly" : remedy)
+
 /*
  * Print "qcow2setup: ..." as one line on stderr and return @code, so that a
  * failing function can say "return fail(...)".

@@ -63,7 +63,7 @@ int verify_read(const struct verify *v, void *buf, size_t len, uint64_t off)
 	size_t n = off < size ? min_u64(len, size - off) : 0;
 
 	memset((uint8_t *)buf + n, 0, len - n);
-	return n ? read_at(v->img->node.fd, buf, n, off) : 0;
+	return n ? node_read(&v->img->node, buf, n, off) : 0;
 }
 
 static void add_ref(struct verify *v, enum ref_kind kind, uint32_t index,
@@ -97,6 +97,9 @@ static int get_geometry(struct verify *v)
 		v->uncertain = true;
 		say(v, "%s", qcow2_fault_str(QCOW2_FAULT_SNAPSHOTS));
 	}
+	/* A place for a name, but no name */
+	if (!h.backing_file_size)
+		h.backing_file_offset = 0;
 	fault = qcow2_header_check(&h, true, g);
 	if (fault == QCOW2_FAULT_RAW_BACKING) {
 		v->corruptions++;
@@ -164,8 +167,8 @@ static void collect_luks(struct verify *v)
 
 	if (img->h.crypt_method != 2)
 		return;
-	if (img->h.backing_file.s)
-		end = (const uint8_t *)img->h.backing_file.s - img->first;
+	if (img->h.raw.backing_file_offset)
+		end = be64_to_cpu(img->h.raw.backing_file_offset);
 	while (at + sizeof(struct qcow2_extension) <= end) {
 		struct qcow2_extension ext;
 		uint64_t off, len;

@@ -97,6 +97,21 @@ raw()
 		jq -e '."allocated-clusters" == ."total-clusters"' > "$dir/out"
 }
 
+# The data file ends within a sector, where the loop device does not go.
+within_a_sector()
+{
+	pattern RAW 8388609 > "$dir/i.data"
+	"$tool" create "$dir/i.qcow2" --data-file "$dir/i.data" --size 1M --data-file-raw
+	cp "$dir/i.data" "$dir/model"
+	open_it
+	"$tool" resize "$name" --size auto
+	[ "$(bytes)" = 8389120 ] || fault "$(bytes) bytes"
+	[ "$(stat -c %s "$dir/i.data")" = 8389120 ]
+	truncate -s 8389120 "$dir/model"
+	put more 512 8
+	judge
+}
+
 # The backing file goes on behind the old end, and must not come to be seen.
 over_backing()
 {
@@ -193,6 +208,26 @@ space()
 	"$tool" resize "$name" --size 512M
 	[ $(($(stat -c '%b * 512 >= %s' "$dir/i.qcow2"))) = 1 ]
 	judge
+}
+
+# QEMU cannot change the length of the device of a raw disk: as the tool says it.
+smaller_over_device()
+{
+	local data
+
+	pattern RAW $((8 << 20)) > "$dir/i.data"
+	data=$(losetup -f --show "$dir/i.data")
+	later losetup -d "$data"
+	"$tool" create "$dir/i.qcow2" --data-file "$data" --data-file-raw
+	refused 4 'close it, and use qemu-img resize --shrink; .* raw .* device, first make that as small' \
+		"$tool" resize "$dir/i.qcow2" --size 4M
+	truncate -s 4M "$dir/i.data"
+	losetup -c "$data"
+	qemu-img resize -q --shrink -f qcow2 "$dir/i.qcow2" 4M
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$data"
+	cmp "/dev/mapper/$name" "$dir/i.data"
+	"$tool" close "$name"
+	"$tool" check "$dir/i.qcow2" > "$dir/out"
 }
 
 # What is the state of everything that must not change?
@@ -593,6 +628,7 @@ check "grows over old content" over_old_data ''
 check "grows over old content, extended L2" over_old_data extended_l2=on
 check "grows, raw" raw --cluster-size 512
 check "grows, raw, extended L2" raw --extended-l2
+check "grows, raw data that ends within a sector" within_a_sector
 check "grows over a backing file" over_backing ''
 check "grows over a backing file, extended L2" over_backing extended_l2=on
 check "grows over a backing file, small clusters" over_backing cluster_size=512
@@ -601,6 +637,7 @@ check "under load, clusters of 64 KiB" under_load ''
 check "file system that is mounted" file_system
 check "the space of the image file" space
 check "the space of the image file, sparse" space --sparse
+check "smaller, over a device" smaller_over_device
 check "refusals" refusals
 check "devices of fixed size" devices
 check "space for metadata is used up, and enlarged" space_used_up

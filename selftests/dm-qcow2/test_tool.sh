@@ -184,7 +184,6 @@ create_no_space()
 	size=$(stat -c %s "$dir/i.qcow2")
 	before=$(sha256sum < "$dir/i.qcow2")
 	(
-		trap '' XFSZ
 		ulimit -f $((size / 1024 + 1))
 		refused 4 'large|extend|limit' "$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
 	)

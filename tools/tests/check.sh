@@ -608,7 +608,8 @@ run measure --size 1T && grep -q '^required size: 262144$' out && grep -q '^full
 ok "measure: text"
 refuse 1 '\-\-size' measure ; ok "measure: without size"
 refuse 1 '\-\-size' measure --size auto ; ok "measure: of nothing"
-refuse 1 'sector' measure --size 511 ; ok "measure: too small"
+run measure --size 511 && grep -q '^data file size: 512$' out
+ok "measure: less than a sector"
 refuse 1 'cluster-size' measure --size 1T --cluster-size 512 ; ok "measure: too large for the clusters"
 refuse 1 '2\^56' measure --size 65P --cluster-size 2M ; ok "measure: too large"
 refuse 1 'extended-l2' measure --size 1G --cluster-size 8K --extended-l2 ; ok "measure: clusters too small"

@@ -499,6 +499,34 @@ done
 cp original image
 report "unprivileged: what is missing is said" "${wrong:-$(left)}"
 
+# Devices that go while status looks are not in its list.
+wrong=
+"$tool" open image $name --data-file data --readonly
+cp original image2
+open_second() {
+	[ -e /dev/mapper/$name-2 ] || "$tool" open image2 $name-2 --data-file data --readonly
+}
+open_second
+INJECT_COUNT=calls LD_PRELOAD="$inject" "$tool" status --json >out 2>said
+calls=$(cat calls)
+for format in --json ''; do
+	for ((k = 1; k <= calls; k++)); do
+		open_second
+		# shellcheck disable=SC2086 # a word, or none
+		env INJECT_AT=$k "INJECT_COMMAND=dmsetup remove $name-2" LD_PRELOAD="$inject" \
+			"$tool" status $format >out 2>said
+		status=$?
+		[ $status -eq 0 ] && [ ! -s said ] && grep -q "$name\>" out &&
+			! grep -q 'unknown\|"virtual-size": 0\| 0 B' out ||
+			wrong+="call $k of $calls: $status, $(cat out said); "
+	done
+done
+[ "$calls" -gt 3 ] || wrong+="only $calls calls"
+"$tool" close $name
+[ ! -e /dev/mapper/$name-2 ] || "$tool" close $name-2
+rm image2
+report "status: a device goes while it looks" "${wrong:-$(left)}"
+
 # The kernel's own reason is quoted.
 cp image original
 with_injection INJECT_COUNT=calls --

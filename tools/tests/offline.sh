@@ -58,6 +58,38 @@ done
 run info c.qcow2 && grep -q '20971008 bytes' out
 ok "create: size is that of the data, in sectors"
 
+# What ends within a sector: nothing may be lost, and the data is not changed.
+for size in 1 511 1000 100000001; do
+	rm -f c.qcow2
+	yes tail | head -c $size >odd.raw
+	cp odd.raw odd.before
+	refuse 4 "truncate -s $(((size + 511) / 512 * 512))," create c.qcow2 \
+		--data-file odd.raw --data-file-raw && [ ! -e c.qcow2 ] &&
+		cmp odd.raw odd.before &&
+		eval "$(grep -o 'truncate -s [0-9]*' err)" odd.raw &&
+		run create c.qcow2 --data-file odd.raw --data-file-raw &&
+		check c.qcow2 && same -f qcow2 -F raw c.qcow2 odd.before
+	ok "create: $size bytes of raw data: refused, and the remedy"
+	rm -f c.qcow2
+	run create c.qcow2 --data-file data.raw --size $size --data-file-raw 2>err
+	if [ $size -gt $((64 << 20)) ]; then
+		grep -q 'less than the size' err && [ ! -e c.qcow2 ]
+	else
+		qemu-img create -q -f qcow2 -o data_file=q.raw q.qcow2 $size &&
+			[ "$(qemu-img info --output=json c.qcow2 | jq '."virtual-size"')" = \
+			"$(qemu-img info --output=json q.qcow2 | jq '."virtual-size"')" ] &&
+			run measure --size $size --json &&
+			jq -e --argjson n $(((size + 511) / 512 * 512)) '."data-file" == $n' out
+	fi >/dev/null
+	ok "create: --size $size is rounded up as QEMU does it"
+	rm -f q.qcow2 q.raw
+done
+refuse 4 'smaller --size' create c.qcow2 --data-file data.raw \
+	--size 18446744073709551615 && [ ! -e c.qcow2 ] &&
+	refuse 1 'smaller --size' measure --size 18446744073709551615
+ok "create: the largest number of bytes"
+rm -f c.qcow2 odd.raw odd.before
+
 rm -f c.qcow2
 run create c.qcow2 --data-file data.raw --size 1000s --preallocation metadata &&
 	check c.qcow2 && [ "$(stat -c %s c.qcow2)" -eq $((5 * 65536)) ] &&
@@ -69,8 +101,22 @@ rm -f c.qcow2
 cp before.raw sub/d.raw
 (cd sub && "${tool[@]}" create ../c.qcow2 --data-file ./d.raw --data-file-raw) &&
 	[ "$(qemu-img info --output=json c.qcow2 |
-		jq -r '."format-specific".data."data-file"')" = ./d.raw ]
-ok "create: data file name is recorded as it is given"
+		jq -r '."format-specific".data."data-file"')" = "$PWD/sub/d.raw" ]
+ok "create: data file in another folder is recorded with its full name"
+rm -f sub/c.qcow2 sub/data.raw
+# What is there by that name below the image must not be taken for it.
+yes wrong | head -c 64M >sub/data.raw
+run create sub/c.qcow2 --data-file data.raw --data-file-raw &&
+	same -f qcow2 -F raw sub/c.qcow2 data.raw &&
+	(cd sub && qemu-img compare -q -f qcow2 -F raw c.qcow2 ../data.raw) &&
+	refuse 4 "$PWD/data.raw is a file\|image is a file" table sub/c.qcow2 \
+		--data-file data.raw
+ok "create: image in another folder: QEMU finds the data from anywhere"
+rm -f sub/data.raw c.qcow2
+(cd sub && "${tool[@]}" create c2.qcow2 --data-file d.raw --data-file-raw) &&
+	[ "$(qemu-img info --output=json sub/c2.qcow2 2>/dev/null |
+		jq -r '."format-specific".data."data-file"')" = d.raw ]
+ok "create: image in this folder: the name is recorded as it is given"
 
 rm -f c.qcow2 big.raw
 truncate -s 8T big.raw
@@ -123,7 +169,7 @@ ok "create: data file name does not fit the header"
 refuse 5 'no block device' create exists.qcow2 --data-file data.raw \
 	--overwrite-device && cmp exists.qcow2 before.raw
 ok "create: --overwrite-device does not overwrite files"
-(ulimit -f 128; trap '' XFSZ
+(ulimit -f 128
  "${tool[@]}" create c.qcow2 --data-file data.raw --cluster-size 4K \
 	--data-file-raw >out 2>err)
 [ $? -eq 4 ] && [ ! -e c.qcow2 ] && grep -q 'cannot write' err
@@ -281,6 +327,26 @@ run info t.qcow2 && grep -q 'not recorded.*rebase -u' out
 ok "info: backing file without a format"
 refuse 4 'not recorded' table t.qcow2 --data-file t.raw --backing-file b.raw
 ok "table: backing file without a format"
+# A place for the name, and no name: there is none.
+for raw in off on; do
+	image 4M ",data_file_raw=$raw"
+	truncate -s 4M t.raw
+	poke t.qcow2 8 0000000000008000
+	qemu-img info --output=json t.qcow2 | jq 'has("backing-filename")' >want
+	run info t.qcow2 --json && jq 'has("backing-filename")' out | cmp - want &&
+		run info t.qcow2 && ! grep -q '^backing' out && check t.qcow2 &&
+		exits 0 check t.qcow2
+	ok "info, check: backing file without a name, raw $raw"
+done
+run info t.qcow2 && grep -q 'clear it with qemu-img rebase -u -b "" IMAGE' out &&
+	qemu-img rebase -f qcow2 -u -b "" t.qcow2 &&
+	run info t.qcow2 && grep -q 'can be opened: read-write' out
+ok "remedy: raw data, and a backing file without a name"
+image 4M
+poke t.qcow2 8 0000000000008000
+run info t.qcow2 && grep -q 'can be opened: read-write' out &&
+	run resize t.qcow2 --size 8M && check t.qcow2 && [ "$(hex -j 8 -N 8 t.qcow2)" = 0000000000008000 ]
+ok "resize: backing file without a name"
 
 # flags of the header
 for bit in 1:corrupt 0:dirty; do
@@ -675,6 +741,63 @@ e = f.read(8)
 f.write(e)'
 ! prepare_steps prepare t.qcow2 && grep -q 'another' err
 ok "prepare: L2 table that is used twice is refused"
+
+# remedies that the tool prints are done as they are printed
+# remedy FILE: the command of qcow2setup that it names, to run with an image
+remedy() {
+	grep -o 'qcow2setup check --repair [a-z]*' "$1" | head -n 1 | cut -d ' ' -f 2-
+}
+for how in mark 'mark and data elsewhere' 'refcount table entry' 'refcount table'; do
+	image 1G
+	qemu-io -c 'write 0 128k' t.qcow2 >/dev/null
+	case $how in
+	mark*)	poke t.qcow2 79 06 ;;
+	*entry)	poke t.qcow2 65536 0000000000020100 ;;
+	ref*)	poke t.qcow2 56 00000000 ;;
+	esac
+	# The second cluster of data is said to be where the first one is.
+	[[ $how != *elsewhere ]] || poke t.qcow2 262152 8000000000000000
+	if [ "$how" = 'refcount table entry' ]; then
+		! run resize t.qcow2 --size 2G && cp err says
+	else
+		run info t.qcow2 && cp out says
+	fi
+	! grep -q 'qemu-img check' says && fix=$(remedy says) && [ -n "$fix" ]
+	ok "remedy: $how: the project's own check"
+	# shellcheck disable=SC2086 # words are wanted
+	run $fix t.qcow2
+	status=$?
+	run info t.qcow2 && cp out says
+	if [ $status -eq 0 ]; then
+		grep -q 'can be opened: read-write' says && run check t.qcow2
+	else
+		! grep -q 'can be opened: read-write' says && ! run check t.qcow2
+	fi
+	ok "remedy: $how: read-write if, and only if, no fault is left"
+	[[ $how = *elsewhere ]] || [ $status -eq 0 ]
+	ok "remedy: $how: what can be repaired is"
+done
+image 1G
+qemu-io -c 'write 0 128k' t.qcow2 >/dev/null
+poke t.qcow2 196608 8000000000040100
+refuse 4 'L1 entry 0.*; see what qcow2setup check says, and restore' resize t.qcow2 --size 2G &&
+	exits 2 check t.qcow2 --repair all && grep -q 'L1 entry 0' err
+ok "remedy: an L1 entry that nobody can repair"
+# No option that the action does not take
+image 1G
+poke t.qcow2 79 06
+for action in 'resize t.qcow2 --size 2G' 'table t.qcow2 --data-file t.raw'; do
+	# shellcheck disable=SC2086 # words are wanted
+	run $action
+	case $action in
+	resize*)	! grep -q -e '--readonly' err ;;
+	table*)		grep -q -e '--readonly' err ;;
+	esac && grep -q 'qcow2setup check --repair all' err
+	ok "remedy: options of ${action%% *} only"
+done
+image 1G
+refuse 1 '--data-file DEV|FILE (the image says t.raw)$' table t.qcow2
+ok "remedy: table has no --trust-image-paths"
 
 # trim never cuts what something refers to, even if refcounts deny it
 image 1G

@@ -57,6 +57,15 @@ for options in "${layouts[@]}"; do
 		ok "resize: $options, from $size: QEMU writes to it"
 	done
 done
+# The data ends within a sector: its last bytes are the guest's, too.
+rm -f t.qcow2 t.raw
+yes tail | head -c 100000001 >t.raw
+cp t.raw t.want
+run create t.qcow2 --data-file t.raw --data-file-raw --size 1M &&
+	run resize t.qcow2 --size auto --data-file t.raw && check t.qcow2 &&
+	[ "$(stat -c %s t.raw)" -eq 100000256 ] && truncate -s 100000256 t.want &&
+	same -f qcow2 -F raw t.qcow2 t.want
+ok "resize: --size auto: data that ends within a sector"
 for options in "--cluster-size 512" "--cluster-size 64K" --extended-l2; do
 	rm -f t.qcow2
 	(yes raw; :) | head -c 40M >t.raw
@@ -74,6 +83,16 @@ ok "resize: to the size of the data"
 cp t.qcow2 before.qcow2
 run resize t.qcow2 --size 40M && cmp t.qcow2 before.qcow2
 ok "resize: to the same size"
+truncate -s 20M t.raw
+run resize t.qcow2 --size 40M --data-file t.raw && cmp t.qcow2 before.qcow2 &&
+	[ "$(stat -c %s t.raw)" = $((40 << 20)) ]
+ok "resize: to the same size: the data gets it, too"
+truncate -s 20M t.raw
+(ulimit -f 30000
+ "${tool[@]}" resize t.qcow2 --size 40M --data-file t.raw >out 2>err)
+[ $? -eq 4 ] && cmp t.qcow2 before.qcow2 && grep -q 'cannot extend' err &&
+	[ "$(stat -c %s t.raw)" = $((20 << 20)) ]
+ok "resize: to the same size: the data cannot get it"
 refuse 4 'qemu-img resize --shrink' resize t.qcow2 --size 39M
 ok "resize: smaller"
 truncate -s 20M t.raw
@@ -95,11 +114,11 @@ cmp t.qcow2 before.qcow2 && [ "$(stat -c %s t.raw)" = $((20 << 20)) ]
 ok "resize: what is refused changes nothing"
 held t.qcow2 refuse 5 'locked' resize t.qcow2 --size 50M
 ok "resize: in use by QEMU"
-(ulimit -f 40000; trap '' XFSZ
+(ulimit -f 40000
  "${tool[@]}" resize t.qcow2 --size 60M --data-file t.raw >out 2>err)
 [ $? -eq 4 ] && cmp t.qcow2 before.qcow2 && [ "$(stat -c %s t.raw)" = $((20 << 20)) ]
 ok "resize: data cannot be extended, nothing is changed"
-(ulimit -f 800; trap '' XFSZ
+(ulimit -f 800
  "${tool[@]}" resize t.qcow2 --size 1G >out 2>err)
 [ $? -eq 4 ] && cmp t.qcow2 before.qcow2 && grep -q 'extend' err
 ok "resize: image cannot be extended, nothing is changed"

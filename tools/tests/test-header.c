@@ -383,6 +383,10 @@ static void test_backing(void **state)
 	backing(b, 1024, name, 1023);
 	assert_int_equal(header_parse(b->p, b->len, &h), HEADER_OK);
 	assert_int_equal(h.backing_file.len, 1023);
+	/* a place, but no name */
+	backing(b, 1024, name, 0);
+	assert_int_equal(header_parse(b->p, b->len, &h), HEADER_OK);
+	assert_null(h.backing_file.s);
 	backing(b, 1024, name, 1024);
 	expect_fault(b, HEADER_BACKING_NAME);
 	backing(b, CLUSTER - 4, name, 4);
