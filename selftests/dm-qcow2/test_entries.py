@@ -443,7 +443,12 @@ class Load:
         rig.reset()
         disk = Disk(self.bench, rig)
         self.begin()
-        for n in range(self.STEPS):
+        for n in range(10 * self.STEPS):
+            if n >= self.STEPS:
+                # No luck so far: nothing works until something has failed.
+                self.chance = 1
+                if self.errors:
+                    break
             self.step(disk)
             status = disk.dm.status()
             expect(status.mode == "rw", f"{status}")
