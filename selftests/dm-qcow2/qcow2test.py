@@ -150,6 +150,11 @@ def test(name, *args, all_cpus=False):
     return add
 
 
+def forget_tests():
+    """Those of files that were imported for what else they have are not to run."""
+    _tests.clear()
+
+
 def set_cpus(several):
     """Only the test VM is asked for it: all its CPUs, or one."""
     for path in glob.glob("/sys/devices/system/cpu/cpu[1-9]*/online"):

@@ -17,6 +17,7 @@ TABLES = {"size": 2 * MIB, "cluster": KIB}, ("-w", "70,0,0,10,10")
 DISCARDS = {"size": 512 * KIB, "cluster": 4 * KIB}, ("-w", "40,0,0,50,10")
 # Small requests in large units, few of which make others durable: many that meet
 # units which are not
+REFTABLE = {"size": 16 * MIB, "cluster": 512, "refcount_bits": 64}, ("-w", "70,0,0,10,10")
 FUA = {"size": 4 * MIB, "cluster": 64 * KIB}, ("-w", "90,10,0,0,1", "-u", 4)
 # How many requests are what a bug may need on a slow machine, where the timer of the
 # commit makes most units durable before they are met again
@@ -28,6 +29,7 @@ BUGS = (
     (0, "no bug, many L2 tables", TABLES, ()),
     (0, "no bug, discards", DISCARDS, ()),
     (0, "no bug, FUA writes", FUA, ()),
+    (0, "no bug, new refcount blocks", REFTABLE, ()),
     (1, "a commit does not flush the data device", PLAIN, ("poison", "old", "zeros")),
     (2, "a commit flushes the metadata device instead of the data device", PLAIN, ("poison", "old", "zeros")),
     (3, "refcounts are written after the L1 table", TABLES, ("refcount",)),
@@ -37,18 +39,23 @@ BUGS = (
     (7, "a FUA write to what is not durable is acknowledged early", FUA, ("old", "zeros")),
     (8, "the rest of a unit is not filled at its first write", PLAIN, ("poison",)),
     (9, "a flush does not commit", PLAIN, ("old", "zeros")),
+    (20, "the L1 table is written before the refcount table is flushed", REFTABLE, ("refcount",)),
 )
 
 
-def found(bench, bug, load, reasons):
+def found(_, bug, load, reasons):
     """Record a load with a bug. The judge must object, and for a reason that fits."""
     plant(bug)
     image, options = load
     for n, requests in enumerate(REQUESTS if reasons else REQUESTS[:1]):
-        recording = Recording(bench, f"planted{n}", export=False, **image)
-        recording.load(requests, *options)
-        recording.close()
-        status, out = recording.replay("-n", 4, "-k", 0, "-m", 0)
+        bench = qcow2test.Bench()
+        try:
+            recording = Recording(bench, f"planted{n}", export=False, **image)
+            recording.load(requests, *options)
+            recording.close()
+            status, out = recording.replay("-n", 4, "-k", 0, "-m", 0)
+        finally:
+            bench.close()
         note(out)
         got = {words[2] for words in (line.split(": ") for line in out.splitlines()) if len(words) > 3}
         if status:

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Would test_faults.py and test_fuzz.py find a bug? The module of test_planted.py is
-loaded, and has some: in what it does when a request fails, and with images that are
-not as they should be.
+"""Would test_faults.py, test_entries.py, test_nospc.py and test_fuzz.py find a bug? The
+module of test_planted.py is loaded, and has some: in what it does when a request fails,
+and with images that are not as they should be.
 """
 from planted import plant
 
 # pylint: disable=wrong-import-order
 import qcow2test
-from qcow2test import Failure, note, test
+from qcow2test import Failure, forget_tests, note, test
+from test_entries import COMMITS, one_by_one
 from test_faults import SCENARIOS, sweep
 from test_fuzz import KINDS, SEED, fuzz
+from test_nospc import first_write
+
+forget_tests()
 
 # Number of the bug, what it is, the scenario of test_faults
 FAULTS = (
@@ -23,6 +27,11 @@ HOSTILE = (
     (15, "clusters with refcount 2 and more are taken for free", "clusters of 512 bytes, refcounts of 64 bits"),
     (16, "a fill goes past the end of the disk", "clusters of 64 KiB, odd size"),
     (17, "a read-only image is marked corrupt", "standard clusters of 4 KiB"),
+)
+# What has failed must stay dirty, and space must be real when it is promised.
+LATER = (
+    (18, "an entry that has failed is taken for durable", one_by_one, *COMMITS[0][1:3], "all"),
+    (19, "a reservation does not reach the disk", first_write),
 )
 # Damage is random: some of it needs to be of the kind that a bug is about.
 IMAGES = 300
@@ -46,6 +55,8 @@ def register():
     for bug, name, scenario in FAULTS:
         _, *what = scenarios[scenario]
         test(f"found: {name}", bug, sweep, *what, "once")(found)
+    for bug, name, *what in LATER:
+        test(f"found: {name}", bug, *what)(found)
     kinds = {name: what for name, *what in KINDS}
     for bug, name, kind in HOSTILE:
         test(f"found: {name}", bug, fuzz, *kinds[kind], IMAGES)(found)
