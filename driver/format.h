@@ -449,7 +449,8 @@ qcow2_header_check(const struct qcow2_header *h, bool read_only,
 		if (backing < header_length || len > 1U << bits ||
 		    backing > (1ULL << bits) - len)
 			return QCOW2_FAULT_BACKING_OFFSET;
-		if (autoclear & QCOW2_AUTOCLEAR_RAW_DATA)
+		/* An empty name is none. */
+		if (len && (autoclear & QCOW2_AUTOCLEAR_RAW_DATA))
 			return QCOW2_FAULT_RAW_BACKING;
 	}
 

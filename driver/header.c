@@ -15,6 +15,7 @@ static const char *qcow2_header_differs(const struct qcow2_config *config,
 	u64 autoclear = be64_to_cpu(h->autoclear_features);
 	struct qcow2_geometry geo;
 	enum qcow2_fault fault;
+	bool backing;
 
 	fault = qcow2_header_check(h, read_only, &geo);
 	if (fault)
@@ -22,7 +23,9 @@ static const char *qcow2_header_differs(const struct qcow2_config *config,
 	if (geo.ext_l2 != want->ext_l2)
 		return geo.ext_l2 ? "image has extended L2 entries: extended_l2 is needed" :
 				    "extended_l2 is given, but the image has standard L2 entries";
-	if (!!h->backing_file_offset != config->backing)
+	/* An empty name is none. */
+	backing = h->backing_file_offset && h->backing_file_size;
+	if (backing != config->backing)
 		return config->backing ? "backing_dev is given, but the image has no backing file" :
 					 "image has a backing file: backing_dev is needed";
 	if (geo.cluster_bits != want->cluster_bits)

@@ -173,9 +173,6 @@ static const char *remedy_for(enum qcow2_fault fault)
 		return "the file is truncated: restore it from a backup";
 	case QCOW2_FAULT_SIZE_ZERO:
 		return "enlarge it with qemu-img resize";
-	case QCOW2_FAULT_RAW_BACKING:
-		/* only the place for a name */
-		return "clear it with qemu-img rebase -u -b \"\" IMAGE";
 	case QCOW2_FAULT_REFTABLE_NONE:
 	case QCOW2_FAULT_REFTABLE_HEADER:
 		return "repair it with qcow2setup check --repair all";
