@@ -185,6 +185,7 @@ class Attempt:
         self.removed = False
         self.failed = []
         self.suspended = None   # the status at a suspend
+        self.spoilt = set()     # where metadata could not be written
         self.touched = [s[1:3] for s in steps if len(s) == 3]
         rig.reset()
         self.script.name = lambda request: rig.what(request, self.touched)
@@ -308,8 +309,12 @@ class Attempt:
             # What is left to commit cannot be: nothing can be read, so nothing is written or flushed.
             return [Request(dead, "flush", 0, 0) if dead == "data" else
                     Request(dead, "write", rig.image.get("l1_table_offset"), 0)]
-        return [r for r in self.usual.get(number, ()) if r.device == dead and
-                rig.what(r, ()) in ("flush data", "read header", "read L1 table")]
+        failed = [r for r in self.usual.get(number, ()) if r.device == dead and
+                  rig.what(r, ()) in ("flush data", "read header", "read L1 table")]
+        if kind in ("cycle", "reload"):
+            # As if it had been heard of
+            self.script.steps.setdefault(number, []).extend(failed)
+        return failed
 
     def act(self, kind, offset, length, pattern):
         dm, disk = self.dm, self.disk
@@ -343,13 +348,25 @@ class Attempt:
             wait_for("the header is marked", HANG // 2, lambda: self.script.failed or any(
                 names(r, ()) == "write header" for r in self.script.trace))
 
+    def part(self, number, kind, requests, resume):
+        """Those requests that are made by a resume, from the header on; or the others."""
+        made = self.script.steps.get(number, ()) if kind in ("cycle", "reload") else ()
+        later = [id(r) for r in made]
+        later = later[next((i for i, n in enumerate(self.names(made)) if n == "read header"), len(later)):]
+        return [r for r in requests if (id(r) in later) == resume]
+
     def stages(self, number, kind):
         """A write of metadata may be on the disk also if it has failed, so a flush follows
-        it; one of which nothing was written would only be one more that can fail."""
+        it, but for one that has failed before. One of which nothing was written would only
+        be one more that can fail."""
+        failed = {id(r) for r, _ in self.script.failed}
         tried = False
-        for name in self.names(self.script.steps.get(number, ())):
+        for r in self.part(number, kind, self.script.steps.get(number, ()), False):
+            name, = self.names([r])
             if name in METADATA and name.startswith("write"):
-                tried = True
+                tried = tried or id(r) not in failed or r.offset not in self.spoilt
+                if id(r) in failed:
+                    self.spoilt.add(r.offset)
             elif name == "flush metadata":
                 if not tried:
                     raise self.fault("the metadata device is flushed, but nothing of it was written")
@@ -360,7 +377,8 @@ class Attempt:
     def rules(self, number, kind, fresh, failed):
         """The errno of a step in which requests have failed, by the documentation;
         what becomes of the mode and of the entries."""
-        names = [n for n in self.names(failed) if n != "discard data"]
+        resume = self.names(self.part(number, kind, failed, True))
+        names = [n for n in self.names(self.part(number, kind, failed, False)) if n != "discard data"]
         if kind == "corrupt":
             if "read L2 table" not in names:
                 self.mode = "ro"
@@ -371,7 +389,7 @@ class Attempt:
         before = self.mode
         if before == "fail":
             if kind in self.SUSPENDS:
-                return self.resumed(number, kind, names)
+                return self.resumed(number, kind, resume)
             return errno.EIO if names or kind in ("fsync", "fua", "discard") or (kind == "write" and fresh) else 0
         commit = self.dirty and kind in ("fsync", *self.SUSPENDS)
         if kind == "fua" and not failed:
@@ -407,13 +425,13 @@ class Attempt:
             # A table that could not be reserved: it is counted, and told the first time.
             self.maybe += 1
         if kind in self.SUSPENDS:
-            return self.resumed(number, kind, names)
+            return self.resumed(number, kind, resume)
         return (errno.EIO if lost else self.error) if names else 0
 
-    def resumed(self, number, kind, names):
-        """The errno of a suspend and what follows it."""
+    def resumed(self, number, kind, failed):
+        """The errno of a suspend and what follows it: the header, a flush of the metadata
+        device, L1; of which these have failed."""
         rig = self.rig
-        unreadable = [n for n in names if n in ("read header", "read L1 table")] if kind != "remove" else []
         # What it could not write, and what has failed, resumes without a look at the disk.
         if kind == "cycle" and (self.unwritten or self.mode == "fail"):
             reads = {"read header", "read L1 table"} & set(self.names(self.script.steps.get(number, ())))
@@ -434,7 +452,7 @@ class Attempt:
             self.torn.update(range(rig.size // 512))
             self.events = None
             return errno.EBUSY if left else 0
-        return errno.EIO if unreadable else 0
+        return errno.EIO if failed else 0
 
     # Afterwards
 
@@ -633,7 +651,7 @@ FIRST = f"read refcount table, write data, {COMMIT}"
 PART = f"{FIRST}, write fill"
 NEW = ("read refcount table, read refcount block, write data, flush data, write new cluster, flush metadata, "
        "write L1 table")
-RESUME = "read header, read L1 table"
+RESUME = "read header, flush metadata, read L1 table"
 EXTENDED = {"cluster": 64 * KIB, "extended": True, "tables": 1}
 FUSED = {"fused": True}
 SMALL = {"cluster": 512, "refcount_bits": 64, "covers": 128, "tables": 0}
@@ -787,7 +805,10 @@ def waiting(bench, what, fail):
     rig.data.release(fail)
     results = aio.all([*first, *rest])
     bad = [r for r in results if r < 0]
-    reads = [r for r in script.trace if rig.what(r, ()) == "read L2 table" and r.offset == held[0].offset]
+    # A commit reads it as well.
+    trace = [(rig.what(r, ()), r.offset) for r in script.trace]
+    trace = trace[:next((i for i, (place, _) in enumerate(trace) if place == "flush data"), len(trace))]
+    reads = [r for r in trace if r == ("read L2 table", held[0].offset)]
     if not fail:
         expect(not bad, f"{len(bad)} failed: {bad[:3]}")
     elif what in ("busy", "commit"):
