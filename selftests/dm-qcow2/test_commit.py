@@ -10,7 +10,7 @@ import os
 import time
 
 from powercut import FlushTrace
-from qcow2test import GIB, KIB, MIB, Dm, Io, Lower, Task, expect, main, note, run, same, test, wait_for
+from qcow2test import GIB, KIB, MIB, Dm, Io, Lower, Task, expect, main, run, same, test, wait_for
 from heldimage import Setup
 
 HANG = 60       # seconds; far more than anything here can take
