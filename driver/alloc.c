@@ -187,11 +187,18 @@ static int qcow2_find_cluster(struct qcow2_alloc *a, u64 *cluster)
 	return -ENOSPC;
 }
 
+/*
+ * Make the space of a cluster real, and have it read as zeros.  Where the table
+ * line says that both are the case already there is nothing to do: no table of this
+ * device has written a cluster there without counting or keeping it.
+ */
 static int qcow2_zero_cluster(struct qcow2_alloc *a, u64 cluster)
 {
 	unsigned int bits = a->geo.cluster_bits;
 	struct qcow2_ios ios;
 
+	if (cluster << bits >= a->zeroed_from)
+		return 0;
 	qcow2_ios_init(&ios);
 	qcow2_mdio_start_zero(a->io, &ios, cluster << bits, 1ULL << bits);
 	return qcow2_ios_wait(&ios);
@@ -488,12 +495,13 @@ int qcow2_alloc_resume(struct qcow2_alloc *a)
 
 int qcow2_alloc_init(struct qcow2_alloc *a, struct qcow2_mdio *io,
 		     struct qcow2_l1 *l1, struct qcow2_health *health,
-		     const struct qcow2_geometry *geo)
+		     const struct qcow2_geometry *geo, u64 zeroed_from)
 {
 	a->io = io;
 	a->l1 = l1;
 	a->health = health;
 	a->geo = *geo;
+	a->zeroed_from = zeroed_from ?: U64_MAX;
 	spin_lock_init(&a->lock);
 	a->nr_clusters = min_t(u64, io->size >> geo->cluster_bits,
 			       QCOW2_MAX_CLUSTERS);

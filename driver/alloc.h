@@ -25,6 +25,7 @@ struct qcow2_alloc {
 	struct qcow2_health *health;
 	struct qcow2_geometry geo;
 	u64 nr_clusters;		/* that can be told to be free */
+	u64 zeroed_from;		/* what is free from here on is real, and zeros; bytes */
 
 	/*
 	 * Owned by the reservation worker while the device is live, by resume
@@ -64,12 +65,13 @@ struct qcow2_alloc {
 #define QCOW2_LINK_TRIED	BIT(31)
 
 /*
- * For a writer.  @geo is checked with qcow2_geometry_check().  0 or -ENOMEM;
+ * For a writer.  @zeroed_from: from this byte on, what no refcount counts has space
+ * below it, and reads as zeros; 0 = nowhere.  @geo is checked with qcow2_geometry_check().  0 or -ENOMEM;
  * qcow2_alloc_exit() is right after both.  Process context.
  */
 int qcow2_alloc_init(struct qcow2_alloc *a, struct qcow2_mdio *io,
 		     struct qcow2_l1 *l1, struct qcow2_health *health,
-		     const struct qcow2_geometry *geo);
+		     const struct qcow2_geometry *geo, u64 zeroed_from);
 void qcow2_alloc_exit(struct qcow2_alloc *a);
 
 /**

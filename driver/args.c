@@ -6,7 +6,7 @@
 #include "args.h"
 
 #define QCOW2_NR_ARGS		8
-#define QCOW2_MAX_FEATURES	8	/* words */
+#define QCOW2_MAX_FEATURES	10	/* words */
 
 static int qcow2_parse_feature(struct qcow2_args *args, const char *name,
 			       const char *value, char **error)
@@ -33,6 +33,13 @@ static int qcow2_parse_feature(struct qcow2_args *args, const char *name,
 		if (kstrtou64(value, 10, &args->cache_limit) ||
 		    !args->cache_limit) {
 			*error = "Invalid cache limit";
+			return -EINVAL;
+		}
+	} else if (!strcasecmp(name, "zeroed_from")) {
+		given = args->zeroed_from;
+		if (kstrtou64(value, 10, &args->zeroed_from) ||
+		    !args->zeroed_from) {
+			*error = "Invalid offset of zeroed metadata";
 			return -EINVAL;
 		}
 	} else {
@@ -64,7 +71,8 @@ static int qcow2_parse_features(struct qcow2_args *args, struct dm_arg_set *as,
 		const char *name = dm_shift_arg(as), *value = NULL;
 
 		if (!strcasecmp(name, "backing_dev") ||
-		    !strcasecmp(name, "cache_limit")) {
+		    !strcasecmp(name, "cache_limit") ||
+		    !strcasecmp(name, "zeroed_from")) {
 			if (!n--) {
 				*error = "Feature argument lacks its value";
 				return -EINVAL;

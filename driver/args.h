@@ -14,6 +14,7 @@ struct qcow2_args {
 	const char *data_dev;
 	const char *backing_dev;	/* NULL: none */
 	u64 cache_limit;		/* bytes; 0 = not given */
+	u64 zeroed_from;		/* bytes; 0 = not given */
 	bool read_only;
 	bool raw;			/* data_file_raw */
 	bool no_passdown;

@@ -44,6 +44,7 @@ struct qcow2_target {
 	struct dm_dev *backing_dev;
 	struct qcow2_config config;
 	u64 cache_limit;		/* bytes; 0 = not given */
+	u64 zeroed_from;		/* bytes; 0 = not given */
 	bool read_only_arg;
 	bool no_passdown_arg;
 	/* Goes on with an io on @io_wq */

@@ -134,21 +134,29 @@ int qcow2_l2_encode_block(struct qcow2_map *map, const char *name,
 			  const unsigned long *words, __be64 *buf)
 {
 	unsigned int unit_bits = map->unit_shift + SECTOR_SHIFT;
-	unsigned int per_entry = 1U << map->entry_shift, unit;
-	u64 guest = (((u64)index << map->slice_shift) +
+	unsigned int per_entry = 1U << map->entry_shift;
+	u64 begin = (((u64)index << map->slice_shift) +
 		     ((u64)block << map->block_shift)) << unit_bits;
-	__be64 *entry = buf;
+	unsigned int n = BIT(map->block_shift), unit, step;
 
-	for (unit = 0; unit < 1U << map->block_shift; unit += per_entry) {
+	for (unit = 0; unit < n; unit += step) {
+		u64 guest = begin + ((u64)unit << unit_bits);
+		__be64 *entry = buf + (unit >> map->entry_shift <<
+				       map->geo.ext_l2);
 		enum qcow2_state disk = QCOW2_UNALLOCATED, state;
 		struct qcow2_ext_entry old;
 		unsigned int run;
 
 		if (guest >= map->geo.size)
 			break;
+		step = per_entry;
 		run = qcow2_words_run(words, unit, unit + per_entry - 1, &state);
-		if (run == per_entry && state != QCOW2_DATA && state != QCOW2_ZERO)
-			goto next;
+		if (run == per_entry && state != QCOW2_DATA && state != QCOW2_ZERO) {
+			/* The disk is right about all that are like it. */
+			run = qcow2_words_run(words, unit, n - 1, &state);
+			step = round_down(run, per_entry);
+			continue;
+		}
 		old = qcow2_get_entry(map, entry, 0);
 		/* it was sane when it was loaded */
 		if (qcow2_check_entry(map, name, &old, guest, &disk))
@@ -159,9 +167,6 @@ int qcow2_l2_encode_block(struct qcow2_map *map, const char *name,
 					      ((map->geo.size - guest - 1) >> unit_bits) + 1));
 		else
 			qcow2_patch_std(entry, guest, disk, state);
-next:
-		guest += (u64)per_entry << unit_bits;
-		entry += map->geo.ext_l2 ? 2 : 1;
 	}
 	return 0;
 }

@@ -328,7 +328,7 @@ static int qcow2_create_writer(struct qcow2_target *q)
 	if (r)
 		return r;
 	r = qcow2_alloc_init(&q->alloc, &q->mdio, &q->l1, &q->health,
-			     &q->config.geo);
+			     &q->config.geo, q->zeroed_from);
 	if (r)
 		return r;
 	q->commit.map = &q->map;
@@ -431,6 +431,7 @@ static int __qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	q->read_only_arg = args.read_only;
 	q->no_passdown_arg = args.no_passdown;
 	q->cache_limit = args.cache_limit;
+	q->zeroed_from = args.zeroed_from;
 	q->raw = args.raw;
 	q->config.geo = args.geo;
 	q->config.raw = args.raw;
@@ -494,7 +495,7 @@ static unsigned int qcow2_nr_features(struct qcow2_target *q)
 {
 	return q->read_only_arg + q->raw + q->config.geo.ext_l2 +
 	       (q->backing_dev ? 2 : 0) + q->no_passdown_arg +
-	       (q->cache_limit ? 2 : 0);
+	       (q->cache_limit ? 2 : 0) + (q->zeroed_from ? 2 : 0);
 }
 
 static unsigned int qcow2_emit_features(struct qcow2_target *q, char *result,
@@ -513,6 +514,8 @@ static unsigned int qcow2_emit_features(struct qcow2_target *q, char *result,
 		DMEMIT(" no_discard_passdown");
 	if (q->cache_limit)
 		DMEMIT(" cache_limit %llu", q->cache_limit);
+	if (q->zeroed_from)
+		DMEMIT(" zeroed_from %llu", q->zeroed_from);
 	return sz;
 }
 
@@ -641,7 +644,7 @@ static void qcow2_io_hints(struct dm_target *ti, struct queue_limits *limits)
 
 static struct target_type qcow2_target = {
 	.name = "qcow2",
-	.version = {1, 1, 0},
+	.version = {1, 2, 0},
 	.features = DM_TARGET_NOWAIT,
 	.module = THIS_MODULE,
 	.ctr = qcow2_ctr,

@@ -139,6 +139,7 @@ static int take_real(struct space *s, const struct stat *before, uint64_t real)
 	ret = fill_all(s, before, real);
 	switch (ret) {
 	case 0:
+		s->zeros = max_u64(s->length, 1);
 		note("%s: has all the space that its metadata can need, %s",
 		     esc(s->path), human_size(real));
 		return 0;

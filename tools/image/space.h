@@ -16,6 +16,8 @@ struct space {
 	const char *path;	/* for messages */
 	/* What was there before; valid if something was taken. */
 	bool taken, filled;
+	/* Bytes from here on are real, and read as zeros; 0: that is not known. */
+	uint64_t zeros;
 	off_t length;
 	struct hole *holes;
 	size_t nr_holes;

@@ -56,6 +56,7 @@ static const struct known {
 	  offsetof(struct target_features, no_discard_passdown), false },
 	{ "backing_dev", 0, 0, true },
 	{ "cache_limit", 0, 0, true },
+	{ "zeroed_from", TARGET_MINOR_ZEROED, 0, true },
 };
 
 static const struct known *find_feature(const char *name)
@@ -91,7 +92,8 @@ static unsigned int feature(char **words, unsigned int n,
 		return 0;
 	if (!strcmp(name, "backing_dev"))
 		f->backing_dev = words[1];
-	else if (!number(words[1], UINT64_MAX, &f->cache_limit))
+	else if (!number(words[1], UINT64_MAX, strcmp(name, "zeroed_from") ?
+			 &f->cache_limit : &f->zeroed_from))
 		return 0;
 	return 2;
 }
@@ -280,7 +282,7 @@ bool target_format_table(char *out, size_t size, const char *metadata_dev,
 {
 	unsigned int words = f->read_only + f->data_file_raw + g->ext_l2 +
 			     2 * !!f->backing_dev + f->no_discard_passdown +
-			     2 * !!f->cache_limit;
+			     2 * !!f->cache_limit + 2 * !!f->zeroed_from;
 	size_t len = 0;
 
 	if (!append(out, size, &len, "%s %s %u %llu %u %llu %u %u",
@@ -302,5 +304,8 @@ bool target_format_table(char *out, size_t size, const char *metadata_dev,
 		append(out, size, &len, " no_discard_passdown")) &&
 	       (!f->cache_limit ||
 		append(out, size, &len, " cache_limit %llu",
-		       (unsigned long long)f->cache_limit));
+		       (unsigned long long)f->cache_limit)) &&
+	       (!f->zeroed_from ||
+		append(out, size, &len, " zeroed_from %llu",
+		       (unsigned long long)f->zeroed_from));
 }

@@ -18,12 +18,15 @@ struct target_version {
 
 /* All of this major number can be used; what is not in each minor one is told. */
 #define TARGET_MAJOR		1
+/* From this minor one on there is "zeroed_from". */
+#define TARGET_MINOR_ZEROED	2
 
 /* Feature arguments, of a table or of a status line. */
 struct target_features {
 	bool read_only, data_file_raw, extended_l2, no_discard_passdown;
 	const char *backing_dev;	/* NULL: none */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
+	uint64_t zeroed_from;		/* bytes, on the metadata device; 0: nowhere */
 	const char *unknown;		/* the first that is not known here, or NULL */
 	/* The names as they are given, also those that are not known here. */
 	unsigned int count;
