@@ -271,6 +271,38 @@ def promised(bench):
     expect({image.state(t * image.cover) for t in range(1, 150, 5)} == {"data"}, "not on disk")
 
 
+@test("what the table line says is zeros is not zeroed again, and all else is")
+def zeroed(bench):
+    size = 64 * 8 * 64 * KIB
+    s = Setup(bench, size, None, cluster=512, refcount_bits=64, fill=b"d")
+    bench.drop(s.disk)
+    bench.drop(s.dm)
+    image = s.image
+    # Not at the border of a cluster: what begins before it is not known to be zeros.
+    border = image.file_size() // 12 // 512 * 512 + 100
+    s.meta.store[border:] = bytes(len(s.meta.store) - border)
+    s.open("zeroed_from", str(border))
+    for line in (s.dm.table(), str(s.status())):
+        expect("zeroed_from" in line and str(border) in line, line)
+    tables = list(range(0, image.tables, 8))
+    with s.holding(lambda r: (r.op, r.device) == ("flush", "data")):
+        # No commit can write anything.
+        for t in tables:
+            Task(s.disk.write, t * image.cover, b"n" * 512).finish(HANG)
+        written = {r.offset for r in s.seen("write", "metadata")}
+    s.disk.fsync()
+    s.shut()
+    places = {image.l2_table(t * image.cover) for t in tables}
+    expect(any(p > border for p in places) and any(p < border for p in places), "none on one side")
+    expect({p for p in places if p < border} <= written, "something was not zeroed")
+    expect(not any(at >= border for at in written), f"zeroed behind {border}: {sorted(written)}")
+    s.open()
+    for t in range(image.tables):
+        want = b"n" * 512 + bytes(image.cover - 512) if t in tables else bytes(image.cover)
+        same(s.disk.read(t * image.cover, image.cover), want, t * image.cover)
+    s.shut()
+
+
 for _device in ("data", "metadata"):
     test(f"a first write that needs an L2 table gets on while a commit stands in a flush of the {_device} device",
          _device, False)(reservation)
