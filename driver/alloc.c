@@ -10,6 +10,7 @@
 #include "alloc.h"
 #include "compat.h"
 #include "mode.h"
+#include "trace.h"
 
 #define DM_MSG_PREFIX "qcow2"
 
@@ -313,6 +314,7 @@ int qcow2_alloc_reserve(struct qcow2_alloc *a, unsigned long i)
 	if (offset)
 		return 0;
 	r = qcow2_reserve_cluster(a, &cluster);
+	trace_qcow2_reserve(a->io->name, i, r ? 0 : cluster, r);
 	if (r)
 		return r;
 	WRITE_ONCE(a->reserved[i], cluster);

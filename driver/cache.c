@@ -9,6 +9,7 @@
 #include "cache.h"
 #include "compat.h"
 #include "l2.h"
+#include "trace.h"
 
 #define DM_MSG_PREFIX "qcow2"
 
@@ -211,6 +212,7 @@ static int qcow2_read_slice(struct qcow2_cache *cache, unsigned long index,
 		 * been loaded.
 		 */
 		*slot = qcow2_tag(QCOW2_UNALLOCATED);
+		trace_qcow2_load(cache->io->name, index, 0, 0);
 		return 0;
 	}
 
@@ -230,6 +232,7 @@ static int qcow2_read_slice(struct qcow2_cache *cache, unsigned long index,
 		}
 	}
 	mempool_free(buf, &cache->buffers);
+	trace_qcow2_load(cache->io->name, index, offset, r);
 	return r;
 }
 

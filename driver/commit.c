@@ -11,6 +11,7 @@
 #include "commit.h"
 #include "compat.h"
 #include "l2.h"
+#include "trace.h"
 
 #define DM_MSG_PREFIX "qcow2"
 
@@ -209,6 +210,7 @@ static void qcow2_find_places(struct qcow2_commit *c)
 	struct qcow2_entry *e, *first = NULL;
 	bool copied;
 
+	c->nr_tables = 0;
 	list_for_each_entry(e, &c->entries, node) {
 		unsigned long i = qcow2_entry_l1(c, e);
 
@@ -227,6 +229,7 @@ static void qcow2_find_places(struct qcow2_commit *c)
 				if (WARN_ON_ONCE(!e->cluster))
 					qcow2_error_note(&e->held, BLK_STS_IOERR);
 				list_add_tail(&e->table_node, &c->tables);
+				c->nr_tables++;
 			}
 			e->table = first;
 			e->offset = first->cluster << c->map->geo.cluster_bits;
@@ -846,7 +849,7 @@ no_flush:
 static int qcow2_commit(struct qcow2_commit *c)
 {
 	struct qcow2_map *map = c->map;
-	unsigned long changed, before = map->unwritten;
+	unsigned long changed, before = map->unwritten, blocks = 0, tables = 0;
 	struct qcow2_entry *e;
 	int r = 0, error;
 
@@ -861,11 +864,14 @@ static int qcow2_commit(struct qcow2_commit *c)
 	list_splice_tail_init(&map->dirty, &c->committing);
 	spin_unlock_irq(&map->lock);
 
+	trace_qcow2_commit_begin(c->io->name, READ_ONCE(map->nr_dirty));
 	c->error = (struct qcow2_error){};
 	c->corrupt = false;
 	do {
 		qcow2_take_entries(c);
 		qcow2_find_places(c);
+		blocks += c->nr_entries;
+		tables += c->nr_tables;
 		r = qcow2_round(c);
 		if (r)
 			list_for_each_entry(e, &c->entries, node)
@@ -873,6 +879,9 @@ static int qcow2_commit(struct qcow2_commit *c)
 		qcow2_release_entries(c);
 	} while (!r && !list_empty(&c->committing));
 
+	error = blk_status_to_errno(qcow2_error_get(&c->error));
+	trace_qcow2_commit_end(c->io->name, blocks, tables, map->unwritten,
+			       r ?: error);
 	if (r) {
 		spin_lock_irq(&map->lock);
 		list_splice_tail_init(&c->committing, &map->dirty);
@@ -882,7 +891,6 @@ static int qcow2_commit(struct qcow2_commit *c)
 	}
 	if (c->corrupt)
 		qcow2_mode_corrupt(c->health);
-	error = blk_status_to_errno(qcow2_error_get(&c->error));
 	if (!error || error == -ENOSPC)
 		qcow2_mode_space(c->health, error == -ENOSPC);
 	if (!error) {

@@ -104,6 +104,7 @@ struct qcow2_commit {
 	struct list_head tables;	/* first entries of new tables, by cluster */
 	struct qcow2_error error;	/* of any entry of the commit */
 	unsigned int nr_entries;
+	unsigned int nr_tables;		/* of @tables */
 	bool corrupt;			/* an entry on disk is impossible */
 	unsigned int nr_wave;
 	struct qcow2_entry *wave[QCOW2_WAVE];

@@ -6,6 +6,7 @@
 
 #include "compat.h"
 #include "fill.h"
+#include "trace.h"
 
 /* Fills and copies that are kept in reserve */
 #define QCOW2_FILL_RESERVE	16
@@ -298,6 +299,8 @@ bool qcow2_first_write(struct qcow2_io *io, sector_t sector, unsigned int nr,
 		return false;
 	}
 	this_cpu_inc(q->stats->first_writes);
+	trace_qcow2_first_write(q->mdio.name, sector, nr, gaps[0].nr + gaps[1].nr,
+				state == QCOW2_UNALLOCATED && q->backing_bdev);
 
 	/* The bio's own reference is there; it has not been submitted. */
 	for (i = 0; i < 2; i++)

@@ -7,6 +7,7 @@
 #include "compat.h"
 #include "header.h"
 #include "mode.h"
+#include "trace.h"
 
 #define DM_MSG_PREFIX "qcow2"
 
@@ -61,6 +62,7 @@ static void qcow2_mode_worsen(struct qcow2_health *h, enum qcow2_mode mode)
 	spin_unlock_irq(&h->lock);
 
 	if (worse) {
+		trace_qcow2_mode(h->io->name, qcow2_mode_name(mode));
 		DMERR("%s: switching to mode %s", h->io->name,
 		      qcow2_mode_name(mode));
 		qcow2_mode_event(h);
@@ -101,6 +103,7 @@ void qcow2_mode_space(struct qcow2_health *h, bool nospc)
 	spin_unlock_irq(&h->lock);
 
 	if (change) {
+		trace_qcow2_mode(h->io->name, qcow2_mode_name(to));
 		DMWARN("%s: switching to mode %s", h->io->name,
 		       qcow2_mode_name(to));
 		qcow2_mode_event(h);

@@ -6,6 +6,7 @@
 #include <linux/delay.h>
 
 #include "compat.h"
+#include "trace.h"
 #include "trim.h"
 
 /* How long until a slice that somebody else loads is looked at again, ms */
@@ -171,6 +172,7 @@ static void qcow2_passdown(struct qcow2_trims *t, struct qcow2_passdown *p)
 	bio->bi_iter.bi_sector = sector;
 	bio->bi_iter.bi_size = nr << SECTOR_SHIFT;
 	bio->bi_end_io = qcow2_passdown_endio;
+	trace_qcow2_trim(t->cache->io->name, sector, nr);
 	atomic_inc(t->slow);
 	atomic_inc(&t->passdowns);
 	submit_bio(bio);
