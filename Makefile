@@ -26,6 +26,10 @@ KMAKE = $(MAKE) --no-print-directory -C $(KDIR) M=$(CURDIR)
 PREFIX ?= /usr/local
 DESTDIR ?=
 INSTALL_MOD_DIR ?= updates
+# As kbuild has it: 1 for --strip-debug, other values are strip's options, empty: no strip
+INSTALL_MOD_STRIP ?= 1
+STRIP ?= strip
+MODULES = $(DESTDIR)/lib/modules/$(KREL)
 
 # What kbuild leaves. Newer kernels put the version in .module-common.o.
 BUILT = driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c \
@@ -54,6 +58,7 @@ help:
 	@echo '  make soak        power cuts with ever new seeds; SOAK_MINUTES=, SOAK_SEED='
 	@echo 'Parts of make check:'
 	@echo '  make deps        install what make check needs'
+	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
 	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
@@ -73,17 +78,25 @@ preflight-module: preflight-cc
 		echo "dm-qcow2: $(KDIR) holds no kernel headers that are ready for use; install the linux-headers package, or name another folder with KDIR=" >&2; exit 1; \
 	fi
 
-preflight-tool: preflight-cc
-	@command -v pkg-config > /dev/null || { \
-		echo "dm-qcow2: no pkg-config; run: apt-get install pkg-config" >&2; exit 1; }
-	@for lib in devmapper:libdevmapper-dev smartcols:libsmartcols-dev; do \
-		pkg-config --exists $${lib%:*} || { \
-			echo "dm-qcow2: the library $${lib%:*} is missing; run: apt-get install $${lib#*:}" >&2; exit 1; }; \
+preflight-tool:
+	@$(MAKE) --no-print-directory -C tools preflight
+
+preflight-unit:
+	@$(MAKE) --no-print-directory -C tools preflight-unit
+
+# depmod prefers updates/ to updates/dkms/, so the module of DKMS, which is signed and
+# kept up to date, would never be loaded again.
+preflight-install: preflight-module
+	@for f in $(MODULES)/updates/dkms/dm-qcow2.ko*; do \
+		[ ! -e "$$f" ] || { \
+			echo "dm-qcow2: DKMS has installed $$f, which a module in $(INSTALL_MOD_DIR)/ would hide; install the tool alone (make -C tools install), or first run: dkms remove dm-qcow2/0.1.0 -k $(KREL)" >&2; exit 1; }; \
 	done
 
 # kbuild's own dependencies do not always see that the headers are another
 # kernel's, so a change of kernel starts from scratch.
 module: preflight-module
+	@[ "$(KREL)" = "$$(uname -r)" ] || \
+		echo "dm-qcow2: the module is for kernel $(KREL), not for the running one, $$(uname -r); for that install its headers, or name them with KDIR="
 	@$(LOCK) $(MAKE) --no-print-directory __module KDIR=$(KDIR)
 
 __module:
@@ -100,14 +113,14 @@ tool: preflight-tool
 driver/dm-qcow2.ko: module
 tools/qcow2setup: tool
 
-install: all
-	install -D -m 644 driver/dm-qcow2.ko \
-		$(DESTDIR)/lib/modules/$(KREL)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
+install: preflight-install all
+	install -D -m 644 driver/dm-qcow2.ko $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
+	$(if $(INSTALL_MOD_STRIP),$(STRIP) $(INSTALL_MOD_STRIP:1=--strip-debug) $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko)
 	$(if $(DESTDIR),,depmod $(KREL))
 	$(MAKE) -C tools install DESTDIR=$(DESTDIR) PREFIX=$(PREFIX)
 
 uninstall:
-	rm -f $(DESTDIR)/lib/modules/$(KREL)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
+	rm -f $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
 	$(if $(DESTDIR),,depmod $(KREL))
 	rm -f $(DESTDIR)$(PREFIX)/sbin/qcow2setup $(DESTDIR)$(PREFIX)/share/man/man8/qcow2setup.8
 
@@ -144,7 +157,12 @@ lint:
 	@selftests/vm/deps lint
 	@selftests/lint
 
-unit: preflight-tool
+quick: preflight-unit
+	@$(LOCK) $(MAKE) --no-print-directory -j$$(nproc) -C tools quick
+
+unit: preflight-unit
+	@command -v valgrind > /dev/null || { \
+		echo "dm-qcow2: no valgrind; run: apt-get install valgrind libc6-dbg" >&2; exit 1; }
 	@$(MAKE) --no-print-directory -C tools unit valgrind
 
 fuzz: preflight-tool
@@ -167,7 +185,7 @@ check-kernels:
 planted-build:
 	@$(LOCK) $(MAKE) --no-print-directory -C selftests/planted module
 
-test-programs: preflight-tool
+test-programs: preflight-unit
 	@$(LOCK) $(MAKE) --no-print-directory -C tools test-programs
 
 check-planted:
@@ -190,6 +208,6 @@ demo:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
-.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit fuzz \
+.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint quick unit fuzz \
 	check check-debug check-kernels check-planted planted-build test-programs soak demo \
-	preflight-cc preflight-module preflight-tool
+	preflight-cc preflight-module preflight-tool preflight-unit preflight-install
