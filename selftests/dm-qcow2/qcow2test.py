@@ -638,7 +638,8 @@ class Units:
         whole = self.whole(offset, length)
         self._zero(offset, length)
         for n in self.touched(offset, length):
-            if n not in whole and self.states[n] == "unallocated" and n * self.unit < self.backing:
+            # A part of a unit, over something of the backing file's: as a write
+            if n not in whole and self.states[n] == "unallocated" and max(offset, n * self.unit) < self.backing:
                 self.states[n] = "data"
 
     zero_out = zero_range = punch_hole = zero
