@@ -7,7 +7,8 @@
 #	check "name" function [arg...]	# one result each
 #	finish
 #
-# A check runs in a subshell under "set -e": the first command that fails fails
+# The arguments of the test are words: only those checks are run whose names have all of
+# them, in any case. --list before them prints the names. A check runs in a subshell under "set -e": the first command that fails fails
 # the check. What it leaves behind is taken down after it: all devices whose
 # names begin with $prefix, and all loop devices on files in $dir.
 
@@ -25,6 +26,9 @@ prefix=qcow2test$$
 dir=''
 checks=()
 undo=()
+
+only=("$@") list=''
+[ "${only[0]-}" != --list ] || { list=1; only=("${only[@]:1}"); }
 
 note()
 {
@@ -54,6 +58,8 @@ load_module()
 
 skip_all()
 {
+	# Their names have checks that cannot be run, too.
+	[ -z "$list" ] || return 0
 	ktap_skip_all "$*"
 	exit "$KSFT_SKIP"
 }
@@ -63,6 +69,7 @@ start()
 {
 	local c
 
+	[ -z "$list" ] || return 0
 	ktap_print_header
 	[ "$(id -u)" = 0 ] || skip_all "root is needed"
 	for c in dmsetup losetup qemu-img qemu-io python3 "$@"; do
@@ -148,10 +155,32 @@ run_check()
 	fi
 }
 
+# matching: drop the checks whose names have not all the words of the arguments
+matching()
+{
+	local c name w
+	local -a all=("${checks[@]}")
+
+	checks=()
+	for c in "${all[@]}"; do
+		eval "name=(${c%" "})"
+		for w in "${only[@]}"; do
+			[[ ${name[0],,} == *"${w,,}"* ]] || continue 2
+		done
+		[ -z "$list" ] || printf '%s\n' "${name[0]}"
+		checks+=("$c")
+	done
+	[ ${#checks[@]} -gt 0 ] && return
+	echo "Bail out! no result of ${0##*/} has '${only[*]}' in its description; its argument --list shows what there is"
+	exit "$KSFT_FAIL"
+}
+
 finish()
 {
 	local c
 
+	matching
+	[ -z "$list" ] || exit "$KSFT_PASS"
 	ktap_set_plan ${#checks[@]}
 	for c in "${checks[@]}"; do
 		eval "run_check $c"
@@ -324,6 +353,7 @@ find_nvme()
 	local c
 
 	nvme=''
+	[ -z "$list" ] || return 0
 	modprobe -q nvme
 	sleep 1
 	for c in /sys/class/nvme/nvme*; do
