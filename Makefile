@@ -53,10 +53,12 @@ help:
 	@echo '  make check       all tests, in a VM; TESTS="read write faults:suspend" runs some of'
 	@echo '                   them, and of faults only what has "suspend" in its name;'
 	@echo '                   KERNEL= takes another kernel ($(KERNELS)) than $(KERNEL)'
+	@echo '                   CHECK_LOAD=8 keeps the machine busy beside it'
 	@echo '  make check-kernels   all tests with each of these kernels, one after the other'
 	@echo '  make check-debug tests in kernels that look for races, leaks, wrong locking ...'
 	@echo '  make vm-shell    a root shell in the test VM'
 	@echo '  make soak        power cuts with ever new seeds; SOAK_MINUTES=, SOAK_SEED='
+	@echo '  make seeds       what has random requests with SEEDS=$(SEEDS) seeds from FIRST_SEED= on; TESTS='
 	@echo 'Parts of make check:'
 	@echo '  make deps        install what make check needs'
 	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
@@ -199,6 +201,20 @@ soak:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/powercut --soak
 
+# One VM runs them all; each run is a short one, except where it says how many.
+SEEDS ?= 200
+FIRST_SEED ?= 1
+RANDOM_TESTS := "extl2:bits after" "extl2:same entries" differential matrix "entries:random" "entries:some" \
+	"cache:spread" "cache:dropped under" "cache:smallest" "corrupt:random" fuzz race
+seeds: export VM_EXPORT += REQUESTS ROUNDS FACTOR FUZZ_IMAGES
+seeds: export REQUESTS ?= 40
+seeds: export ROUNDS ?= 1
+seeds: export FUZZ_IMAGES ?= 4
+seeds:
+	@selftests/vm/deps check
+	@$(MAKE) --no-print-directory vm-build
+	@selftests/vm/run --load --timeout 86400 --cmd 'selftests/vm/guest-seeds $(FIRST_SEED) $(SEEDS) $(or $(TESTS),$(RANDOM_TESTS))'
+
 # The kernels are built once, which takes a quarter of an hour.
 check-debug: export MORE_TESTS ?= backing extl2 corrupt fail reload
 check-debug:
@@ -210,5 +226,5 @@ demo:
 	@selftests/vm/demo
 
 .PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint quick unit fuzz \
-	check check-debug check-kernels check-planted planted-build test-programs soak demo \
+	check check-debug check-kernels check-planted planted-build test-programs soak seeds demo \
 	preflight-cc preflight-module preflight-tool preflight-unit preflight-install

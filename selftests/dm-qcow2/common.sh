@@ -22,6 +22,10 @@ export LC_ALL=C
 # Array devices are made by mdadm itself then, too.
 [ -e /run/udev/control ] || export MDADM_NO_UDEV=1
 
+# Seconds: nothing that is waited for is taken for hung before that. No test is about how
+# long a thing takes.
+patience=120
+
 prefix=qcow2test$$
 dir=''
 checks=()
@@ -244,7 +248,7 @@ not()
 # poll SECONDS COMMAND...: until it succeeds
 poll()
 {
-	local end=$((SECONDS + $1))
+	local end=$((SECONDS + ($1 > patience ? $1 : patience)))
 
 	shift
 	until "$@"; do
@@ -350,14 +354,17 @@ volume()
 # The VM's NVMe disk, which may be overwritten; $nvme, empty if there is none
 find_nvme()
 {
-	local c
+	local c i
 
 	nvme=''
 	[ -z "$list" ] || return 0
 	modprobe -q nvme
-	sleep 1
-	for c in /sys/class/nvme/nvme*; do
-		[[ -e $c && $(< "$c/serial") =~ ^dm-qcow2-scratch\ *$ ]] && nvme=/dev/${c##*/}n1
+	# In the test VM there is one, at some time.
+	for ((i = ${VM_DISKS:+600} + 10; i && !${#nvme}; i--)); do
+		sleep 0.1
+		for c in /sys/class/nvme/nvme*; do
+			[[ -e $c && $(< "$c/serial") =~ ^dm-qcow2-scratch\ *$ ]] && nvme=/dev/${c##*/}n1
+		done
 	done
 	[ -z "$nvme" ] || poll 10 test -b "$nvme"
 }

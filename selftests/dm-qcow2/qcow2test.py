@@ -32,9 +32,13 @@ from qcow2image import RAW, Qcow2
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KSFT_PASS, KSFT_FAIL, KSFT_SKIP = 0, 1, 4
-# Long enough for a busy machine without hardware virtualisation, short enough
-# that a hang is reported here and not only by the runner's timeout.
-COMMAND_TIMEOUT = 180
+# Long enough for a machine without hardware virtualisation that has five times as much to
+# do as it can, short enough that a hang is reported here and not only by the runner's
+# timeout.
+COMMAND_TIMEOUT = 300
+# Nothing that is waited for is taken for hung before that. No test is about how long a
+# thing takes: what must hold at any speed is what is asserted.
+PATIENCE = 120
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -83,7 +87,7 @@ class Task(threading.Thread):
 
     def finish(self, seconds=None):
         """Wait for the end, and raise what the function raised."""
-        self.join(seconds)
+        self.join(seconds and max(seconds, PATIENCE))
         expect(not self.is_alive(), "a request does not end")
         if self.fault:
             raise self.fault
@@ -100,6 +104,7 @@ def in_parallel(function, *arguments):
 
 def wait_for(what, seconds, condition):
     """Poll; for things that happen on a timer or in another process."""
+    seconds = max(seconds, PATIENCE)
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -419,12 +419,10 @@ def nowait(bench):
                 same(got, s.model.read(at, len(got)), at)
         expect(cold or served, "each read was refused")
     for n in range(40):
-        for _ in range(20):
-            got = read(n * unit, 4096)
-            if got is not None:
-                break
-            time.sleep(0.01)
-        expect(got is not None, f"a read of unit {n} alone would have to wait")
+        results = []
+        wait_for(f"a read of unit {n} alone does not have to wait", 60,
+                 lambda: results.append(read(n * unit, 4096)) or results[-1] is not None)  # pylint: disable=cell-var-from-loop
+        got = results[-1]
         same(got, s.model.read(n * unit, 4096), n * unit)
     s.finish()
 

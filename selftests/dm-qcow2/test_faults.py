@@ -595,7 +595,8 @@ def attempt(rig, steps, nth=None, how=None, usual=None):
             result.append(Attempt(rig, steps, nth, how, usual).verify())
         except TooLate:
             pass
-    for _ in range(10):
+    # As often as it takes on a machine that has much else to do
+    for _ in range(100):
         task = Task(work)
         try:
             task.finish(HANG)
@@ -799,6 +800,8 @@ def waiting(bench, what, fail):
     time.sleep(0.3)
     early = [n for n in [*first, *rest] if n in aio.reap()]
     expect(not early, f"{len(early)} requests did not wait")
+    reads = [r for r in script.trace if rig.what(r, ()) == "read L2 table"]
+    expect(len(reads) == (what in ("miss", "commit", "flush")), f"{len(reads)} reads of the L2 table while they wait")
     rig.meta.release(fail)
     rig.data.release(fail)
     results = aio.all([*first, *rest])
@@ -811,13 +814,16 @@ def waiting(bench, what, fail):
     else:
         expect(set(results) == {-errno.EIO}, f"{len(bad)} of {len(results)} failed: {collections.Counter(results)}")
     if what == "miss":
-        # And one for each commit
+        # And one for each commit, but for those that find nothing to do
         disk.fsync()
         commits = dm.status().commits - commits
         reads = [r for r in script.trace if rig.what(r, ()) == "read L2 table" and r.offset == held[0].offset]
-        expect(len(reads) == 1 + commits, f"{len(reads)} reads of the L2 table for all of them, and {commits} commits")
+        expect(len(reads) <= 1 + commits, f"{len(reads)} reads of the L2 table for all of them, and {commits} commits")
     if what in ("commit", "flush") and not fail:
-        expect(dm.status().commits - commits <= 3, f"{dm.status().commits - commits} commits for all of them")
+        # The next one serves all that wait when it begins. How many of them do is a question
+        # of the machine's pace: some may have to be given to the target yet, and come late.
+        commits = dm.status().commits - commits
+        expect(commits <= len(rest) // 10, f"{commits} commits for {len(rest)} requests")
     mode = "fail" if what == "flush" and fail else "rw"
     expect(dm.mode() == mode, f"{dm.status()}")
     expect(dm.events() - events == (fail and what in ("commit", "flush")), f"{dm.events() - events} events")
@@ -850,7 +856,7 @@ def slow_last_tries(bench):
             return False
         reads.append(request)
         return len(reads) == 2
-    for at in range(20 * unit, 30 * unit, unit):
+    for at in range(20 * unit, 120 * unit, unit):
         reads.clear()
         script.begin(("read L2 table", 0), "once")
         script.hold = hold
@@ -922,7 +928,7 @@ class Lost:
 def fail_fua(s, place, error, same_unit=False):
     """A FUA write fails while a first write waits for its commit: one of that unit, or
     one of another table, which is on stable storage."""
-    for _ in range(20):
+    for _ in range(100):
         s.first_write()
         s.fail(place, error)
         with fails_with(error):
@@ -959,7 +965,7 @@ def nothing_lost(bench):
     s = Lost(bench, fua=False)
     held, aio = s.rig.data.held, bench.add(Aio(s.disk.fd, 1200))
     buffer = mmap.mmap(-1, 512)
-    for n in range(3):
+    for n in range(50):
         s.first_write()
         s.script.begin(None, None)
         s.script.hold = lambda request: s.script.name(request) == "write data"
