@@ -216,7 +216,7 @@ seeds:
 	@selftests/vm/run --load --timeout 86400 --cmd 'selftests/vm/guest-seeds $(FIRST_SEED) $(SEEDS) $(or $(TESTS),$(RANDOM_TESTS))'
 
 # The kernels are built once, which takes a quarter of an hour.
-check-debug: export MORE_TESTS ?= backing extl2 corrupt fail reload
+check-debug: export MORE_TESTS ?= backing backing_devices extl2 corrupt fail fail_places fail_discard reload
 check-debug:
 	@selftests/debug/check $(DEBUG)
 

@@ -455,3 +455,47 @@ loops_gone()
 {
 	[ -z "$(loops_here)" ]
 }
+
+# json FILE EXPRESSION: of the parsed text j, which must be true
+json()
+{
+	python3 -c '
+import json, sys
+j = json.load(open(sys.argv[1], encoding="utf-8"))
+sys.exit(0 if eval(sys.argv[2]) else f"{sys.argv[2]}: {j}")' "$1" "$2"
+}
+
+# Header fields: offset and digits
+declare -A fields=(
+	[magic]="0 8" [version]="4 8" [cluster_bits]="20 8" [size]="24 16" [crypt_method]="32 8"
+	[l1_size]="36 8" [l1_table_offset]="40 16" [refcount_table_offset]="48 16"
+	[refcount_table_clusters]="56 8" [nb_snapshots]="60 8" [incompatible_features]="72 16"
+	[compatible_features]="80 16" [autoclear_features]="88 16" [refcount_order]="96 8"
+	[header_length]="100 8"
+)
+
+# poke FILE OFFSET HEX_DIGITS
+poke()
+{
+	local i bytes=''
+
+	for ((i = 0; i < ${#3}; i += 2)); do
+		bytes+="\\x${3:i:2}"
+	done
+	printf '%b' "$bytes" | dd of="$1" bs=1 seek="$2" conv=notrunc,nocreat status=none
+}
+
+# field IMAGE FIELD VALUE
+field()
+{
+	local at digits
+
+	read -r at digits <<< "${fields[$2]}"
+	poke "$1" "$at" "$(printf "%0${digits}x" "$3")"
+}
+
+# pattern TEXT LENGTH: what QEMU can check, too
+pattern()
+{
+	yes "$1" | head -c "$2"
+}

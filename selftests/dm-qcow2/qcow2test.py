@@ -335,6 +335,11 @@ def queue_limit(path, name):
         return int(f.read())
 
 
+def blocks(path):
+    """Bytes that a file occupies."""
+    return os.stat(path).st_blocks * 512
+
+
 def drop_caches(what=2):
     """What the kernel can free at once: 1 pages of files, 2 what shrinkers have (dentries,
     inodes, the driver's slices), 3 both."""
@@ -844,6 +849,15 @@ class Bench:
     def image(self, size, name="image", **options):
         return Image(self, name, size, **options)
 
+    def some_image(self, size=8 * MIB, length=128 * KIB, **options):
+        """An image with some data, the rest of its data file is poison; on loop devices."""
+        image = self.image(size, **options)
+        image.poison()
+        image.qemu_io(f"write -q -P 97 0 {length}")
+        image.trim()
+        image.attach()
+        return image
+
     def model(self, size, name="model"):
         return self.add(Model(self.path(name), size))
 
@@ -879,8 +893,12 @@ class Bench:
 class Lower:
     """A device to put below the target: it works, fails, is slow, or stands still.
     It can be changed while it is in use."""
+    ready = False       # the modules for that are there
 
     def __init__(self, bench, name, device):
+        if not Lower.ready:
+            run("modprobe", "-q", "-a", "dm-flakey", "dm-delay", ok=False)
+            Lower.ready = True
         self.device = device
         self.sectors = device_sectors(device)
         self.dm = bench.linear(name, device)

@@ -28,11 +28,6 @@ backing_devices()
 	dmsetup ls | grep -c '^qcow2-backing-[0-9a-f]*[[:space:]]' || true
 }
 
-pattern()
-{
-	yes "$1" | head -c "$2"
-}
-
 # qemu COMMAND... IMAGE
 qemu()
 {

@@ -16,7 +16,7 @@ import time
 
 from qcow2test import KIB, Dm, Failure, Io, expect, fails_with, main, note, same, test, wait_for
 from served import HANG
-from test_faults import SMALL, Aio, Rig
+from faultrig import SMALL, Aio, Rig
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 
