@@ -195,7 +195,8 @@ class Attempt:
             for number, step in enumerate(steps):
                 self.script.step = number
                 self.do(number, *step)
-            if self.script.failed and self.late():
+            # Without a fault it shows what is requested: that must be the steps' doing, too.
+            if (self.script.failed or nth is None) and self.late():
                 raise TooLate
             self.failed, self.trace = list(self.script.failed), list(self.script.trace)
             self.made = self.script.steps
