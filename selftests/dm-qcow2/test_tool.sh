@@ -226,6 +226,39 @@ refcount_table_grows()
 	qemu-img compare -q -f qcow2 -F raw "$dir/i.qcow2" "$dir/model"
 }
 
+# What a guest has on its disk is never looked at: here an image that names a file of the
+# host's, which no later step may open, or take for what is in the data file.
+guest_image()
+{
+	local raw before size
+
+	qemu-img create -q -f qcow2 -o "data_file=$dir/secret,data_file_raw=on" "$dir/evil" 64M
+	pattern SECRET 65536 > "$dir/secret"
+	before=$(sha256sum < "$dir/secret")
+	size=$(stat -c %s "$dir/evil")
+	for raw in '' --data-file-raw; do
+		truncate -s 8M "$dir/d"
+		# shellcheck disable=SC2086 # nothing, or one word
+		"$tool" create "$dir/g.qcow2" --data-file "$dir/d" $raw
+		"$tool" open "$dir/g.qcow2" "$name" --data-file "$dir/d"
+		dd if="$dir/evil" of="/dev/mapper/$name" bs=64k oflag=direct iflag=fullblock conv=notrunc,sync status=none
+		truncate -s 16M "$dir/d"
+		"$tool" resize "$name" --size 16M
+		"$tool" close "$name"
+		poll 30 loops_gone
+		"$tool" info "$dir/g.qcow2" > /dev/null
+		"$tool" check "$dir/g.qcow2" > /dev/null
+		"$tool" resize "$dir/g.qcow2" --size 32M --data-file "$dir/d"
+		"$tool" open "$dir/g.qcow2" "$name" --data-file "$dir/d" --readonly
+		[ "$(blockdev --getsize64 "/dev/mapper/$name")" = $((32 << 20)) ]
+		cmp -n "$size" "/dev/mapper/$name" "$dir/evil"
+		"$tool" close "$name"
+		poll 30 loops_gone
+		[ "$before" = "$(sha256sum < "$dir/secret")" ] || fault "a file that the guest has named was changed"
+		rm "$dir/g.qcow2" "$dir/d"
+	done
+}
+
 start cmp
 need_tool
 check "create, open, status, close" whole_cycle
@@ -236,4 +269,5 @@ check "autoclear bits" autoclear
 check "bitmaps" bitmaps
 check "--readonly changes nothing" readonly_odd
 check "the refcount table grows" refcount_table_grows
+check "a guest that has a qcow2 image on its disk" guest_image
 finish
