@@ -177,7 +177,7 @@ other_images()
 		refused 4 'file|device' "$tool" open "$f" "$name" --data-file "$dir/i.data"
 	done
 	mkfifo "$dir/fifo"
-	refused 4 'file|device' timeout 20 "$tool" open "$dir/fifo" "$name" --data-file "$dir/i.data"
+	refused 4 'file|device' timeout 300 "$tool" open "$dir/fifo" "$name" --data-file "$dir/i.data"
 	refused 4 'not a qcow2' "$tool" open "$dir/i.data" "$name" --data-file "$dir/i.data"
 	nothing_left
 }
