@@ -8,23 +8,6 @@
 
 name=$prefix-i
 
-# small_fs BYTES: a file system in $dir/mnt, from which all can be taken
-small_fs()
-{
-	truncate -s "$1" "$dir/fs"
-	mkfs.ext4 -q -F -m 0 "$dir/fs"
-	mkdir "$dir/mnt"
-	mount -o loop "$dir/fs" "$dir/mnt"
-}
-
-# Nothing is left in it.
-fill()
-{
-	not dd if=/dev/zero of="$dir/mnt/fill" bs=64k status=none 2> "$dir/err"
-	not dd if=/dev/zero of="$dir/mnt/fill" bs=1k oflag=append conv=notrunc status=none 2> "$dir/err"
-	sync "$dir/mnt/fill"
-}
-
 # small_image [OPTION...]: 512 L2 tables of 4 KiB, in the small file system, sparse
 small_image()
 {
