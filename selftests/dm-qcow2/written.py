@@ -7,12 +7,12 @@ from qcow2test import KIB, fails_with, same
 
 
 class Written:
-    """What is written to the device goes to the model, too. To be given by the set-up: bench,
-    image, model, dm, disk; sync, if there is one: another file, whose writes are FUA."""
+    """What is written to the device goes to the model, too."""
     ERROR = errno.EIO       # of what cannot be done
     PART = 64 * KIB         # that is compared
 
-    sync = None
+    # To be set up; sync only if it is needed: another file, whose writes are FUA
+    bench = image = model = dm = disk = sync = None
 
     def write(self, offset, length=512, disk=None, byte=None):
         data = byte * length if byte else random.randbytes(length)
