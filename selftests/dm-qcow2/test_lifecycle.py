@@ -102,7 +102,7 @@ def no_leaks(cycles, what):
     before = Held()
     yield
     # Callbacks may still be under way.
-    for patience in range(4, -1, -1):
+    for patience in range(59, -1, -1):
         try:
             before.compare(cycles, what)
             break
