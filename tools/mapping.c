@@ -110,6 +110,8 @@ static int recorded_path(const struct mapping *m, const struct walk *w,
 static int open_data(struct mapping *m, const struct walk *w, int dir,
 		     const char *named, bool read_only)
 {
+	const char *option = m->above ? "--backing-file IMAGE,data-file=DEV|FILE" :
+					"--data-file DEV|FILE";
 	const struct node *image = &m->img.node;
 	unsigned int flags = read_only ? NODE_READ_ONLY : 0;
 	int ret;
@@ -117,13 +119,11 @@ static int open_data(struct mapping *m, const struct walk *w, int dir,
 	if (named) {
 		ret = node_open(&m->data, AT_FDCWD, named, flags);
 	} else {
-		ret = recorded_path(m, w, &m->img.h.data_file, "data",
-				    m->above ? "--backing-file IMAGE,data-file=DEV|FILE" :
-					       "--data-file DEV|FILE",
+		ret = recorded_path(m, w, &m->img.h.data_file, "data", option,
 				    &m->data_path);
 		if (!ret)
-			ret = node_open(&m->data, dir, m->data_path,
-					NODE_NOFOLLOW | flags);
+			ret = node_open_recorded(&m->data, dir, m->data_path,
+						 flags, option);
 	}
 	if (ret)
 		return ret;
@@ -316,10 +316,10 @@ static int use_backing(struct mapping *m, struct walk *w, int dir,
 
 static int open_backing(struct mapping *m, struct walk *w, int dir)
 {
-	unsigned int flags = NODE_READ_ONLY;
+	static const char option[] = "--backing-file DEV|FILE";
 	struct backing *b;
 	char *data = NULL;
-	int ret = 0, at = AT_FDCWD;
+	int ret, at = AT_FDCWD;
 
 	if (!m->img.h.backing_file.s) {
 		if (w->next < w->opt->backing_files)
@@ -342,14 +342,15 @@ static int open_backing(struct mapping *m, struct walk *w, int dir)
 		if (!b->arg)
 			return fail_nomem();
 		data = backing_arg_split(b->arg);
+		ret = node_open(&b->node, at, b->arg, NODE_READ_ONLY);
 	} else {
-		ret = recorded_path(m, w, &m->img.h.backing_file, "backing",
-				    "--backing-file DEV|FILE", &b->arg);
-		flags |= NODE_NOFOLLOW;
 		at = dir;
+		ret = recorded_path(m, w, &m->img.h.backing_file, "backing",
+				    option, &b->arg);
+		if (!ret)
+			ret = node_open_recorded(&b->node, at, b->arg,
+						 NODE_READ_ONLY, option);
 	}
-	if (!ret)
-		ret = node_open(&b->node, at, b->arg, flags);
 	if (ret)
 		return ret;
 	/* Names in the image below start in its own folder. */

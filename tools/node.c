@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/fs.h>
 #include <linux/loop.h>
 #include <linux/magic.h>
@@ -15,6 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "devlink.h"
 #include "interrupt.h"
 #include "loop.h"
 #include "node.h"
@@ -32,10 +34,6 @@ static int open_failed(const char *path, unsigned int flags, int err)
 			    "%s: cannot open it for writing: %s; %s",
 			    esc(path), strerror(err),
 			    OR_READONLY("get write access"));
-	if (err == ELOOP)
-		return fail(EX_WRONG,
-			    "%s: symbolic link in a name that was taken from an image; name the file on the command line",
-			    esc(path));
 	if (err == ENOENT)
 		return fail(EX_WRONG, "%s: no such file or device; check the name",
 			    esc(path));
@@ -46,30 +44,28 @@ static int open_failed(const char *path, unsigned int flags, int err)
 	return fail_errno("%s: cannot open it", esc(path));
 }
 
-int node_open(struct node *node, int dirfd, const char *path,
-	      unsigned int flags)
+/* O_NONBLOCK: a FIFO must not make us wait for its other end. */
+static int open_mode(unsigned int flags)
 {
-	/* O_NONBLOCK: a FIFO must not make us wait for its other end. */
-	int mode = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
+	return O_CLOEXEC | O_NOCTTY | O_NONBLOCK |
+	       (flags & NODE_READ_ONLY ? O_RDONLY : O_RDWR);
+}
+
+/* What has just been opened: is it of a kind that can be used, and how is it? */
+static int set_up(struct node *node)
+{
+	const char *path = node->path;
 	struct stat st;
 	int value, ret;
 
-	*node = (struct node){ .fd = -1, .path = path };
-	node->read_only = flags & NODE_READ_ONLY;
-	mode |= node->read_only ? O_RDONLY : O_RDWR;
-	if (flags & NODE_NOFOLLOW)
-		mode |= O_NOFOLLOW;
-
-	node->fd = openat(dirfd, path, mode);
-	if (node->fd < 0)
-		return open_failed(path, flags, errno);
 	if (fstat(node->fd, &st))
 		return fail_errno("%s: cannot stat it", esc(path));
 	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
 		return fail(EX_WRONG,
 			    "%s: neither a regular file nor a block device; name one of these",
 			    esc(path));
-	if (fcntl(node->fd, F_SETFL, mode & O_ACCMODE))
+	/* No other flag than how it is opened */
+	if (fcntl(node->fd, F_SETFL, 0))
 		return fail_errno("%s: cannot set it up", esc(path));
 
 	node->dev = st.st_dev;
@@ -96,6 +92,72 @@ int node_open(struct node *node, int dirfd, const char *path,
 	if (!ret && node->pieces)
 		posix_fadvise(node->fd, 0, 0, POSIX_FADV_RANDOM);
 	return ret;
+}
+
+int node_open(struct node *node, int dirfd, const char *path,
+	      unsigned int flags)
+{
+	*node = (struct node){ .fd = -1, .path = path };
+	node->read_only = flags & NODE_READ_ONLY;
+	node->fd = openat(dirfd, path, open_mode(flags));
+	return node->fd < 0 ? open_failed(path, flags, errno) : set_up(node);
+}
+
+/* A device by one of the names that links of the system's give it; or -1, errno. */
+static int open_devlink(const char *path, int mode)
+{
+	char self[40];
+	int found = devlink_find(path), fd, err;
+
+	if (found < 0) {
+		errno = -found;
+		return -1;
+	}
+	/* What was found, whatever the name may mean by now */
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", found);
+	fd = open(self, mode);
+	err = errno;
+	close(found);
+	errno = err;
+	return fd;
+}
+
+/* The folder that @dirfd is, for a message; the text stays valid. */
+static const char *folder_name(int dirfd)
+{
+	static char name[PATH_MAX];
+	char self[40];
+	ssize_t n;
+
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", dirfd);
+	n = readlink(self, name, sizeof(name) - 1);
+	name[n < 0 ? 0 : n] = 0;
+	return n > 0 ? name : "the folder of the image";
+}
+
+int node_open_recorded(struct node *node, int dirfd, const char *path,
+		       unsigned int flags, const char *option)
+{
+	*node = (struct node){ .fd = -1, .path = path };
+	node->read_only = flags & NODE_READ_ONLY;
+	node->fd = openat(dirfd, path, open_mode(flags) | O_NOFOLLOW);
+	if (node->fd < 0 && errno == ELOOP)
+		node->fd = open_devlink(path, open_mode(flags));
+	if (node->fd >= 0)
+		return set_up(node);
+	if (errno == ELOOP)
+		return fail(EX_WRONG,
+			    "%s: symbolic link in a name that was taken from an image, and not one to a device that root has made below /dev; give %s",
+			    esc(path), option);
+	if (errno == ENOENT && *path != '/')
+		return fail(EX_WRONG,
+			    "%s: no such file or device in %s, where the image says it is; give %s",
+			    esc(path), esc(folder_name(dirfd)), option);
+	if (errno == ENOENT)
+		return fail(EX_WRONG,
+			    "%s: no such file or device, which the image names; give %s",
+			    esc(path), option);
+	return open_failed(path, flags, errno);
 }
 
 void node_close(struct node *node)

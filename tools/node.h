@@ -27,8 +27,6 @@ struct node {
 
 #define NODE_CLOSED	{ .fd = -1 }
 
-/* The name is taken from an image: no symbolic link may be in its end. */
-#define NODE_NOFOLLOW	1U
 #define NODE_READ_ONLY	2U
 
 /*
@@ -37,6 +35,13 @@ struct node {
  */
 int node_open(struct node *node, int dirfd, const char *path,
 	      unsigned int flags);
+/*
+ * The same for a name that is taken from an image: its end must not be a symbolic
+ * link, unless it is one that root has made to a device (devlink.h).  @option: how
+ * to name something else.
+ */
+int node_open_recorded(struct node *node, int dirfd, const char *path,
+		       unsigned int flags, const char *option);
 void node_close(struct node *node);
 
 /*
