@@ -507,9 +507,7 @@ int cmd_open(const struct options *opt, char **args)
 	if (ret)
 		return ret;
 	if (info.exists)
-		return fail(EX_BUSY,
-			    "%s: a device of that name exists; close it, or choose another name",
-			    esc(name));
+		return device_name_taken(name, info.uuid);
 	interrupt_catch();
 	ret = mapping_open(&m, opt, path);
 	if (!ret)
