@@ -109,7 +109,7 @@ static int task_run_cookie(struct dm_task *dmt, uint16_t flags)
 	return ret;
 }
 
-#define RELOAD	"reload the module: close all devices, then modprobe -r dm-qcow2 and modprobe dm-qcow2"
+#define RELOAD	"reload the module: close all devices, then modprobe -r dm-qcow2 && modprobe dm-qcow2"
 
 int dm_check(bool need_target)
 {
@@ -126,7 +126,7 @@ int dm_check(bool need_target)
 			    "no permission to use device-mapper; run as root (CAP_SYS_ADMIN)");
 	if (ret)
 		return fail(EX_WRONG,
-			    "device-mapper is not available; load the dm_mod module");
+			    "device-mapper is not available; load the dm_mod module (modprobe dm_mod)");
 	return need_target ? dm_target_version(&version) : 0;
 }
 

@@ -57,8 +57,10 @@ static int check_bitmap(const struct bitmap *b, void *arg)
 	    div_up(div_up(bits, 8), w->cs) == b->table_size)
 		return 0;
 	return fail(EX_WRONG,
-		    "%s: bitmap %s would have to grow, too, which is not supported; remove it with qemu-img bitmap --remove, and add it again",
-		    esc(w->img->node.path), escn(b->name.s, b->name.len));
+		    "%s: bitmap %s would have to grow, too, which is not supported; remove it: qemu-img bitmap --remove --image-opts %s %s, and add it again then",
+		    esc(w->img->node.path), escn(b->name.s, b->name.len),
+		    qemu_image_opts(w->img->node.path, QEMU_NO_DATA),
+		    shell_word(b->name.s, b->name.len));
 }
 
 static int check_bitmaps(struct grower *w)
@@ -77,8 +79,10 @@ static int check_bitmaps(struct grower *w)
 	else
 		ret = -1;
 	if (ret < 0)
-		return fail(EX_WRONG, "%s: %s; remove the bitmaps with qemu-img",
-			    esc(img->node.path), why);
+		return fail(EX_WRONG,
+			    "%s: %s; remove the bitmaps: qcow2setup check --repair bitmaps %s",
+			    esc(img->node.path), why,
+			    shell_quote(img->node.path));
 	return ret;
 }
 
@@ -366,9 +370,10 @@ static int change_old_tables(struct grower *w)
 			continue;
 		if (!(be64_to_cpu(w->img->l1[i]) & QCOW2_OFLAG_COPIED))
 			ret = fail(EX_WRONG,
-				   "%s: L2 table %llu is shared; repair the image with qcow2setup check --repair all",
+				   "%s: L2 table %llu is shared; repair the image with qcow2setup check --repair all %s",
 				   esc(w->img->node.path),
-				   (unsigned long long)i);
+				   (unsigned long long)i,
+				   shell_quote(w->img->node.path));
 		else
 			ret = image_change(w->img, table, w->cs, off);
 	}

@@ -64,7 +64,7 @@ struct reasons {
 	unsigned int n;
 	struct {
 		char cause[640];
-		const char *remedy;
+		char remedy[2048];
 	} r[MAX_REASONS];
 };
 

@@ -103,7 +103,7 @@ int loop_attach(struct loop *loop, const struct node *node)
 		if (errno == EACCES || errno == EPERM)
 			return fail_errno("loop devices");
 		return fail(EX_WRONG,
-			    "loop devices are not available: %s; load the loop module",
+			    "loop devices are not available: %s; load the loop module (modprobe loop)",
 			    strerror(errno));
 	}
 	for (i = 0; i < ATTACH_TRIES; i++) {

@@ -102,7 +102,7 @@ static const struct opt_desc {
 	{ OPT_NO_PASSDOWN, "no-discard-passdown", NULL, "keep discarded blocks of the data device" },
 	{ OPT_CACHE_LIMIT, "cache-limit", "SIZE", "memory for the map (default: 64M)" },
 	{ OPT_SPARSE, "sparse", NULL, "take no space for metadata before it is needed" },
-	{ OPT_REPAIR, "repair", "WHAT", "leaks, or all: everything that can be repaired" },
+	{ OPT_REPAIR, "repair", "WHAT", "leaks; all that can be repaired; or bitmaps: give them up" },
 	{ OPT_OVERWRITE, "overwrite-device", NULL, "IMAGE is a block device: overwrite it" },
 	{ OPT_JSON, "json", NULL, "print JSON" },
 };
@@ -208,11 +208,16 @@ static int parse_option(unsigned int flag, const char *arg, struct options *opt)
 		opt->sparse = true;
 		return 0;
 	case OPT_REPAIR:
-		if (strcmp(arg, "leaks") && strcmp(arg, "all"))
+		if (!strcmp(arg, "leaks"))
+			opt->repair = REPAIR_LEAKS;
+		else if (!strcmp(arg, "all"))
+			opt->repair = REPAIR_ALL;
+		else if (!strcmp(arg, "bitmaps"))
+			opt->repair = REPAIR_BITMAPS;
+		else
 			return fail(EX_PARAMETER,
-				    "--repair %s is not known; use leaks or all",
+				    "--repair %s is not known; use leaks, all or bitmaps",
 				    esc(arg));
-		opt->repair = strcmp(arg, "all") ? REPAIR_LEAKS : REPAIR_ALL;
 		return 0;
 	case OPT_SIZE:
 		opt->size_auto = !strcmp(arg, "auto");

@@ -159,9 +159,10 @@ static int check_data(const struct mapping *m)
 			    (unsigned long long)unit);
 	if (size % block)
 		return fail(EX_WRONG,
-			    "%s: size of %llu bytes is no multiple of the data device's blocks of %u; resize the image to %llu (qcow2setup resize --size), or put the data in a file",
+			    "%s: size of %llu bytes is no multiple of the data device's blocks of %u; resize the image (qcow2setup resize %s --size %llu), or put the data in a file",
 			    esc(m->img.node.path), (unsigned long long)size,
-			    block, (unsigned long long)align_up(size, block));
+			    block, shell_quote(m->img.node.path),
+			    (unsigned long long)align_up(size, block));
 	if (data->size >= size)
 		return 0;
 	if (data->bdev)
@@ -170,9 +171,10 @@ static int check_data(const struct mapping *m)
 			    esc(data->path), (unsigned long long)data->size,
 			    (unsigned long long)size);
 	return fail(EX_WRONG,
-		    "%s: data file has %llu bytes, the image needs %llu; enlarge it with truncate -s %llu",
+		    "%s: data file has %llu bytes, the image needs %llu; enlarge it with truncate -s %llu %s",
 		    esc(data->path), (unsigned long long)data->size,
-		    (unsigned long long)size, (unsigned long long)size);
+		    (unsigned long long)size, (unsigned long long)size,
+		    shell_quote(data->path));
 }
 
 /* Does a backing of @size bytes fit below @m? */
@@ -391,8 +393,8 @@ static int open_layer(struct mapping *m, struct walk *w, int dir,
 		return ret;
 	if (m->above && !(m->img.h.incompatible & QCOW2_INCOMPAT_DATA_FILE))
 		return fail(EX_WRONG,
-			    "%s: backing image has no external data file; make it a device with qemu-nbd --read-only, and name that with --backing-file",
-			    esc(path));
+			    "%s: backing image has no external data file; make it a device (qemu-nbd --read-only -f qcow2 --connect=/dev/nbd0 %s), and give --backing-file /dev/nbd0",
+			    esc(path), shell_quote(path));
 	image_reasons(&m->img, read_only, &reasons);
 	if (reasons.n)
 		return fail(EX_WRONG, "%s: %s; %s", esc(path),

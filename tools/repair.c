@@ -53,6 +53,17 @@ static int clear_autoclear(struct image *img)
 	return write_header(img);
 }
 
+int repair_bitmaps(struct image *img)
+{
+	const uint64_t keep = QCOW2_AUTOCLEAR_KNOWN & ~QCOW2_AUTOCLEAR_BITMAPS;
+
+	if (!(img->h.autoclear & ~keep))
+		return 0;
+	img->h.autoclear &= keep;
+	img->h.raw.autoclear_features = cpu_to_be64(img->h.autoclear);
+	return write_header(img);
+}
+
 int repair_marks(struct image *img)
 {
 	uint64_t marks = QCOW2_INCOMPAT_DIRTY | QCOW2_INCOMPAT_CORRUPT;

@@ -14,8 +14,8 @@ static int need_device(const struct node *node, const char *what)
 	if (node->bdev)
 		return 0;
 	return fail(EX_WRONG,
-		    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (losetup --find --show --direct-io=on FILE)",
-		    esc(node->path), what);
+		    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (losetup --find --show --direct-io=on %s)",
+		    esc(node->path), what, shell_quote(node->path));
 }
 
 /* The path, if a table line can have it as it is; else the number. */

@@ -140,11 +140,13 @@ static int get_geometry(struct verify *v)
 		return 0;
 	case QCOW2_FAULT_NO_DATA_FILE:
 	case QCOW2_FAULT_VERSION:
-		return fail(EX_WRONG, "%s: %s; use qemu-img check",
-			    esc(img->node.path), qcow2_fault_str(fault));
+		return fail(EX_WRONG, "%s: %s; use qemu-img check %s",
+			    esc(img->node.path), qcow2_fault_str(fault),
+			    shell_quote(img->node.path));
 	case QCOW2_FAULT_SIZE_ZERO:
-		return fail(EX_WRONG, "%s: %s; enlarge it with qemu-img resize",
-			    esc(img->node.path), qcow2_fault_str(fault));
+		return fail(EX_WRONG, "%s: %s; enlarge it with qemu-img resize -f qcow2 %s SIZE",
+			    esc(img->node.path), qcow2_fault_str(fault),
+			    shell_quote(img->node.path));
 	default:
 		return fail(EX_WRONG, "%s: %s; restore it from a backup",
 			    esc(img->node.path), qcow2_fault_str(fault));
