@@ -225,6 +225,60 @@ bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 	return found;
 }
 
+static bool stat_is(const char *path, const struct loop_view *v,
+		    struct stat *st)
+{
+	return !stat(path, st) && st->st_dev == v->dev && st->st_ino == v->ino;
+}
+
+/* Does process @pid have the file open, or does the name mean it to him? */
+static bool stat_through(const char *pid, const char *file,
+			 const struct loop_view *v, struct stat *st)
+{
+	char path[PATH_MAX + 64];
+	bool found = false;
+	struct dirent *d;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%.12s/root/%s", pid, file);
+	if (stat_is(path, v, st))
+		return true;
+	snprintf(path, sizeof(path), "/proc/%.12s/fd", pid);
+	dir = opendir(path);
+	if (!dir)
+		return false;
+	while (!found && (d = readdir(dir))) {
+		snprintf(path, sizeof(path), "/proc/%.12s/fd/%.12s", pid,
+			 d->d_name);
+		found = d->d_name[0] != '.' && stat_is(path, v, st);
+	}
+	closedir(dir);
+	return found;
+}
+
+/*
+ * The name of a file may mean something else here, or now: in another mount
+ * namespace it may be right, and one that has been removed may still be open.
+ */
+static bool stat_file(const char *file, const struct loop_view *v,
+		      struct stat *st)
+{
+	bool found = stat_is(file, v, st);
+	struct dirent *d;
+	DIR *dir;
+
+	if (found)
+		return true;
+	dir = opendir("/proc");
+	if (!dir)
+		return false;
+	while (!found && (d = readdir(dir)))
+		found = d->d_name[0] >= '1' && d->d_name[0] <= '9' &&
+			stat_through(d->d_name, file, v, st);
+	closedir(dir);
+	return found;
+}
+
 /* How long is what a loop device shows?  False: it is out of reach. */
 static bool file_size(const char *path, const struct loop_view *v,
 		      uint64_t *size)
@@ -232,8 +286,7 @@ static bool file_size(const char *path, const struct loop_view *v,
 	char sectors[32];
 	struct stat st;
 
-	/* The name may mean something else here, or now. */
-	if (stat(path, &st) || st.st_dev != v->dev || st.st_ino != v->ino)
+	if (!stat_file(path, v, &st))
 		return false;
 	*size = st.st_size;
 	if (!S_ISBLK(st.st_mode))
@@ -256,6 +309,7 @@ static int check_end(struct node *node, const char *name, const char *file)
 	    !sysfs_read(sectors, sizeof(sectors), "/sys/block/%s/size", name) ||
 	    !parse_u64(sectors, &size)) {
 		node->pieces = true;
+		snprintf(node->loop, sizeof(node->loop), "%.20s", name);
 		return 0;
 	}
 	size = v.offset + size * 512;

@@ -24,6 +24,7 @@
 
 /* A page: it is what the kernel reads of a device at least. */
 #define PIECE	4096
+#define SECTOR	512
 
 static int open_failed(const char *path, unsigned int flags, int err)
 {
@@ -173,6 +174,51 @@ void node_drop_cache(const struct node *node)
 		posix_fadvise(node->fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
+static bool all_zero(const uint8_t *p, size_t len)
+{
+	return !len || (!*p && !memcmp(p, p + 1, len - 1));
+}
+
+/*
+ * The page at @off reads as zeros, or not at all (@err), and where the file below
+ * ends is not known.  Sector by sector, and past the page cache, what lies before
+ * its end can be read all the same: if that is something, the end is in this page.
+ * Nothing tells an end behind zeros, or between pages, from zeros.
+ */
+static int check_page(const struct node *node, uint64_t off, int err)
+{
+	uint8_t buf[2 * SECTOR], *sector = buf + SECTOR - (uintptr_t)buf % SECTOR;
+	uint64_t at, end = min_u64(off + PIECE, node->size);
+	bool something = false, ended = false;
+	char self[40];
+	int fd, ret;
+
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", node->fd);
+	fd = open(self, O_RDONLY | O_DIRECT | O_CLOEXEC);
+	if (fd < 0)
+		return err;
+	for (at = off; at < end; at += SECTOR) {
+		ret = read_at(fd, sector, SECTOR, at);
+		if (ret == -EINVAL)
+			break;
+		/* An end has nothing behind it; a bad place may have. */
+		if (!ret && ended)
+			something = false;
+		else if (!ret && (err || !all_zero(sector, SECTOR)))
+			something = true;
+		ended = ret;
+	}
+	close(fd);
+	if (!something && err)
+		return -error_ends_early("Input/output error; the file of /dev/%s is out of reach from here, and may have been cut off: compare its length with what losetup --list shows",
+					 node->loop);
+	if (!something)
+		return 0;
+	return -error_ends_early("the file of /dev/%s, which is out of reach from here, ends behind byte %llu of the device, in the middle of a page, which would read as zeros; restore the file, or make the device shorter with losetup --set-capacity /dev/%s",
+				 node->loop, (unsigned long long)off,
+				 node->loop);
+}
+
 int node_read(const struct node *node, void *buf, size_t len, uint64_t off)
 {
 	uint8_t *p = buf;
@@ -184,6 +230,8 @@ int node_read(const struct node *node, void *buf, size_t len, uint64_t off)
 	for (; !ret && len; len -= n, off += n, p += n) {
 		n = min_u64(len, PIECE - off % PIECE);
 		ret = read_at(node->fd, p, n, off);
+		if (ret == -EIO || (!ret && all_zero(p, n)))
+			ret = check_page(node, off - off % PIECE, ret);
 	}
 	return ret;
 }

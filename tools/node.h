@@ -23,6 +23,7 @@ struct node {
 	ino_t ino;
 	dev_t rdev;		/* a block device's own number */
 	bool pieces;		/* how it is read; see node_read() */
+	char loop[24];		/* then: the loop device that may end early */
 };
 
 #define NODE_CLOSED	{ .fd = -1 }
@@ -46,7 +47,8 @@ void node_close(struct node *node);
 
 /*
  * As read_at().  Where a read that crosses the end of what is below a device
- * could come back as zeros, all of it, it is not more than a page at once.
+ * could come back as zeros, all of it, it is not more than a page at once; and a
+ * page that has something in front of that end is an error (error_ends_early()).
  */
 int node_read(const struct node *node, void *buf, size_t len, uint64_t off);
 

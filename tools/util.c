@@ -46,6 +46,26 @@ int errno_to_exit(int err)
 	}
 }
 
+/* No error of the kernel's */
+#define EENDSEARLY	4096
+
+static char ends_early[512];
+
+const char *error_text(int err)
+{
+	return err == EENDSEARLY ? ends_early : strerror(err);
+}
+
+int error_ends_early(const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(ends_early, sizeof(ends_early), fmt, ap);
+	va_end(ap);
+	return EENDSEARLY;
+}
+
 int fail_errno(const char *fmt, ...)
 {
 	int err = errno;
@@ -58,7 +78,7 @@ int fail_errno(const char *fmt, ...)
 	if (err == EACCES || err == EPERM)
 		return fail(EX_PERMISSION, "%s: %s; run as root, or get access to it",
 			    text, strerror(err));
-	return fail(errno_to_exit(err), "%s: %s", text, strerror(err));
+	return fail(errno_to_exit(err), "%s: %s", text, error_text(err));
 }
 
 int fail_nomem(void)

@@ -44,6 +44,13 @@ int fail_nomem(void);
 void warning(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 void note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int errno_to_exit(int err);
+/*
+ * As strerror(), and one error more: a device shows more than there is below it.
+ * error_ends_early() says where, with a remedy, and returns it.
+ */
+const char *error_text(int err);
+int error_ends_early(const char *fmt, ...)
+	__attribute__((format(printf, 1, 2)));
 
 /*
  * Names come from images and command lines and may hold anything: these make

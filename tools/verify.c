@@ -29,7 +29,7 @@ static void say(struct verify *v, const char *fmt, ...)
 
 static void say(struct verify *v, const char *fmt, ...)
 {
-	char text[256];
+	char text[800];
 	va_list ap;
 
 	if (v->shown++ >= FINDINGS_SHOWN && !verbose) {
@@ -49,7 +49,7 @@ static void error(struct verify *v, const char *what, int err)
 {
 	v->errors++;
 	v->uncertain = true;
-	say(v, "%s cannot be read: %s", what, strerror(-err));
+	say(v, "%s cannot be read: %s", what, error_text(-err));
 }
 
 static void no_memory(struct verify *v)
