@@ -97,10 +97,11 @@ static int check_size(struct grower *w)
 	needed = qcow2_l1_entries_needed(&w->geo);
 	if (needed > QCOW2_MAX_L1_ENTRIES)
 		return fail(EX_WRONG,
-			    "%s: with clusters of %s an image can have at most %s; give a smaller --size, or convert it to larger clusters",
+			    "%s: with clusters of %s an image can have at most %s; give a smaller --size, or make an image with larger clusters: " QEMU_CONVERT,
 			    esc(w->img->node.path), human_size(w->cs),
 			    human_size((uint64_t)QCOW2_MAX_L1_ENTRIES <<
-				       qcow2_l2_cover_bits(&w->geo)));
+				       qcow2_l2_cover_bits(&w->geo)),
+			    shell_quote(w->img->node.path));
 	w->geo.l1_entries = max_u64(needed, w->geo.l1_entries);
 	return 0;
 }

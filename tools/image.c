@@ -13,8 +13,6 @@
 
 #define SECTOR	512
 
-/* The names of what is new are for the user to choose. */
-#define CONVERT	"qemu-img convert -f qcow2 -O qcow2 -o data_file=FILE %s NEW"
 
 /* One change, or (len 0) a point at which all before was made durable. */
 struct undo {
@@ -238,7 +236,7 @@ static void add_fault(struct reasons *r, const struct image *img,
 /* For what only another image can be made of */
 static void add_convert(struct reasons *r, const struct image *img)
 {
-	add_remedy(r, "make an image that can be mapped: " CONVERT,
+	add_remedy(r, "make an image that can be mapped: " QEMU_CONVERT,
 		   shell_quote(img->node.path));
 }
 
@@ -267,7 +265,7 @@ void image_reasons(struct image *img, bool read_only, struct reasons *r)
 	}
 	if (h->snapshots) {
 		add_reason(r, "image has %u internal snapshots", h->snapshots);
-		add_remedy(r, "convert it, which leaves them behind: " CONVERT,
+		add_remedy(r, "convert it, which leaves them behind: " QEMU_CONVERT,
 			   shell_quote(path));
 	}
 	if (h->backing_file.s && h->autoclear & QCOW2_AUTOCLEAR_RAW_DATA) {
@@ -1013,7 +1011,7 @@ static int grow_reftable(struct image *img, uint64_t at, uint32_t clusters)
 	} while (end != last);
 	if ((end - 1) / per_block >= entries) {
 		ret = fail(EX_WRONG,
-			   "%s: no refcount table could reach the end of the file; make another image: " CONVERT,
+			   "%s: no refcount table could reach the end of the file; make another image: " QEMU_CONVERT,
 			   esc(img->node.path), shell_quote(img->node.path));
 		goto out;
 	}
@@ -1179,7 +1177,7 @@ int image_make_room(struct image *img, const struct room *room)
 	}
 	if (!plan.addressable && room->required)
 		return fail(EX_WRONG,
-			    "%s: no refcount table could count the metadata of an image of %s; make one with larger clusters of it: " CONVERT,
+			    "%s: no refcount table could count the metadata of an image of %s; make one with larger clusters of it: " QEMU_CONVERT,
 			    esc(img->node.path), human_size(room->size),
 			    shell_quote(img->node.path));
 	if (!plan.addressable)

@@ -115,7 +115,7 @@ static void json_users(struct json *j, const struct users *users)
 	static const char * const kinds[] = {
 		[USER_QCOW2] = "qcow2", [USER_DEVICE] = "device",
 		[USER_LOOP] = "loop", [USER_PROCESS] = "process",
-		[USER_MOUNT] = "mount",
+		[USER_MOUNT] = "mount", [USER_SWAP] = "swap",
 	};
 	const struct user *u;
 

@@ -185,7 +185,7 @@ static int parse_option(unsigned int flag, const char *arg, struct options *opt)
 	case OPT_BACKING_FILE:
 		if (opt->backing_files == MAX_BACKING_FILES)
 			return fail(EX_PARAMETER,
-				    "more than %d backing files; merge some with qemu-img commit or rebase",
+				    "more than %d backing files; merge some: qemu-img rebase -f qcow2 -F qcow2 -b BASE IMAGE",
 				    MAX_BACKING_FILES);
 		opt->backing_file[opt->backing_files++] = arg;
 		return 0;

@@ -333,7 +333,7 @@ static int open_backing(struct mapping *m, struct walk *w, int dir)
 	}
 	if (++w->depth > MAX_BACKING_FILES)
 		return fail(EX_WRONG,
-			    "%s: chain has more than %d backing files; merge some with qemu-img commit or rebase",
+			    "%s: chain has more than %d backing files; merge some: qemu-img rebase -f qcow2 -F qcow2 -b BASE IMAGE",
 			    esc(m->img.node.path), MAX_BACKING_FILES);
 	b = m->backing = calloc(1, sizeof(*b));
 	if (!b)

@@ -469,8 +469,9 @@ static int check_state(struct live *l)
 	/* What there was no space for may be written in the suspend. */
 	if (strcmp(status.mode, "rw") && strcmp(status.mode, "nospc"))
 		return fail(EX_WRONG,
-			    "%s: is in mode %s; close it, and check the image",
-			    esc(l->name), esc(status.mode));
+			    "%s: is in mode %s; close it (qcow2setup close %s), and check the image",
+			    esc(l->name), esc(status.mode),
+			    shell_quote(l->name));
 	return 0;
 }
 

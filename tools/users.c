@@ -239,12 +239,23 @@ static void add_processes(struct users *users, const struct node *node)
 
 static void add_mount(const char *what, const char *where, void *arg)
 {
-	struct user *u = add(arg, USER_MOUNT);
+	struct user *u = add(arg, *where ? USER_MOUNT : USER_SWAP);
 
 	if (!u)
 		return;
 	snprintf(u->name, sizeof(u->name), "%s", what);
 	snprintf(u->on, sizeof(u->on), "%.159s", where);
+}
+
+/* Swap has no place: how to name it is how it was named. */
+static void name_swap(struct users *users, const char *path)
+{
+	unsigned int i;
+
+	for (i = 0; i < users->n; i++)
+		if (users->u[i].kind == USER_SWAP)
+			snprintf(users->u[i].on, sizeof(users->u[i].on),
+				 "%.159s", path);
 }
 
 void users_find(const struct node *node, struct users *users)
@@ -262,6 +273,7 @@ void users_find(const struct node *node, struct users *users)
 		if (slash)
 			add_holders(users, slash + 1, "", false, 0);
 		device_mounts(node->rdev, add_mount, users);
+		name_swap(users, node->path);
 	} else {
 		add_loops(users, node);
 	}
@@ -317,9 +329,14 @@ const char *user_phrase(const struct user *u)
 			 esc(u->name), does);
 		break;
 	case USER_MOUNT:
-		snprintf(text, sizeof(text), *u->on ?
-			 "it is %s %s; unmount that (umount %s)" : "it is %s; stop that (swapoff)",
+		snprintf(text, sizeof(text),
+			 "it is %s %s; unmount that (umount %s)",
 			 esc(u->name), esc(u->on), shell_quote(u->on));
+		break;
+	case USER_SWAP:
+		snprintf(text, sizeof(text),
+			 "it is used as swap; stop that (swapoff %s)",
+			 shell_quote(u->on));
 		break;
 	}
 	return text;

@@ -13,7 +13,8 @@ enum user_kind {
 	USER_DEVICE,		/* another one of device-mapper's, or of md's ... */
 	USER_LOOP,		/* a loop device that no other device uses */
 	USER_PROCESS,
-	USER_MOUNT,		/* it is mounted, or swap */
+	USER_MOUNT,		/* it is mounted */
+	USER_SWAP,
 };
 
 struct user {
