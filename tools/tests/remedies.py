@@ -69,7 +69,8 @@ def sources(folder):
         text = re.sub(r"^#.*(?:\\\n.*)*$", "", read(path), flags=re.M)
         # Tables of actions and options, and what --help says
         if os.path.basename(path) in ("main.c", "options.c"):
-            text = " ".join(re.findall(r"\bfail\((?:[^()\"]|\([^()]*\)|\"(?:[^\"\\]|\\.)*\")*\)", text))
+            text = " ; ".join(re.findall(r"\bfail\((?:[^()\"]|\([^()]*\)|\"(?:[^\"\\]|\\.)*\")*\)|"
+                                         r"\.wrong =\s+\"[^\"]*\"", text) + [";"])
         for s in literals(text, macros):
             s = s.replace('\\"', '"').replace("\\n", " ").strip()
             if " " in s and REMEDY.search(s) and not re.match(r"[^ ]+ [^ ]+$", s):

@@ -110,7 +110,7 @@ TABLE
 image 4M
 for args in '' 'frobnicate' 'info --frobnicate t.qcow2' 'info --size' 'info --size 4M t.qcow2'; do
 	# shellcheck disable=SC2086 # words are wanted
-	refused 1 'see qcow2setup --help' $args && printed && grep -q '^Usage' out.cmd && tested
+	refused 1 'see qcow2setup ' $args && printed && grep -q '^Usage' out.cmd && tested
 	ok "help: $args"
 done
 refused 1 'usage' info && printed IMAGE=t.qcow2 && tested
