@@ -33,10 +33,11 @@ option()
 	python3 - "$err" "$@" <<-'END'
 		import re, sys
 		text = sys.argv[1].rsplit("; ", 1)[1]
-		name, value = re.search(r"(--[a-z-]+)((?: [^ ,()]+)?)", text).groups()
-		if len(sys.argv) > 2:
-		    value = re.sub(r"DEV\|FILE|(?<= )(?:of|to|and|or)$", sys.argv[2], value)
-		print(name + (value if "/" in value or re.search(r"\d|auto", value) else ""))
+		found = re.search(r"\bgive (--[a-z-]+)((?: [^ ()]+)?)", text) or \
+			re.search(r"(--[a-z-]+)((?: [^ ()]+)?)$", text)
+		name, value = found.groups()
+		value = value.replace("DEV|FILE", *sys.argv[2:3] or ["DEV|FILE"])
+		print(name + (value if "/" in value else ""))
 	END
 }
 
@@ -92,32 +93,24 @@ in_use()
 	provoked 5 'detach it' open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
 	printed
 	opens "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
-	# a mounted device as the data, then swap
+	# a mounted device as the data
 	new_loop "$dir/disk" $((4 << 20))
 	mkfs.ext4 -q -F "$lower"
 	mkdir "$dir/mnt"
 	mount "$lower" "$dir/mnt"
 	provoked 5 'unmount' open "$dir/i.qcow2" "$name" --data-file "$lower"
-	cp "$dir/i.qcow2" "$dir/copy"
-	keep=$err
-	# info says where
 	umount "$dir/mnt"
-	dd if="$dir/i.qcow2" of="$lower" conv=notrunc status=none
-	mount -t tmpfs none "$dir/mnt"
-	umount "$dir/mnt"
-	err=$keep
 	opens "$dir/i.qcow2" "$name" --data-file "$lower"
 	# below another device
 	dmsetup create "$prefix-l" --table "0 8192 linear $lower 0"
 	provoked 5 'close that' open "$dir/i.qcow2" "$name" --data-file "$lower"
-	keep=$err
 	[[ $err == *"$prefix-l"* ]]
 	dmsetup remove "$prefix-l"
-	err=$keep
 	opens "$dir/i.qcow2" "$name" --data-file "$lower"
 	# Ours, by processes that are seen, and by one that is not
 	"$tool" open "$dir/i.qcow2" "$name" --data-file "$lower"
 	hold &
+	later kill $!
 	poll 30 held_open
 	provoked 5 'process.*use --deferred' close "$name"
 	kill $!
@@ -125,6 +118,7 @@ in_use()
 	works close "$name"
 	"$tool" open "$dir/i.qcow2" "$name" --data-file "$lower"
 	hold &
+	later kill $!
 	poll 30 held_open
 	refused 5 'opened 1 times.*use --deferred' unshare -p -f --mount-proc "$tool" close "$name"
 	works close "$name" "$(option)"
@@ -243,10 +237,11 @@ devices()
 	provoked 5 'resume it first' resize "$name" --size 17M
 	printed
 	works resize "$name" --size 17M
-	flock "$(lsblk -npro NAME "/sys/dev/block/$(dmsetup table "$name" | cut -d ' ' -f 4)" 2> "$dir/warned" ||
-		echo "/dev/$(basename "$(readlink "/sys/dev/block/$(dmsetup table "$name" | cut -d ' ' -f 4)")")")" \
-		sleep 1000 &
-	poll 30 flocked $!
+	meta=$(readlink "/sys/dev/block/$(dmsetup table "$name" | cut -d ' ' -f 4)")
+	meta=/dev/${meta##*/}
+	lock "$meta" &
+	later kill $!
+	poll 30 not flock -n "$meta" true
 	provoked 5 'try again' resize "$name" --size 17M
 	kill $!
 	wait $! || true
@@ -273,14 +268,14 @@ devices()
 	provoked 4 'name two devices' create "$meta" --data-file "$data" --overwrite-device --backing-file "$meta" \
 		--backing-format raw
 	works create "$meta" --data-file "$data" --overwrite-device --backing-file "$dir/i.data" --backing-format raw
-	provoked 4 'enlarge the device' resize "$meta" --size 1T
-	truncate -s 200M "$dir/meta"
+	provoked 4 'enlarge the device' resize "$meta" --size 64G
+	truncate -s 20M "$dir/meta"
 	losetup -c "$meta"
-	works resize "$meta" --size 1T
+	works resize "$meta" --size 64G
 	truncate -s 256K "$dir/meta"
 	losetup -c "$meta"
 	"$tool" create "$meta" --data-file "$data" --overwrite-device --cluster-size 4k --size 4M
-	truncate -s 28K "$dir/meta"
+	truncate -s 20K "$dir/meta"
 	losetup -c "$meta"
 	"$tool" open "$meta" "$name" --data-file "$data" 2> "$dir/warned"
 	err=$(grep 'warning: .*may become too small' "$dir/warned")
@@ -294,16 +289,18 @@ devices()
 	printf '\0\0\0\0' | dd of="$meta" bs=1 seek=56 conv=notrunc status=none
 	truncate -s 16K "$dir/meta"
 	losetup -c "$meta"
-	provoked 1 'no room for new refcounts' check "$meta" --repair all
+	not "$tool" check "$meta" --repair all > "$dir/out" 2> "$dir/err"
+	err=$(grep 'no room for new refcounts' "$dir/err")
 	truncate -s 256K "$dir/meta"
 	losetup -c "$meta"
 	works check "$meta" --repair all
 }
 
-# Does the process hold its lock?
-flocked()
+lock()
 {
-	grep -q "FLOCK .* $1 " /proc/locks
+	exec 7< "$1"
+	flock 7
+	exec sleep 1000
 }
 
 blocks_of_4k()
@@ -378,8 +375,8 @@ backing()
 	new_loop "$dir/base" $((1 << 20))
 	dd if="$dir/i.qcow2" of="$lower" conv=notrunc status=none
 	provoked 1 'data file is not named' open "${top[@]}" --backing-file "$lower"
-	read -r -a words <<< "$(option | sed 's/,data-file=.*//') $lower,data-file=$dir/i.data"
-	opens "${top[@]}" "${words[@]:0:1}" "${words[-1]}"
+	# shellcheck disable=SC2046 # words are wanted
+	opens "${top[@]}" $(option "$dir/i.data")
 	# One that could be written below it
 	"$tool" open "$dir/i.qcow2" "$name-base" --data-file "$dir/i.data"
 	provoked 5 'close it, and open it with --readonly' open "${top[@]}" --backing-file "/dev/mapper/$name-base"
@@ -397,32 +394,37 @@ backing()
 	works resize "$name" --size 6M
 	"$tool" close "$name"
 	# table: both are files, then devices
-	provoked 4 'losetup' table "$dir/i.qcow2" --data-file "$dir/i.data"
-	printed
-	meta=$(< "$dir/printed")
-	keep=$err
-	provoked 4 'losetup' table "$meta" --data-file "$dir/i.data"
-	printed
-	data=$(< "$dir/printed")
-	works table "$meta" --data-file "$data" > "$dir/line"
-	err=$keep
-	tested
-	losetup -d "$meta" "$data"
+	for size in $(stat -c %s "$dir/i.qcow2") 262144; do
+		truncate -s "$size" "$dir/i.qcow2"
+		provoked 4 'losetup' table "$dir/i.qcow2" --data-file "$dir/i.data"
+		printed @2
+		meta=$(< "$dir/printed")
+		keep=$err
+		provoked 4 'losetup' table "$meta" --data-file "$dir/i.data"
+		printed @2
+		data=$(< "$dir/printed")
+		works table "$meta" --data-file "$data" > "$dir/line"
+		err=$keep
+		tested
+		losetup -d "$meta" "$data"
+	done
 	new_loop "$dir/top-meta" $((1 << 20))
 	meta=$lower
 	dd if="$dir/top.qcow2" of="$meta" conv=notrunc status=none
 	new_loop "$dir/top.data" $((4 << 20))
 	provoked 4 'open it first' table "$meta" --data-file "$lower" --backing-file "$dir/i.qcow2,data-file=$dir/i.data"
+	# The dots stand for the rest of its options.
 	eval "$(python3 "$tests/remedies.py" command IMAGE="$dir/i.qcow2" NAME="$name-base" <<< "$err" |
 		sed "s|^qcow2setup|\"\$tool\"|; s|\\.\\.\\.|--data-file $dir/i.data|")"
 	works table "$meta" --data-file "$lower" --backing-file "/dev/mapper/$name-base" > "$dir/line"
 	grep -q "backing_dev /dev/mapper/$name-base" "$dir/line"
-	"$tool" close "$name-base"
 	# bits that table may not clear
 	printf '\200' | dd of="$meta" bs=1 seek=88 conv=notrunc status=none
-	provoked 4 'use qcow2setup open, or --readonly' table "$meta" --data-file "$lower" --backing-file "$dir/i.data"
-	works table "$meta" --data-file "$lower" --backing-file "$dir/i.data" --readonly > "$dir/line" ||
-		fault "$(cat "$dir/warned")"
+	provoked 4 'use qcow2setup open, or --readonly' table "$meta" --data-file "$lower" \
+		--backing-file "/dev/mapper/$name-base"
+	works table "$meta" --data-file "$lower" --backing-file "/dev/mapper/$name-base" --readonly > "$dir/line"
+	opens "$meta" "$name" --data-file "$lower" --backing-file "/dev/mapper/$name-base"
+	"$tool" close "$name-base"
 }
 
 # QEMU makes an ordinary image a device.
@@ -438,11 +440,17 @@ nbd()
 	keep=$err
 	later qemu-nbd -d /dev/nbd0
 	printed
+	poll 30 nbd_ready
 	err=$keep
 	# shellcheck disable=SC2046 # words are wanted
 	works open "$dir/top.qcow2" "$name" --data-file "$dir/top.data" $(option)
 	cmp "/dev/mapper/$name" "$dir/raw"
 	"$tool" close "$name"
+}
+
+nbd_ready()
+{
+	[ "$(< /sys/block/nbd0/size)" -gt 0 ]
 }
 
 # Names in images, and chains
@@ -486,13 +494,17 @@ modules()
 	local ko=${DM_QCOW2_KO:-$here/../../driver/dm-qcow2.ko} kept
 
 	image i $((4 << 20)) ''
+	# Installed, if it is not: only then can it be loaded by its name.
 	kept=/lib/modules/$(uname -r)/updates
-	mkdir -p "$kept"
-	later depmod
-	later rm -f "$kept/dm-qcow2.ko"
-	cp "$ko" "$kept"
-	depmod
+	if ! modinfo dm-qcow2 > "$dir/out" 2>&1; then
+		mkdir -p "$kept"
+		later depmod
+		later rm -f "$kept/dm-qcow2.ko"
+		cp "$ko" "$kept"
+		depmod
+	fi
 	rmmod dm_qcow2
+	later load_module
 	printf 'install dm-qcow2 /bin/false\ninstall dm_qcow2 /bin/false\n' > /run/modprobe.d/qcow2test.conf
 	later rm -f /run/modprobe.d/qcow2test.conf
 	provoked 4 'modprobe dm-qcow2' open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
@@ -532,31 +544,37 @@ flush_fails()
 	"$tool" create "/dev/mapper/$prefix-meta" --data-file "$dir/i.data" --overwrite-device
 	"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data"
 	dd if=/dev/urandom of="/dev/mapper/$name" bs=4k count=1 oflag=direct conv=fsync status=none
-	bad_meta 'error'
+	bad_meta bad
 	dd if=/dev/urandom of="/dev/mapper/$name" bs=64k seek=4 count=1 oflag=direct status=none
 	provoked 4 'cannot flush.*; repair what is below it' close "$name"
 	keep=$err
 	provoked 4 'see what qcow2setup status says' map "$name"
 	printed
 	grep -q "^$name " "$dir/printed"
-	bad_meta "linear $meta 0"
+	bad_meta good
 	works map "$name" > "$dir/out"
 	err=$keep
 	works close "$name"
 	# Given up
 	"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data"
-	bad_meta 'error'
+	bad_meta bad
 	dd if=/dev/urandom of="/dev/mapper/$name" bs=64k seek=8 count=1 oflag=direct status=none
 	provoked 4 'give up.*dmsetup remove' close "$name"
 	printed
-	bad_meta "linear $meta 0"
+	bad_meta good
 	opens "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data"
 	dmsetup remove --retry "$prefix-meta"
 }
 
+# bad_meta good|bad: can the cluster behind the L1 table, that of the L2 table, be written?
 bad_meta()
 {
-	dmsetup load "$prefix-meta" --table "0 2048 $1"
+	local table="0 2048 linear $meta 0"
+
+	[ "$1" = good ] || table="0 512 linear $meta 0
+		512 128 error
+		640 1408 linear $meta 640"
+	dmsetup load "$prefix-meta" --table "$table"
 	dmsetup suspend --noflush "$prefix-meta"
 	dmsetup resume "$prefix-meta"
 }

@@ -262,9 +262,9 @@ static int commit(const char *name)
 		close(fd);
 	if (!err)
 		return 0;
-	errno = err;
-	return fail_errno("/dev/mapper/%s: cannot make it write its metadata; see what qcow2setup status says",
-			  esc(name));
+	return fail(errno_to_exit(err),
+		    "/dev/mapper/%s: cannot make it write its metadata: %s; see what qcow2setup status says",
+		    esc(name), strerror(err));
 }
 
 /*

@@ -30,7 +30,7 @@ VERBS = ("add", "check", "choose", "close", "compare", "convert", "create", "dec
 REMEDY = re.compile(r"(?:^|; |, or |, and |: |\(|then )(?:" + "|".join(VERBS) + r")\b|--[a-z]|"
                     r"\b(?:qcow2setup|qemu-img|dmsetup|losetup|modprobe|truncate|mknod) [%-a-z]")
 COMMANDS = ("qcow2setup", "qemu-img", "qemu-nbd", "dmsetup", "losetup", "modprobe", "truncate",
-            "mknod", "umount", "dd", "lvextend")
+            "mknod", "umount", "swapoff", "dd")
 
 
 def literals(text, macros):
@@ -146,7 +146,7 @@ def commands(message):
                 quote = "'"
             elif rest[0] == "\\":
                 i += 1
-            elif re.match(r"\)|,(?: |$)|; |\n|\.(?:\s|$)| \(| (?:says|tells|and|or|to|when)\b", rest):
+            elif re.match(r"\)|,(?: |$)|; |\n|\.(?:\s|$)| \(| (?:says|tells|lists|and|or|to|when)\b", rest):
                 break
             i += 1
         result.append(message[m.start():i].strip())
