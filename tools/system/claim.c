@@ -11,8 +11,24 @@
 #include "lib/util.h"
 #include "system/claim.h"
 #include "system/device.h"
+#include "system/dm.h"
 #include "system/loop.h"
 #include "system/sysfs.h"
+
+static int in_use(const struct node *node, const char *kernel_name,
+		  const char *name)
+{
+	char uuid[160];
+
+	if (sysfs_read(uuid, sizeof(uuid), "/sys/block/%.200s/dm/uuid",
+		       kernel_name) &&
+	    !strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+		return fail(EX_BUSY,
+			    "%s: in use by device %s; close that first (qcow2setup close %s)",
+			    esc(node->path), esc(name), shell_quote(name));
+	return fail(EX_BUSY, "%s: in use by device %s; close that first",
+		    esc(node->path), esc(name));
+}
 
 /* Devices on top of a block device; *holders is set to their number. */
 static int check_holders(const struct node *node, bool write, int *holders)
@@ -39,8 +55,7 @@ static int check_holders(const struct node *node, bool write, int *holders)
 			snprintf(name, sizeof(name), "%.100s", d->d_name);
 		if (!write && device_only_reads(d->d_name, name, number))
 			continue;
-		ret = fail(EX_BUSY, "%s: in use by device %s; close that first",
-			   esc(node->path), esc(name));
+		ret = in_use(node, d->d_name, name);
 	}
 	closedir(dir);
 	return ret;
