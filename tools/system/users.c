@@ -164,14 +164,18 @@ static bool descriptor_is(const char *pid, const char *fd,
 {
 	char path[64], line[64];
 	unsigned int flags;
-	struct stat st;
+	struct statx st;
 	FILE *f;
 
 	snprintf(path, sizeof(path), "/proc/%.12s/fd/%.12s", pid, fd);
-	if (stat(path, &st))
+	/* What others have open may be on a server that does not answer. */
+	if (statx(AT_FDCWD, path, AT_STATX_DONT_SYNC,
+		  STATX_TYPE | STATX_INO, &st))
 		return false;
-	if (node->bdev ? !S_ISBLK(st.st_mode) || st.st_rdev != node->rdev :
-	    st.st_dev != node->dev || st.st_ino != node->ino)
+	if (node->bdev ? !S_ISBLK(st.stx_mode) ||
+	    makedev(st.stx_rdev_major, st.stx_rdev_minor) != node->rdev :
+	    makedev(st.stx_dev_major, st.stx_dev_minor) != node->dev ||
+	    st.stx_ino != node->ino)
 		return false;
 	*reads = false;
 	snprintf(path, sizeof(path), "/proc/%.12s/fdinfo/%.12s", pid, fd);
@@ -207,8 +211,7 @@ static void add_process(struct users *users, const char *pid,
 		reads = reads && one;
 	}
 	closedir(dir);
-	/* Who reads, and does not lock, is in nobody's way. */
-	if (!found || (reads && !users->locked_write && !users->locked_read))
+	if (!found)
 		return;
 	if (!sysfs_read(comm, sizeof(comm), "/proc/%.12s/comm", pid))
 		snprintf(comm, sizeof(comm), "?");
@@ -279,7 +282,9 @@ void users_find(const struct node *node, struct users *users)
 	} else {
 		add_loops(users, node);
 	}
-	add_processes(users, node);
+	/* Who has a file without a lock is in nobody's way. */
+	if (node->bdev || users->locked_write || users->locked_read)
+		add_processes(users, node);
 }
 
 /* The kernel and we keep others out where no lock of QEMU's does. */
