@@ -253,6 +253,10 @@ by_dmsetup()
 		"$dir/json" > /dev/null
 	"$tool" status "$name" > "$dir/out"
 	grep -q 'made by: *dmsetup' "$dir/out"
+	# It can be written, so nothing is put on it.
+	qemu-img create -q -f qcow2 -u -b "$dev" -F raw -o "data_file=$dir/x" "$dir/top.qcow2" 4M
+	refused 5 'qcow2 device that can be written' "$tool" open "$dir/top.qcow2" "$name-top" \
+		--data-file "$dir/x" --backing-file "$dev"
 	"$tool" map "$name" > "$dir/out"
 	"$tool" map "/dev/mapper/$name" > "$dir/out2"
 	cmp "$dir/out" "$dir/out2"

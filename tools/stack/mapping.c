@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include <fcntl.h>
 #include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sysmacros.h>
@@ -9,7 +10,7 @@
 #include "lib/util.h"
 #include "stack/mapping.h"
 #include "system/claim.h"
-#include "system/dm.h"
+#include "system/device.h"
 #include "system/locks.h"
 #include "system/sysfs.h"
 
@@ -211,17 +212,24 @@ static int check_backing_device(const struct mapping *m,
 	return check_backing_size(m, node->path, node->size, true);
 }
 
-/* Is a device one of ours?  If so, it must not be written under an overlay. */
+/*
+ * Is a device a qcow2 one, whoever has made it?  If so, it must not be written under
+ * an overlay.
+ */
 static int check_stacked(const struct node *node, bool *ours)
 {
-	char uuid[160], ro[8];
+	char number[32], uuid[160] = "", type[64];
+	struct device d;
 
-	*ours = sysfs_read(uuid, sizeof(uuid), "/sys/dev/block/%u:%u/dm/uuid",
-			   major(node->rdev), minor(node->rdev)) &&
-		!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX));
-	if (!*ours || !sysfs_read(ro, sizeof(ro), "/sys/dev/block/%u:%u/ro",
-				  major(node->rdev), minor(node->rdev)) ||
-	    !strcmp(ro, "1"))
+	snprintf(number, sizeof(number), "%u:%u", major(node->rdev),
+		 minor(node->rdev));
+	*ours = false;
+	if (!device_look_up(number, &d) || !*d.dm_name)
+		return 0;
+	sysfs_read(uuid, sizeof(uuid), "/sys/block/%.200s/dm/uuid",
+		   d.kernel_name);
+	*ours = device_kind(d.dm_name, uuid, type, sizeof(type)) != DEVICE_OTHER;
+	if (!*ours || device_only_reads(d.kernel_name, d.dm_name, ""))
 		return 0;
 	return fail(EX_BUSY,
 		    "%s: qcow2 device that can be written, so it cannot be a backing device; close it, and open it with --readonly",

@@ -36,7 +36,10 @@ enum device_kind device_kind(const char *name, const char *uuid, char *type,
 	snprintf(type, size, "%s", DM_TARGET);
 	if (!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
 		return DEVICE_OURS;
-	snprintf(type, size, "none");
+	/* What LVM has made is one of its volumes. */
+	snprintf(type, size, "%s", strncmp(uuid, "LVM-", 4) ? "none" : "LVM's");
+	if (!strncmp(uuid, "LVM-", 4))
+		return DEVICE_OTHER;
 	/* Who may not ask gets no answer, and no error. */
 	if (access("/dev/mapper/control", R_OK | W_OK) ||
 	    dm_params(name, false, &t, &params, &sectors))
