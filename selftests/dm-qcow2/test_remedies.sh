@@ -241,7 +241,7 @@ devices()
 	meta=/dev/${meta##*/}
 	lock "$meta" &
 	later kill $!
-	poll 30 not flock -n "$meta" true
+	poll 60 not flock -n "$meta" true
 	provoked 5 'try again' resize "$name" --size 17M
 	kill $!
 	wait $! || true
@@ -294,6 +294,23 @@ devices()
 	truncate -s 256K "$dir/meta"
 	losetup -c "$meta"
 	works check "$meta" --repair all
+}
+
+# A remedy of the kernel's, which the tool passes on
+kernels_own()
+{
+	truncate -s 4M "$dir/i.data"
+	new_loop "$dir/meta" $((1 << 20))
+	"$tool" create "$lower" --data-file "$dir/i.data" --overwrite-device
+	# The table is there, but not the block that it is in.
+	truncate -s $((3 * 65536 + 512)) "$dir/meta"
+	losetup -c "$lower"
+	not "$tool" open "$lower" "$name" --data-file "$dir/i.data" 2> "$dir/err"
+	grep -q 'the kernel refused the image: qcow2: .*: extend it' "$dir/err" || fault "$(cat "$dir/err")"
+	truncate -s 1M "$dir/meta"
+	losetup -c "$lower"
+	"$tool" open "$lower" "$name" --data-file "$dir/i.data"
+	"$tool" close "$name"
 }
 
 lock()
@@ -620,6 +637,7 @@ check "names of devices" names
 check "files and devices in use" in_use
 check "what info tells of who has it" told_by_info
 check "devices of fixed size" devices
+check "a remedy of the kernel's" kernels_own
 check "devices with blocks of 4 KiB" blocks_of_4k
 check "read-only devices, and no privileges" read_only
 check "backing files, and tables" backing

@@ -567,7 +567,7 @@ ok "resize: what could not be undone"
 #
 image 4M
 coproc qemu-io t.qcow2 >/dev/null 2>&1
-for _ in {1..100}; do
+for _ in {1..1200}; do
 	grep -q "OFDLCK.*:$(stat -c %i t.qcow2) " /proc/locks && break
 	sleep 0.05
 done
