@@ -107,6 +107,11 @@ in_use()
 	[[ $err == *"$prefix-l"* ]]
 	dmsetup remove "$prefix-l"
 	opens "$dir/i.qcow2" "$name" --data-file "$lower"
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$lower"
+	image j $((4 << 20)) ''
+	provoked 5 'close that first .qcow2setup' open "$dir/j.qcow2" "$name-j" --data-file "$lower"
+	printed
+	opens "$dir/j.qcow2" "$name-j" --data-file "$lower"
 	# Ours, by processes that are seen, and by one that is not
 	"$tool" open "$dir/i.qcow2" "$name" --data-file "$lower"
 	hold &
@@ -126,7 +131,6 @@ in_use()
 	wait $! || true
 	poll 30 gone
 	# two of one name: a base that is open with other data
-	image j $((4 << 20)) ''
 	truncate -s 4M "$dir/top.data" "$dir/other"
 	"$tool" create "$dir/top.qcow2" --data-file "$dir/top.data" --backing-file "$dir/j.qcow2" --backing-format qcow2
 	"$tool" open "$dir/j.qcow2" "$name-j" --data-file "$dir/other" --readonly
@@ -139,7 +143,7 @@ in_use()
 
 gone()
 {
-	[ ! -e "/dev/mapper/$name" ] && loops_gone_but "$lower"
+	[ -z "$(our_devices)" ] && loops_gone_but "$lower"
 }
 
 loops_gone_but()
