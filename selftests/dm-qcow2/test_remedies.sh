@@ -44,7 +44,7 @@ option()
 # works ARG...: it does now, and that counts
 works()
 {
-	"$tool" "$@" 2> "$dir/warned"
+	"$tool" "$@" 2> "$dir/warned" || fault "$(cat "$dir/warned")"
 	tested
 }
 
@@ -358,8 +358,8 @@ blocks_of_4k()
 	truncate -s 4M "$dir/odd-base"
 	losetup -c "$lower"
 	opens "$dir/top.qcow2" "$name" --data-file "$big" --backing-file "$lower"
-	truncate -s 4M "$dir/b.data"
 	qemu-img create -q -f qcow2 -o "data_file=$dir/b.data" "$dir/b.qcow2" $((4194304 - 512))
+	truncate -s 4M "$dir/b.data"
 	qemu-img create -q -f qcow2 -u -b "$dir/b.qcow2" -F qcow2 -o "data_file=$dir/x" "$dir/top.qcow2" 8M
 	provoked 4 'resize it' open "$dir/top.qcow2" "$name" --data-file "$big" \
 		--backing-file "$dir/b.qcow2,data-file=$dir/b.data"
@@ -377,6 +377,7 @@ read_only()
 	losetup -d "$lower"
 	losetup "$lower" "$dir/i.data"
 	opens "$dir/i.qcow2" "$name" --data-file "$lower"
+	losetup -d "$lower"
 	# As somebody who may not
 	chmod 755 "$dir"
 	chmod 666 "$dir"/i.*
@@ -414,7 +415,14 @@ backing()
 	"$tool" open "$dir/odd.qcow2" "$name" --data-file "$dir/odd.data" --backing-file "$dir/b.qcow2,data-file=$dir/b.data"
 	works resize "$name" --size 6M
 	"$tool" close "$name"
-	# table: both are files, then devices
+}
+
+# What a table line names are devices.
+tables()
+{
+	image i $((4 << 20)) ''
+	qemu-img create -q -f qcow2 -b "$dir/i.qcow2" -F qcow2 -o "data_file=$dir/top.data" "$dir/top.qcow2" 4M
+	# Both are files, then devices
 	for size in $(stat -c %s "$dir/i.qcow2") 262144; do
 		truncate -s "$size" "$dir/i.qcow2"
 		provoked 4 'losetup' table "$dir/i.qcow2" --data-file "$dir/i.data"
@@ -644,7 +652,8 @@ check "devices of fixed size" devices
 check "a remedy of the kernel's" kernels_own
 check "devices with blocks of 4 KiB" blocks_of_4k
 check "read-only devices, and no privileges" read_only
-check "backing files, and tables" backing
+check "backing files" backing
+check "tables" tables
 check "an ordinary backing image by qemu-nbd" nbd
 check "names in images, and a long chain" recorded
 check "modules that are missing" modules

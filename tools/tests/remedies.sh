@@ -474,7 +474,7 @@ refused 4 'is shared; repair' resize t.qcow2 --size 5M && printed && works resiz
 ok "damage: an L2 table without COPIED"
 cp before.qcow2 t.qcow2
 poke t.qcow2 $entry 80000000005d0200
-refused 4 'see what qcow2setup check says' map t.qcow2 && ! bash -c 'qcow2setup check t.qcow2' 2>err &&
+refused 4 'see what qcow2setup check says' map t.qcow2 && ! bash -c 'qcow2setup check t.qcow2' >out 2>err &&
 	grep -q '0x5d0200\|offset' err && cp before.qcow2 t.qcow2 && works map t.qcow2
 ok "map: damage"
 poke t.qcow2 40 0000000010000000
