@@ -101,9 +101,11 @@ static const struct option_row {
 	ROW("deferred", NULL, "close", "remove the device when it is unused",
 	    parse_flag, deferred),
 	ROW("repair", "WHAT", "check",
-	    "leaks, or all: everything that can be repaired", parse_word, repair,
-	    .words = (const char *const[]){ "leaks", "all", NULL },
-	    .first = REPAIR_LEAKS, .wrong = "is not known; use leaks or all"),
+	    "leaks; all that can be repaired; or bitmaps: give them up",
+	    parse_word, repair,
+	    .words = (const char *const[]){ "leaks", "all", "bitmaps", NULL },
+	    .first = REPAIR_LEAKS,
+	    .wrong = "is not known; use leaks, all or bitmaps"),
 	ROW("json", NULL, "info status map check measure", "print JSON",
 	    parse_flag, json),
 #undef ROW
@@ -141,7 +143,7 @@ static int parse_backing(const struct option_row *o, const char *arg,
 
 	if (opt->backing_files == MAX_BACKING_FILES)
 		return fail(EX_PARAMETER,
-			    "more than %d backing files; merge some with qemu-img commit or rebase",
+			    "more than %d backing files; merge some: qemu-img rebase -f qcow2 -F qcow2 -b BASE IMAGE",
 			    MAX_BACKING_FILES);
 	list[opt->backing_files++] = arg;
 	return 0;

@@ -41,6 +41,7 @@ struct options {
 		REPAIR_NONE,
 		REPAIR_LEAKS,		/* refcounts that are too high */
 		REPAIR_ALL,
+		REPAIR_BITMAPS,		/* give them up */
 	} repair;
 };
 

@@ -260,6 +260,8 @@ static int trim(struct node *node)
 int cmd_close(const struct options *opt, char **args)
 {
 	const char *name = device_name(args[0]);
+	char type[64], remedy[300];
+	enum device_kind kind;
 	struct dm_dev_info info;
 	static struct below below;	/* large */
 	int ret;
@@ -273,10 +275,12 @@ int cmd_close(const struct options *opt, char **args)
 		return ret;
 	if (!info.exists)
 		return dm_gone(name);
-	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
-		return fail(EX_WRONG,
-			    "%s: not opened by qcow2setup; remove it with dmsetup remove",
-			    esc(name));
+	kind = device_kind(name, info.uuid, type, sizeof(type));
+	if (kind != DEVICE_OURS) {
+		snprintf(remedy, sizeof(remedy),
+			 "remove it: dmsetup remove %s", shell_quote(name));
+		return device_not_ours(name, kind, type, remedy);
+	}
 
 	look_below(name, info.uuid, !info.read_only && !opt->deferred, &below);
 	if (!opt->deferred && !info.read_only) {

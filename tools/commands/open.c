@@ -170,8 +170,8 @@ static void tail_remove(struct tail *tail, bool deferred)
 	if (tail->made) {
 		ret = dm_remove(tail->name, deferred);
 		if (ret)
-			warning("%s: helper device cannot be removed; try dmsetup remove",
-				esc(tail->name));
+			warning("%s: helper device cannot be removed; try dmsetup remove %s",
+				esc(tail->name), esc(tail->name));
 	}
 	loop_release(&tail->memory.loop);
 }
@@ -441,8 +441,8 @@ static int find_or_make(struct mapping *m, struct parts *p, struct lower *l)
 			close(l->fd);
 		l->fd = -1;
 		if (dm_remove(l->name, false))
-			warning("%s: cannot be removed again; try dmsetup remove",
-				esc(l->name));
+			warning("%s: cannot be removed again; try dmsetup remove %s",
+				esc(l->name), esc(l->name));
 	}
 	return ret;
 }
@@ -518,9 +518,7 @@ int cmd_open(const struct options *opt, char **args)
 	if (ret)
 		return ret;
 	if (info.exists)
-		return fail(EX_BUSY,
-			    "%s: a device of that name exists; close it, or choose another name",
-			    esc(name));
+		return device_name_taken(name, info.uuid);
 	interrupt_catch();
 	ret = mapping_open(&m, &chain, path);
 	if (!ret)

@@ -404,6 +404,8 @@ static int live_lock(struct live *l)
 /* Is there such a device, and is it ours?  Before it is locked. */
 static int check_device(const struct live *l)
 {
+	char type[64], remedy[300];
+	enum device_kind kind;
 	struct dm_dev_info info;
 	int ret;
 
@@ -412,14 +414,17 @@ static int check_device(const struct live *l)
 		return ret;
 	if (!info.exists)
 		return dm_gone(l->name);
-	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
-		return fail(EX_WRONG,
-			    "%s: not opened by qcow2setup; resize the image when it is closed",
-			    esc(l->name));
+	kind = device_kind(l->name, info.uuid, type, sizeof(type));
+	if (kind != DEVICE_OURS) {
+		snprintf(remedy, sizeof(remedy),
+			 "remove it (dmsetup remove %s), and resize the image",
+			 shell_quote(l->name));
+		return device_not_ours(l->name, kind, type, remedy);
+	}
 	if (info.read_only)
 		return fail(EX_WRONG,
-			    "%s: is open read-only; close it, and resize the image",
-			    esc(l->name));
+			    "%s: is open read-only; close it (qcow2setup close %s), and resize the image",
+			    esc(l->name), shell_quote(l->name));
 	return 0;
 }
 
@@ -466,8 +471,9 @@ static int check_state(struct live *l)
 	/* What there was no space for may be written in the suspend. */
 	if (strcmp(status.mode, "rw") && strcmp(status.mode, "nospc"))
 		return fail(EX_WRONG,
-			    "%s: is in mode %s; close it, and check the image",
-			    esc(l->name), esc(status.mode));
+			    "%s: is in mode %s; close it (qcow2setup close %s), and check the image",
+			    esc(l->name), esc(status.mode),
+			    shell_quote(l->name));
 	return 0;
 }
 

@@ -57,8 +57,10 @@ static int check_bitmap(const struct bitmap *b, void *arg)
 	    div_up(div_up(bits, 8), w->cs) == b->table_size)
 		return 0;
 	return fail(EX_WRONG,
-		    "%s: bitmap %s would have to grow, too, which is not supported; remove it with qemu-img bitmap --remove, and add it again",
-		    esc(w->img->node.path), escn(b->name.s, b->name.len));
+		    "%s: bitmap %s would have to grow, too, which is not supported; remove it: qemu-img bitmap --remove --image-opts %s %s, and add it again then",
+		    esc(w->img->node.path), escn(b->name.s, b->name.len),
+		    qemu_image_opts(w->img->node.path, QEMU_NO_DATA),
+		    shell_word(b->name.s, b->name.len));
 }
 
 static int check_bitmaps(struct grower *w)
@@ -77,8 +79,10 @@ static int check_bitmaps(struct grower *w)
 	else
 		ret = -1;
 	if (ret < 0)
-		return fail(EX_WRONG, "%s: %s; remove the bitmaps with qemu-img",
-			    esc(img->node.path), why);
+		return fail(EX_WRONG,
+			    "%s: %s; remove the bitmaps: qcow2setup check --repair bitmaps %s",
+			    esc(img->node.path), why,
+			    shell_quote(img->node.path));
 	return ret;
 }
 
@@ -93,10 +97,11 @@ static int check_size(struct grower *w)
 	needed = qcow2_l1_entries_needed(&w->geo);
 	if (needed > QCOW2_MAX_L1_ENTRIES)
 		return fail(EX_WRONG,
-			    "%s: with clusters of %s an image can have at most %s; give a smaller --size, or convert it to larger clusters",
+			    "%s: with clusters of %s an image can have at most %s; give a smaller --size, or make an image with larger clusters: " QEMU_CONVERT,
 			    esc(w->img->node.path), human_size(w->cs),
 			    human_size((uint64_t)QCOW2_MAX_L1_ENTRIES <<
-				       qcow2_l2_cover_bits(&w->geo)));
+				       qcow2_l2_cover_bits(&w->geo)),
+			    shell_quote(w->img->node.path));
 	w->geo.l1_entries = max_u64(needed, w->geo.l1_entries);
 	return 0;
 }
@@ -366,9 +371,10 @@ static int change_old_tables(struct grower *w)
 			continue;
 		if (!(be64_to_cpu(w->img->l1[i]) & QCOW2_OFLAG_COPIED))
 			ret = fail(EX_WRONG,
-				   "%s: L2 table %llu is shared; repair the image with qcow2setup check --repair all",
+				   "%s: L2 table %llu is shared; repair the image with qcow2setup check --repair all %s",
 				   esc(w->img->node.path),
-				   (unsigned long long)i);
+				   (unsigned long long)i,
+				   shell_quote(w->img->node.path));
 		else
 			ret = image_change(w->img, table, w->cs, off);
 	}

@@ -59,9 +59,12 @@ struct reasons {
 	unsigned int n;
 	struct {
 		char cause[640];
-		const char *remedy;
+		char remedy[2048];
 	} r[MAX_REASONS];
 };
+
+/* What makes another image of one; the names of what is new are the user's choice. */
+#define QEMU_CONVERT	"qemu-img convert -f qcow2 -O qcow2 -o data_file=FILE %s NEW"
 
 void image_reasons(struct image *img, bool read_only, struct reasons *r);
 

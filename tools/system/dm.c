@@ -109,7 +109,7 @@ static int task_run_cookie(struct dm_task *dmt, uint16_t flags)
 	return ret;
 }
 
-#define RELOAD	"reload the module: close all devices, then modprobe -r dm-qcow2 and modprobe dm-qcow2"
+#define RELOAD	"reload the module: close all devices, then modprobe -r dm-qcow2 && modprobe dm-qcow2"
 
 int dm_check(bool need_target)
 {
@@ -126,7 +126,7 @@ int dm_check(bool need_target)
 			    "no permission to use device-mapper; run as root (CAP_SYS_ADMIN)");
 	if (ret)
 		return fail(EX_WRONG,
-			    "device-mapper is not available; load the dm_mod module");
+			    "device-mapper is not available; load the dm_mod module (modprobe dm_mod)");
 	return need_target ? dm_target_version(&version) : 0;
 }
 
@@ -380,8 +380,8 @@ int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
 		ret = not_resumed(log, name, -ret);
 	}
 	if (simple(DM_DEVICE_REMOVE, name, NULL, 0))
-		warning("%s: cannot remove the device again; try dmsetup remove",
-			esc(name));
+		warning("%s: cannot remove the device again; try dmsetup remove %s",
+			esc(name), esc(name));
 out:
 	if (log >= 0)
 		close(log);
@@ -489,8 +489,8 @@ void dm_remove_tails(const char *name)
 			continue;
 		/* Its user has no name any more, but may not be gone yet. */
 		if (dm_remove(tail, true) || !wait_gone(tail, true))
-			warning("%s: helper device is in use; remove it with dmsetup remove",
-				esc(tail));
+			warning("%s: helper device is in use; remove it with dmsetup remove %s",
+				esc(tail), esc(tail));
 	}
 }
 

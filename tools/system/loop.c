@@ -104,7 +104,7 @@ int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 		if (errno == EACCES || errno == EPERM)
 			return fail_errno("loop devices");
 		return fail(EX_WRONG,
-			    "loop devices are not available: %s; load the loop module",
+			    "loop devices are not available: %s; load the loop module (modprobe loop)",
 			    strerror(errno));
 	}
 	for (i = 0; i < ATTACH_TRIES; i++) {
@@ -225,6 +225,60 @@ bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 	return found;
 }
 
+static bool stat_is(const char *path, const struct loop_view *v,
+		    struct stat *st)
+{
+	return !stat(path, st) && st->st_dev == v->dev && st->st_ino == v->ino;
+}
+
+/* Does process @pid have the file open, or does the name mean it to him? */
+static bool stat_through(const char *pid, const char *file,
+			 const struct loop_view *v, struct stat *st)
+{
+	char path[PATH_MAX + 64];
+	bool found = false;
+	struct dirent *d;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%.12s/root/%s", pid, file);
+	if (stat_is(path, v, st))
+		return true;
+	snprintf(path, sizeof(path), "/proc/%.12s/fd", pid);
+	dir = opendir(path);
+	if (!dir)
+		return false;
+	while (!found && (d = readdir(dir))) {
+		snprintf(path, sizeof(path), "/proc/%.12s/fd/%.12s", pid,
+			 d->d_name);
+		found = d->d_name[0] != '.' && stat_is(path, v, st);
+	}
+	closedir(dir);
+	return found;
+}
+
+/*
+ * The name of a file may mean something else here, or now: in another mount
+ * namespace it may be right, and one that has been removed may still be open.
+ */
+static bool stat_file(const char *file, const struct loop_view *v,
+		      struct stat *st)
+{
+	bool found = stat_is(file, v, st);
+	struct dirent *d;
+	DIR *dir;
+
+	if (found)
+		return true;
+	dir = opendir("/proc");
+	if (!dir)
+		return false;
+	while (!found && (d = readdir(dir)))
+		found = d->d_name[0] >= '1' && d->d_name[0] <= '9' &&
+			stat_through(d->d_name, file, v, st);
+	closedir(dir);
+	return found;
+}
+
 /* How long is what a loop device shows?  False: it is out of reach. */
 static bool file_size(const char *path, const struct loop_view *v,
 		      uint64_t *size)
@@ -232,8 +286,7 @@ static bool file_size(const char *path, const struct loop_view *v,
 	char sectors[32];
 	struct stat st;
 
-	/* The name may mean something else here, or now. */
-	if (stat(path, &st) || st.st_dev != v->dev || st.st_ino != v->ino)
+	if (!stat_file(path, v, &st))
 		return false;
 	*size = st.st_size;
 	if (!S_ISBLK(st.st_mode))
@@ -249,7 +302,7 @@ static bool file_size(const char *path, const struct loop_view *v,
 /* What loop_check_ends() looks at. */
 struct stacked {
 	const char *path;	/* the device on top; for messages */
-	bool unseen;		/* a file is out of reach */
+	char unseen[24];	/* the loop device whose file is out of reach */
 };
 
 static int check_end(struct stacked *s, const char *name, const char *file)
@@ -261,7 +314,7 @@ static int check_end(struct stacked *s, const char *name, const char *file)
 	if (!loop_look_at(name, &v) || !file_size(file, &v, &has) ||
 	    !sysfs_read(sectors, sizeof(sectors), "/sys/block/%s/size", name) ||
 	    !parse_u64(sectors, &size)) {
-		s->unseen = true;
+		snprintf(s->unseen, sizeof(s->unseen), "%.20s", name);
 		return 0;
 	}
 	size = v.offset + size * 512;
@@ -313,7 +366,7 @@ static int check_below(struct stacked *s, const char *sys, unsigned int depth)
 	return ret;
 }
 
-int loop_check_ends(const char *path, dev_t rdev, bool *unseen)
+int loop_check_ends(const char *path, dev_t rdev, char *unseen, size_t size)
 {
 	struct stacked s = { .path = path };
 	char sys[64];
@@ -322,6 +375,6 @@ int loop_check_ends(const char *path, dev_t rdev, bool *unseen)
 	snprintf(sys, sizeof(sys), "/sys/dev/block/%u:%u", major(rdev),
 		 minor(rdev));
 	ret = check_below(&s, sys, 0);
-	*unseen = s.unseen;
+	snprintf(unseen, size, "%s", s.unseen);
 	return ret;
 }
