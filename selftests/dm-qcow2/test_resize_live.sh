@@ -226,25 +226,35 @@ under_load()
 	small_raw 4k
 	open_it
 	(
-		timeout 300 fio --filename="/dev/mapper/$name" --allow_file_create=0 --direct=1 --verify=crc32c \
+		exec timeout 1000 fio --filename="/dev/mapper/$name" --allow_file_create=0 --direct=1 --verify=crc32c \
 			--verify_fatal=1 --verify_backlog=64 --ioengine=libaio --thread --group_reporting \
-			--randseed=7 --time_based --runtime=8 --name=a --rw=randrw --bs=4k --size=1m --iodepth=8 \
+			--randseed=7 --time_based --runtime=1d --name=a --rw=randrw --bs=4k --size=1m --iodepth=8 \
 			> "$dir/fio.log" 2>&1
 	) &
 	load=$!
+	later end_load
 	poll 60 in_use
 	for size in 1 3 8; do
 		"$tool" resize "$name" --size "${size}G"
 		[ "$(bytes)" = $((size << 30)) ]
+		kill -0 "$load" || fault "fio has ended: $(tail -n 12 "$dir/fio.log")"
 	done
+	# It ends what it has begun; any error would be added to 128.
+	kill "$load"
 	rc=0
 	wait "$load" || rc=$?
-	[ "$rc" = 0 ] || fault "fio: status $rc: $(tail -n 12 "$dir/fio.log")"
+	[ "$rc" = 128 ] || fault "fio: status $rc: $(tail -n 12 "$dir/fio.log")"
 	[ "$(mode i)" = rw ]
 	"$tool" close "$name"
 	poll 30 loops_gone
 	nothing_left
 	qemu-img check -q -f qcow2 "$dir/i.qcow2" || fault "qemu-img check: $?"
+}
+
+end_load()
+{
+	kill "$load"
+	wait "$load"
 }
 
 in_use()
@@ -276,6 +286,40 @@ again_and_again()
 	judge
 }
 
+# A metadata device that has just the room that is needed: there is no place that the
+# kernel could not come to take, so that tables are written when it is at rest.
+just_enough()
+{
+	local meta sectors rc
+
+	truncate -s 1M "$dir/meta.disk"
+	meta=$(losetup -f --show "$dir/meta.disk")
+	later losetup -d "$meta"
+	pattern RAW $((16 << 20)) > "$dir/i.data"
+	cp "$dir/i.data" "$dir/model"
+	for ((sectors = 530; ; sectors += 4)); do
+		[ "$sectors" -lt 700 ] || fault "even $sectors sectors are not enough"
+		dmsetup create "$prefix-meta" --table "0 $sectors linear $meta 0"
+		"$tool" create "/dev/mapper/$prefix-meta" --data-file "$dir/i.data" --size 1M --cluster-size 512 \
+			--data-file-raw --overwrite-device
+		"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data"
+		rc=0
+		injected INJECT_SUSPENDED="$dir/written" -- resize "$name" --size 16M || rc=$?
+		[ "$rc" != 0 ] || break
+		grep -q 'enlarge the device' "$dir/said" || fault "$sectors sectors: $(cat "$dir/said")"
+		"$tool" close "$name"
+		dmsetup remove --retry "$prefix-meta"
+	done
+	note "$sectors sectors, $(cat "$dir/written") bytes"
+	# 480 tables
+	[ "$(cat "$dir/written")" -ge $((480 * 512)) ]
+	put new 1536 15
+	cmp "/dev/mapper/$name" "$dir/model"
+	"$tool" close "$name"
+	qemu-img check -q -f qcow2 "/dev/mapper/$prefix-meta" || fault "qemu-img check: $?"
+	dmsetup remove --retry "$prefix-meta"
+}
+
 start jq fio pgrep
 need_tool
 [ -e "$inject" ] || skip_all "tools/tests/inject-lib is not built (make -C tools tests/inject-lib)"
@@ -292,4 +336,5 @@ check "the guest writes meanwhile, many refcount blocks" guest_writes cluster_si
 check "the guest writes meanwhile, extended L2" guest_writes cluster_size=16k,extended_l2=on
 check "under load, many tables" under_load
 check "again and again" again_and_again
+check "a device with just the room that is needed" just_enough
 finish
