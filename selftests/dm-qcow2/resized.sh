@@ -39,3 +39,15 @@ judge()
 	qemu-img check -q -f qcow2 "$dir/i.qcow2" || fault "qemu-img check: $?"
 	qemu-img compare -q -f qcow2 -F raw "$dir/i.qcow2" "$dir/model"
 }
+
+# A load in the background, process $load
+in_use()
+{
+	[ "$(dmsetup info -c --noheadings -o open "$name")" -gt 0 ]
+}
+
+end_load()
+{
+	kill "$load"
+	wait "$load"
+}

@@ -130,17 +130,6 @@ under_load()
 	judge
 }
 
-end_load()
-{
-	kill "$load"
-	wait "$load"
-}
-
-in_use()
-{
-	[ "$(dmsetup info -c --noheadings -o open "$name")" -gt 0 ]
-}
-
 file_system()
 {
 	image i $((24 << 20)) ''

@@ -251,17 +251,6 @@ under_load()
 	qemu-img check -q -f qcow2 "$dir/i.qcow2" || fault "qemu-img check: $?"
 }
 
-end_load()
-{
-	kill "$load"
-	wait "$load"
-}
-
-in_use()
-{
-	[ "$(dmsetup info -c --noheadings -o open "$name")" -gt 0 ]
-}
-
 # A file whose middle the kernel has used is made longer again and again: it takes no
 # more than such an image needs.
 again_and_again()
