@@ -21,6 +21,7 @@ struct options {
 	bool extended_l2;
 	bool no_discard_passdown;
 	bool sparse;
+	bool shrink;
 	const char *data_file;
 	uint64_t size;			/* bytes; 0: that of the data file */
 	bool size_auto;			/* --size auto */

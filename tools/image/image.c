@@ -768,6 +768,14 @@ static int undo_add(struct image *img, uint64_t off, size_t len)
 		return fail(EX_WRONG, "%s: cannot read its metadata: %s",
 			    esc(img->node.path), strerror(EIO));
 	}
+	if (img->changing) {
+		int ret = img->changing(img, off, u->old, len);
+
+		if (ret) {
+			free(u);
+			return ret;
+		}
+	}
 	u->next = img->undo;
 	img->undo = u;
 	return 0;
@@ -811,6 +819,8 @@ void image_undo(struct image *img)
 	bool failed = false, stuck = false;
 	int ret = 0;
 
+	if (img->node.fd < 0)
+		return;
 	while (img->undo) {
 		struct undo *u = img->undo;
 
@@ -870,12 +880,11 @@ static void set_refcounts(uint8_t *block, uint64_t first, uint64_t per_block,
 }
 
 /*
- * Write the entries [@from, @to) of the refcount table that are new.  A block
- * may be counted by one that follows it, so that the last ones come first; a
- * sector is written as a whole.
+ * A block may be counted by one that follows it, so that the last ones come first;
+ * a sector is written as a whole.
  */
-static int name_refblocks(struct image *img, uint64_t from, uint64_t to,
-			  const __be64 *table)
+int image_name_refblocks(struct image *img, uint64_t from, uint64_t to,
+			 const __be64 *table)
 {
 	const uint64_t per_sector = SECTOR / 8;
 	uint64_t first;
@@ -895,64 +904,6 @@ static int name_refblocks(struct image *img, uint64_t from, uint64_t to,
 		}
 		to = first;
 	}
-	return ret;
-}
-
-int image_take_clusters(struct image *img, uint64_t at, uint64_t n)
-{
-	const struct qcow2_geometry *g = &img->geo;
-	uint64_t per_block = refcounts_per_block(g), cs = cluster_size(img);
-	uint64_t next = at + n, end = next, last, i, off;
-	uint64_t from = at / per_block, to;
-	uint8_t *block = malloc(cs);
-	__be64 *table = NULL;
-	int ret = 0;
-
-	if (!block)
-		return fail_nomem();
-	/* Behind them go the refcount blocks that these need, and those. */
-	do {
-		last = end;
-		end = next;
-		for (i = from; i <= (last - 1) / per_block; i++)
-			if (i < reftable_entries(img) && !img->reftable[i])
-				end++;
-	} while (end != last);
-	to = (end - 1) / per_block + 1;
-	if (to > reftable_entries(img) || end * cs > img->node.size) {
-		ret = fail(EX_WRONG,
-			   "%s: no room for %llu more clusters of metadata; enlarge the device",
-			   esc(img->node.path), (unsigned long long)n);
-		goto out;
-	}
-	table = calloc(to - from, sizeof(*table));
-	if (!table) {
-		ret = fail_nomem();
-		goto out;
-	}
-	for (i = from; i < to; i++) {
-		table[i - from] = img->reftable[i];
-		ret = read_refblock(img, img->reftable, i, block, &off);
-		if (ret)
-			goto out;
-		if (!off) {
-			memset(block, 0, cs);
-			off = next++ * cs;
-			table[i - from] = cpu_to_be64(off);
-		}
-		set_refcounts(block, i * per_block, per_block, at, end,
-			      g->refcount_order);
-		ret = image_change(img, block, cs, off);
-		if (ret)
-			goto out;
-	}
-	/* Named only when they say what they have to say. */
-	ret = image_sync(img);
-	if (!ret)
-		ret = name_refblocks(img, from, to, table);
-out:
-	free(table);
-	free(block);
 	return ret;
 }
 
@@ -1112,7 +1063,8 @@ static int take_space(struct image *img, uint64_t need, uint64_t virtual_size)
 				    shell_quote(img->node.path));
 		/* What is longer than it can need was made so by somebody. */
 		real = size > most ? need : size;
-	} else if (img->space_kind == IMAGE_SPARSE) {
+	} else if (img->space_kind == IMAGE_SPARSE && !img->space.said) {
+		img->space.said = true;
 		warning("%s: stays sparse: when its file system is full, writes that need more metadata fail",
 			esc(img->space.path));
 	}
@@ -1155,74 +1107,165 @@ static int check_limit(const struct image *img, const struct room *room,
 	return 0;
 }
 
-int image_make_room(struct image *img, const struct room *room)
+/* Clusters below cluster @to that the kernel takes before it takes others. */
+static int count_holes(const struct image *img, uint64_t to, uint64_t *holes)
 {
-	struct qcow2_geometry geo = img->geo;
-	uint64_t cs = cluster_size(img), end, missing = room->more, leaked = 0;
-	uint64_t unlimited = UINT64_MAX / cs, limit = unlimited, found;
-	bool fixed = img->space.fd < 0;
-	struct plan plan;
-	uint32_t needed, i;
-	int ret, tries;
+	uint64_t reach = reftable_entries(img) * refcounts_per_block(&img->geo);
+	uint64_t used;
+	int ret;
 
-	geo.size = room->size;
-	needed = qcow2_l1_entries_needed(&geo);
-	ret = image_end(img, &end);
-	if (ret)
-		return ret;
-	if (fixed)
-		limit = img->node.size / cs;
+	to = min_u64(to, reach);
+	ret = count_used(img, 0, to, &used);
+	*holes = ret ? 0 : to - used;
+	return ret;
+}
+
+/* First cluster behind all that is in use. */
+static int end_cluster(struct image *img, uint64_t *end)
+{
+	int ret = image_end(img, end);
+
+	*end /= cluster_size(img);
+	return ret;
+}
+
+/* L2 tables that an image of that geometry can come to need. */
+static uint64_t missing_tables(const struct image *img,
+			       const struct qcow2_geometry *g)
+{
+	uint32_t needed = qcow2_l1_entries_needed(g), i;
+	uint64_t n = 0;
+
 	for (i = 0; i < needed; i++)
 		if (i >= img->geo.l1_entries ||
 		    !(be64_to_cpu(img->l1[i]) & QCOW2_OFFSET_MASK))
-			missing++;
-	end /= cs;
+			n++;
+	return n;
+}
+
+/*
+ * A plan within @limit clusters, and one without a limit.  *@at is where what is
+ * built goes to.
+ */
+static int make_plan(struct image *img, const struct room *room,
+		     uint64_t limit, uint64_t *at, struct plan *plan,
+		     struct plan *unlimited)
+{
+	uint64_t max = UINT64_MAX / cluster_size(img), leaked = 0, found;
+	struct qcow2_geometry geo = img->geo;
+	uint64_t rest, holes, end;
+	int ret, tries;
+
+	geo.size = room->size;
+	rest = missing_tables(img, &geo) - room->tables;
+	ret = end_cluster(img, at);
+	if (room->from)
+		*at = room->from;
+	if (!ret)
+		ret = count_holes(img, *at, &holes);
+	if (ret)
+		return ret;
+	rest -= min_u64(rest, holes);
+	end = *at + room->more + room->tables;
 
 	/*
 	 * A crash can leave refcounts of clusters that the file never got;
 	 * they will not be handed out, so the file must be longer for it.
 	 */
 	for (tries = 0; tries < 8; tries++) {
-		plan = plan_worst_case(&geo, img->reftable, end, leaked,
-				       missing, limit);
-		ret = count_used(img, end, plan.clusters, &found);
+		*plan = plan_worst_case(&geo, img->reftable, end, leaked,
+					rest, limit);
+		ret = count_used(img, *at, plan->clusters, &found);
 		if (ret)
 			return ret;
 		if (found <= leaked)
 			break;
 		leaked = found;
 	}
+	*unlimited = plan_worst_case(&geo, img->reftable, end, leaked, rest,
+				     max);
+	/* A larger table must itself find room, with its blocks. */
+	if (limit < max && plan->reftable_clusters &&
+	    end + 2 * plan->reftable_clusters + 2 > limit)
+		plan->reftable_clusters = 0;
+	return 0;
+}
+
+static uint64_t room_limit(const struct image *img)
+{
+	uint64_t cs = cluster_size(img);
+
+	return img->space.fd < 0 ? img->node.size / cs : UINT64_MAX / cs;
+}
+
+int image_plan_room(struct image *img, const struct room *room,
+		    uint64_t *reftable_clusters, bool *fits)
+{
+	struct plan plan, unlimited;
+	uint64_t at;
+	int ret;
+
+	ret = make_plan(img, room, room_limit(img), &at, &plan, &unlimited);
+	*reftable_clusters = plan.reftable_clusters;
+	*fits = unlimited.clusters <= room_limit(img);
+	return ret;
+}
+
+int image_take_room(struct image *img, const struct room *room, uint64_t *at,
+		    uint64_t *reftable_clusters)
+{
+	struct plan plan, unlimited;
+	int ret;
+
+	ret = make_plan(img, room, room_limit(img), at, &plan, &unlimited);
+	if (ret)
+		return ret;
+	*reftable_clusters = plan.reftable_clusters;
 	if (!plan.addressable && room->required)
 		return fail(EX_WRONG,
 			    "%s: no refcount table could count the metadata of an image of %s; make one with larger clusters of it: " QEMU_CONVERT,
 			    esc(img->node.path), human_size(room->size),
 			    shell_quote(img->node.path));
-	if (!plan.addressable)
+	if (!plan.addressable && !room->quiet)
 		warning("%s: no refcount table could count all the metadata that the image may need: allocating writes can fail",
 			esc(img->node.path));
-	if (fixed) {
-		plan = plan_worst_case(&geo, img->reftable, end, leaked,
-				       missing, unlimited);
-		ret = check_limit(img, room, &plan, limit);
-		if (ret)
-			return ret;
-		plan = plan_worst_case(&geo, img->reftable, end, leaked,
-				       missing, limit);
-		/* A larger table must itself find room, with its blocks. */
-		if (plan.reftable_clusters &&
-		    end + 2 * plan.reftable_clusters + 2 > limit)
-			plan.reftable_clusters = 0;
-	} else {
-		ret = take_space(img, plan.clusters * cs, room->size);
-		if (ret)
-			return ret;
-	}
-	if (!plan.reftable_clusters)
-		return 0;
-	note("%s: refcount table grows from %u to %u clusters",
+	if (img->space.fd < 0)
+		return check_limit(img, room, &unlimited, room_limit(img));
+	return take_space(img, plan.clusters * cluster_size(img), room->size);
+}
+
+int image_make_room(struct image *img, const struct room *room)
+{
+	uint64_t at, clusters;
+	int ret;
+
+	ret = image_take_room(img, room, &at, &clusters);
+	if (ret || !clusters)
+		return ret;
+	note("%s: refcount table grows from %u to %llu clusters",
 	     esc(img->node.path), img->geo.reftable_clusters,
-	     plan.reftable_clusters);
-	return grow_reftable(img, end, plan.reftable_clusters);
+	     (unsigned long long)clusters);
+	return grow_reftable(img, at, clusters);
+}
+
+/* Clusters that the kernel can fail to write, and then takes others instead. */
+#define MOST_SKIPPED	64
+
+int image_live_end(struct image *img, uint64_t *end)
+{
+	uint64_t cs = cluster_size(img), device = img->node.size / cs;
+	struct plan plan;
+	int ret;
+
+	ret = end_cluster(img, end);
+	if (ret)
+		return ret;
+	plan = plan_worst_case(&img->geo, img->reftable, *end, 0,
+			       missing_tables(img, &img->geo) + MOST_SKIPPED,
+			       UINT64_MAX / cs);
+	*end = align_up(min_u64(plan.clusters, device) * cs,
+			max_u64(sysconf(_SC_PAGESIZE), cs)) / cs;
+	return 0;
 }
 
 static int mark_bitmap(const struct bitmap *b, void *arg)
