@@ -12,8 +12,10 @@
 #include "device.h"
 #include "dm.h"
 #include "image.h"
+#include "interrupt.h"
 #include "live.h"
 #include "loop.h"
+#include "mark.h"
 #include "node.h"
 #include "target.h"
 #include "util.h"
@@ -186,7 +188,8 @@ static int remove_device(const char *name, bool deferred)
 		ret = dm_query(name, &info);
 		if (ret)
 			return ret;
-		if (i == WAIT_STEPS || device_users(info.rdev, who, sizeof(who)))
+		if (i == WAIT_STEPS || interrupted() ||
+		    device_users(info.rdev, who, sizeof(who)))
 			return busy(name, &info);
 		wait_step();
 	}
@@ -196,7 +199,8 @@ static void wait_for_loop(const struct device *d)
 {
 	int i;
 
-	for (i = 0; i < WAIT_STEPS && d->ours && device_attached(d); i++)
+	for (i = 0; i < WAIT_STEPS && d->ours && device_attached(d) &&
+	     !interrupted(); i++)
 		wait_step();
 }
 
@@ -236,7 +240,7 @@ static int trim(struct node *node)
 
 	for (i = 0; ; i++) {
 		ret = node_try_lock(node->fd, true);
-		if (!ret || i == WAIT_STEPS)
+		if (!ret || i == WAIT_STEPS || interrupted())
 			break;
 		wait_step();
 	}
@@ -277,6 +281,8 @@ int cmd_close(const struct options *opt, char **args)
 			    "%s: not opened by qcow2setup; remove it with dmsetup remove",
 			    esc(name));
 
+	/* From here on it is soon done, or not at all. */
+	interrupt_catch();
 	look_below(name, info.uuid, !info.read_only && !opt->deferred, &below);
 	if (!opt->deferred && !info.read_only) {
 		/* Without a table nothing was ever written. */
@@ -284,6 +290,8 @@ int cmd_close(const struct options *opt, char **args)
 			ret = flush(name);
 		else if (*below.layer[0].metadata.node)
 			ret = check_suspended(name);
+		if (!ret && interrupted())
+			ret = EX_WRONG;
 		if (ret)
 			goto out;
 	}
@@ -295,5 +303,6 @@ int cmd_close(const struct options *opt, char **args)
 	}
 out:
 	node_close(&below.image);
-	return ret;
+	mark_sweep();
+	return interrupt_result(ret);
 }

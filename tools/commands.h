@@ -25,6 +25,7 @@ struct options {
 	bool size_auto;			/* --size auto */
 	bool no_discard_passdown;
 	bool sparse;
+	bool host;			/* the content is this host's own */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
 	/* --backing-file, from top to bottom */
 	const char *backing_file[MAX_BACKING_FILES];

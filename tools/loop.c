@@ -13,10 +13,14 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "interrupt.h"
 #include "loop.h"
+#include "mark.h"
 #include "util.h"
 
 #define ATTACH_TRIES	64
+/* With 20 ms each: so long another program may take to attach its file. */
+#define BUSY_TRIES	1500
 /* So long the node of a new device may take that udev or the kernel makes. */
 #define NODE_TRIES	15
 
@@ -33,7 +37,10 @@ static void wait_a_little(void)
 	nanosleep(&ts, NULL);
 }
 
-/* Open a loop device that was free a moment ago; its number, or -errno. */
+/*
+ * Open a loop device that was free a moment ago; its number, or -errno.  Nobody
+ * else can attach something to it while it is open like this.
+ */
 static int open_free(int control, struct loop *loop)
 {
 	char path[32];
@@ -44,7 +51,7 @@ static int open_free(int control, struct loop *loop)
 		return -errno;
 	snprintf(loop->name, sizeof(loop->name), "loop%d", nr);
 	snprintf(path, sizeof(path), "/dev/%s", loop->name);
-	loop->fd = open(path, O_RDWR | O_CLOEXEC);
+	loop->fd = open(path, O_RDWR | O_EXCL | O_CLOEXEC);
 	if (loop->fd < 0)
 		return -errno;
 	if (fstat(loop->fd, &st))
@@ -75,6 +82,29 @@ static int make_node(const char *name)
 		    path, strerror(err), path, major_nr, minor_nr);
 }
 
+/* 0 or -errno */
+static int configure(struct loop *loop, const struct loop_config *config)
+{
+	char path[32];
+	int ret, fd;
+
+	mark_attaching(loop->name);
+	ret = ioctl(loop->fd, LOOP_CONFIGURE, config) ? -errno : 0;
+	if (!ret)
+		mark_attached(loop->name, loop->fd);
+	mark_attaching_done(loop->name);
+	if (ret)
+		return ret;
+	/* Now others shall have it, too, first of all device-mapper. */
+	snprintf(path, sizeof(path), "/dev/%s", loop->name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	close(loop->fd);
+	loop->fd = fd;
+	return 0;
+}
+
 int loop_attach(struct loop *loop, const struct node *node)
 {
 	struct loop_config config = {
@@ -89,7 +119,7 @@ int loop_attach(struct loop *loop, const struct node *node)
 		.info.lo_flags = LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
 	};
 	struct loop_info64 info;
-	int control, ret = -EAGAIN, i, missing = 0, code;
+	int control, ret = -EAGAIN, i, missing = 0, busy = 0, code;
 
 	*loop = (struct loop)LOOP_CLOSED;
 	if (node->read_only)
@@ -98,6 +128,7 @@ int loop_attach(struct loop *loop, const struct node *node)
 	snprintf((char *)config.info.lo_file_name, LO_NAME_SIZE, MARK "%.*s",
 		 LO_NAME_SIZE - (int)sizeof(MARK), node->path);
 
+	mark_sweep();
 	control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
 	if (control < 0) {
 		if (errno == EACCES || errno == EPERM)
@@ -106,7 +137,12 @@ int loop_attach(struct loop *loop, const struct node *node)
 			    "loop devices are not available: %s; load the loop module",
 			    strerror(errno));
 	}
-	for (i = 0; i < ATTACH_TRIES; i++) {
+	for (i = 0; i < ATTACH_TRIES && busy < BUSY_TRIES;
+	     ret == -EBUSY ? busy++ : i++) {
+		if (interrupted()) {
+			close(control);
+			return EX_WRONG;
+		}
 		ret = open_free(control, loop);
 		if (ret == -ENOENT || ret == -ENXIO || ret == -EBUSY) {
 			/* the node is not there yet, or the device just went */
@@ -122,7 +158,7 @@ int loop_attach(struct loop *loop, const struct node *node)
 		}
 		if (ret < 0)
 			break;
-		ret = ioctl(loop->fd, LOOP_CONFIGURE, &config) ? -errno : 0;
+		ret = configure(loop, &config);
 		if (!ret)
 			break;
 		close(loop->fd);

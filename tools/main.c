@@ -36,6 +36,7 @@ enum {
 	OPT_REPAIR		= 1U << 15,
 	OPT_BACKING_FORMAT	= 1U << 16,
 	OPT_SPARSE		= 1U << 17,
+	OPT_HOST		= 1U << 18,
 	/* everywhere */
 	OPT_HELP		= 1U << 29,
 	OPT_VERSION		= 1U << 30,
@@ -58,7 +59,7 @@ static const struct action {
 	  "IMAGE --data-file DEV|FILE", "make an image for a data file or device" },
 	{ "open", cmd_open, 2, 2,
 	  OPT_DATA_FILE | OPT_READ_ONLY | OPT_TRUST | OPT_BACKING_FILE |
-	  OPT_NO_PASSDOWN | OPT_CACHE_LIMIT | OPT_SPARSE,
+	  OPT_NO_PASSDOWN | OPT_CACHE_LIMIT | OPT_SPARSE | OPT_HOST,
 	  "IMAGE NAME --data-file DEV|FILE", "make an image the device /dev/mapper/NAME" },
 	{ "close", cmd_close, 1, 1, OPT_DEFERRED,
 	  "NAME", "remove a device" },
@@ -102,6 +103,7 @@ static const struct opt_desc {
 	{ OPT_NO_PASSDOWN, "no-discard-passdown", NULL, "keep discarded blocks of the data device" },
 	{ OPT_CACHE_LIMIT, "cache-limit", "SIZE", "memory for the map (default: 64M)" },
 	{ OPT_SPARSE, "sparse", NULL, "take no space for metadata before it is needed" },
+	{ OPT_HOST, "host", NULL, "the disk is this host's: mounts by UUID=, LVM ... see it" },
 	{ OPT_REPAIR, "repair", "WHAT", "leaks, or all: everything that can be repaired" },
 	{ OPT_OVERWRITE, "overwrite-device", NULL, "IMAGE is a block device: overwrite it" },
 	{ OPT_JSON, "json", NULL, "print JSON" },
@@ -203,6 +205,9 @@ static int parse_option(unsigned int flag, const char *arg, struct options *opt)
 		if (!parse_size(arg, &opt->cache_limit) || !opt->cache_limit)
 			return fail(EX_PARAMETER, "--cache-limit %s is not a size; use a number such as 64M",
 				    esc(arg));
+		return 0;
+	case OPT_HOST:
+		opt->host = true;
 		return 0;
 	case OPT_SPARSE:
 		opt->sparse = true;
