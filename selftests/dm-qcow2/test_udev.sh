@@ -126,7 +126,7 @@ template_ext4()
 acted()
 {
 	dmsetup ls | awk -v p="$vg-" 'index($1, p) == 1 { print $1 }'
-	find /sys/block -name 'md*'
+	awk '/^md/ { print "/dev/" $1 }' /proc/mdstat
 	find /dev/disk -name "$label" -o -name 'lvm-pv-uuid-*' -o -name 'md-*'
 }
 
@@ -145,7 +145,7 @@ busy()
 	settle
 	case $1 in
 	pv|thin) acted | grep -q "^$vg-v$" ;;
-	md)	acted | grep -q /sys/block/md ;;
+	md)	acted | grep -q '^/dev/md' ;;
 	ext4)	acted | grep -q "^/dev/disk/by-label/$label$" ;;
 	esac || fault "$1: the host has not acted on it"
 }
@@ -158,6 +158,8 @@ release()
 	md)	mdadm --stop --scan 2> /dev/null ;;
 	esac
 	settle
+	# LVM takes the next device for a copy of this one, if it has not seen it go.
+	rm -f /run/lvm/pvs_online/* /run/lvm/vgs_online/*
 }
 
 # Property $2 of device $1, as udev knows it
@@ -197,17 +199,33 @@ ordinary()
 	busy "$1"
 }
 
-# Of which the loop device below shows nothing
+# ordinary_dm KIND [OPTION...]: of which the loop device below shows nothing
 ordinary_dm()
+{
+	behind "$@"
+	busy "$1"
+}
+
+# dmsetup, with a uuid that the rules know
+by_uuid()
+{
+	behind ext4 --uuid "QCOW2-$name"
+	quiet "a uuid of ours"
+	by_id
+	events
+	quiet "a uuid of ours, after other events"
+	by_id
+}
+
+behind()
 {
 	{ head -c 1M /dev/zero; cat "$keep/$1"; } > "$dir/file"
 	lower=$(losetup -f --show "$dir/file")
 	later losetup -d "$lower"
 	quiet "$1"
-	dmsetup create "$name" --table "0 $((48 << 11)) linear $lower 2048"
+	dmsetup create "$name" "${@:2}" --table "0 $((48 << 11)) linear $lower 2048"
 	later dmsetup remove --retry "$name"
 	later release "$1"
-	busy "$1"
 }
 
 guest()
@@ -277,6 +295,7 @@ by_name()
 # overlay [OPTION]: over an image whose disk has the same label
 overlay()
 {
+	rm -f "$dir"/*.qcow2
 	disk ext4
 	mv "$dir/i.qcow2" "$dir/base.qcow2"
 	mv "$dir/i.data" "$dir/base.data"
@@ -422,6 +441,7 @@ stale()
 	dmsetup remove "$name"
 	poll 60 loops_gone
 	ln -s /proc/999999999 "/run/qcow2setup/${loop##*/}"
+	later rm -f "/run/qcow2setup/${loop##*/}"
 	losetup "$loop" "$keep/ext4"
 	later losetup -d "$loop"
 	[ -e "/run/qcow2setup/${loop##*/}.$seq" ]
@@ -512,6 +532,11 @@ semaphores()
 	ipcs -s | grep -c '^0x0d4d'
 }
 
+no_semaphores()
+{
+	[ "$(semaphores)" = 0 ] || fault "semaphores: $(ipcs -s | grep '^0x0d4d')"
+}
+
 # unanswered COMMAND...: it ends by itself, with one warning, and leaves no semaphore
 unanswered()
 {
@@ -529,12 +554,12 @@ stopped()
 	halt_udevd
 	unanswered "$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
 	[ -b "/dev/mapper/$name" ]
-	[ "$(semaphores)" = 0 ] || fault "$(ipcs -s)"
+	no_semaphores
 	dd if="/dev/mapper/$name" of=/dev/null bs=1M count=1 status=none
 	unanswered "$tool" resize "$name" --size 64M
 	[ "$(blockdev --getsize64 "/dev/mapper/$name")" = $((64 << 20)) ]
 	unanswered "$tool" close "$name"
-	[ "$(semaphores)" = 0 ] || fault "$(ipcs -s)"
+	no_semaphores
 	[ ! -e "/dev/mapper/$name" ]
 	nothing_left
 }
@@ -570,7 +595,7 @@ stopped_chain()
 	kill -CONT "$udevd_pid"
 	"$tool" close "$name"
 	nothing_left
-	[ "$(semaphores)" = 0 ]
+	no_semaphores
 }
 
 # In an IPC name space of its own, as in a container, udev answers to somebody else.
@@ -614,7 +639,7 @@ interrupted_open()
 	[ "$rc" = $((128 + $(kill -l "$1"))) ] || fault "status $rc: $(< "$dir/said")"
 	[ ! -s "$dir/said" ] || fault "said: $(< "$dir/said")"
 	note "$1: $((SECONDS - begun)) s"
-	[ "$(semaphores)" = 0 ] || fault "$(ipcs -s)"
+	no_semaphores
 	[ ! -e "/dev/mapper/$name" ]
 	nothing_left
 }
@@ -632,7 +657,7 @@ interrupted_close()
 	pkill -INT -P "$pid"
 	wait "$pid" || fault "status $?: $(< "$dir/said")"
 	[ ! -s "$dir/said" ] || fault "said: $(< "$dir/said")"
-	[ "$(semaphores)" = 0 ] || fault "$(ipcs -s)"
+	no_semaphores
 	[ ! -e "/dev/mapper/$name" ]
 	poll 60 loops_gone
 	nothing_left
@@ -689,6 +714,7 @@ check "without the rules the flags are enough for the device" flags_alone
 check "marks that are left over hide nobody's loop device" stale
 check "a failed open leaves no mark" marks_of_failure
 check "no place for marks" no_marks
+check "dmsetup alone: a uuid that begins as ours" by_uuid
 check "LVM by hand: the filter of the manual" lvm_by_hand
 if [ -z "$booted" ]; then
 	check "udevd is stopped: open, resize and close end by themselves" stopped
