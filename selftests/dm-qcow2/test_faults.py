@@ -627,7 +627,10 @@ def sweep(bench, options, steps, wanted, hows):
             if how in ("protected", "full", "refused") and not nth[0].startswith("write"):
                 continue
             a = attempt(rig, steps, nth, how, first.made)
-            expect(a.failed, f"{nth} was not made this time")
+            if not a.failed:
+                # A slow machine's timer may have made it the first time, and none of the steps.
+                expect(nth not in rig.script.kinds(attempt(rig, steps).trace), f"{nth} was not made this time")
+                continue
             count[how] += 1
             hit.update(a.names(r for r, _ in a.failed[:1]))
     if "once" in hows:

@@ -9,7 +9,7 @@
 
 #include "../driver/args.h"
 #include "fuzz.h"
-#include "target.h"
+#include "system/target.h"
 
 #define MAX_ARGS	64
 

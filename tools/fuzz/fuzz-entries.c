@@ -5,8 +5,8 @@
  */
 #include <string.h>
 
-#include "extents.h"
 #include "fuzz.h"
+#include "image/extents.h"
 
 struct seen {
 	uint64_t end;

@@ -3,8 +3,8 @@
 #include <string.h>
 
 #include "fuzz.h"
-#include "header.h"
-#include "plan.h"
+#include "image/header.h"
+#include "image/plan.h"
 
 struct walk {
 	const uint8_t *dir;

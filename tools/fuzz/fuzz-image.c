@@ -16,12 +16,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "commands.h"
+#include "commands/commands.h"
 #include "fuzz.h"
-#include "image.h"
-#include "loop.h"
-#include "util.h"
-#include "verify.h"
+#include "image/image.h"
+#include "image/verify.h"
+#include "lib/util.h"
+#include "system/loop.h"
 
 #define PIECE		512
 #define HEAD		3

@@ -3,8 +3,8 @@
 #include <string.h>
 
 #include "fuzz.h"
-#include "target.h"
-#include "util.h"
+#include "lib/util.h"
+#include "system/target.h"
 
 /* What is read can be written, and is then read the same. */
 static void again(const struct target_table *t)

@@ -39,11 +39,11 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-#include "image.h"
-#include "interrupt.h"
-#include "repair.h"
-#include "util.h"
-#include "verify.h"
+#include "image/image.h"
+#include "image/repair.h"
+#include "image/verify.h"
+#include "lib/interrupt.h"
+#include "lib/util.h"
 
 #define NO_SUCH_WRITE	9
 #define BYTES_KEPT	512	/* what a disk writes as a whole */

@@ -15,6 +15,7 @@ else
 	sizes=(512 4K 64K 2M) widths=(1 16 64)
 fi
 
+manual=$(realpath "$(dirname "$0")/../../Documentation/qcow2setup.8")
 # shellcheck source=tools/tests/lib.sh
 . "$(dirname "$0")/lib.sh"
 
@@ -828,6 +829,34 @@ refuse 1 'too long' open t.qcow2 "$long" --data-file t.raw
 ok "open: long name"
 run --help && grep -q '^Usage' out && [ ! -s err ] ; ok "--help"
 run --version && grep -q '^qcow2setup [0-9]' out ; ok "--version"
+
+# An action's help has its own usage, options and an example; and each of the options
+# is in the manual, in the list of the action.
+synopsis() {
+	sed -n '/^\.Sh SYNOPSIS/,/^\.Sh DESCRIPTION/p' "$manual" |
+		awk -v action="$1" '/^\.Nm/ { on = 0 } $0 == ".Cm " action { on = 1 } on' |
+		grep -o 'Fl -[a-z0-9-]*' | sed 's/Fl //' | sort -u
+}
+
+run help && cp out general
+mapfile -t actions < <(sed -n '/^Actions:/,/^$/s/^  \([a-z]*\) .*/\1/p' out)
+[ ${#actions[@]} -ge 10 ] ; ok "help: actions"
+for action in "${actions[@]}"; do
+	run "$action" --help && [ ! -s err ] && cp out help &&
+		grep -q "^Usage: qcow2setup $action" out &&
+		grep -A1 '^Example:' out | grep -q "qcow2setup $action " &&
+		! cmp -s out general ; ok "help: $action --help"
+	run help "$action" && cmp -s out help ; ok "help: help $action"
+	grep -o '^  --[a-z0-9-]*' help | sed 's/^  -//' | sort -u > options
+	synopsis "$action" > manual
+	cmp options manual > out 2>&1 ; ok "help: the options of $action are those of the manual"
+	[ -z "$(grep -o '^  --[a-z0-9-]*' help | sort | uniq -d)" ]
+	ok "help: each option of $action once"
+done
+refuse 1 'not known' help frobnicate ; ok "help: unknown action"
+refuse 1 'number of arguments' help a b ; ok "help: too many arguments"
+refuse 1 'see qcow2setup help create' create --json x ; ok "help: named by a refusal"
+run --readonly --help && cmp -s out general ; ok "help: options but no action"
 "${tool[@]}" info --json t.qcow2 >/dev/full 2>err
 [ $? -eq 4 ] ; ok "a full disk does not look like success"
 

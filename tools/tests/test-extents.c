@@ -2,9 +2,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "extents.h"
+#include "image/extents.h"
+#include "lib/util.h"
 #include "test.h"
-#include "util.h"
 
 /* What came out: "D0+4 u4+2", with a capital if there is an offset. */
 struct text {

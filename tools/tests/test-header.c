@@ -2,9 +2,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "header.h"
+#include "image/header.h"
+#include "lib/util.h"
 #include "test.h"
-#include "util.h"
 
 #define CLUSTER		65536
 

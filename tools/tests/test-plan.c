@@ -2,9 +2,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "plan.h"
+#include "image/plan.h"
+#include "lib/util.h"
 #include "test.h"
-#include "util.h"
 
 /*
  * Allocate as the kernel does, one cluster after the other, with a refcount

@@ -2,9 +2,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "refcounts.h"
+#include "image/refcounts.h"
+#include "lib/util.h"
 #include "test.h"
-#include "util.h"
 
 static void test_empty(void **state)
 {

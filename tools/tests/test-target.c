@@ -2,9 +2,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "target.h"
+#include "lib/util.h"
+#include "system/target.h"
 #include "test.h"
-#include "util.h"
 
 static const struct qcow2_geometry geo = {
 	.size = 1 << 30, .cluster_bits = 16, .l1_offset = 196608,

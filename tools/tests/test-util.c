@@ -4,8 +4,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "lib/util.h"
 #include "test.h"
-#include "util.h"
 
 static void test_parse_size(void **state)
 {

@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The actions. */
+#ifndef QCOW2SETUP_COMMANDS_H
+#define QCOW2SETUP_COMMANDS_H
+
+#include "options.h"
+
+/* All return an exit code, and have said why if it is not 0. */
+int cmd_info(const struct options *opt, char **args);
+int cmd_create(const struct options *opt, char **args);
+int cmd_open(const struct options *opt, char **args);
+int cmd_close(const struct options *opt, char **args);
+int cmd_status(const struct options *opt, char **args);
+int cmd_table(const struct options *opt, char **args);
+int cmd_map(const struct options *opt, char **args);
+int cmd_check(const struct options *opt, char **args);
+int cmd_measure(const struct options *opt, char **args);
+int cmd_resize(const struct options *opt, char **args);
+
+#endif

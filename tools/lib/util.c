@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include <ctype.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "lib/util.h"
+
+bool verbose;
+bool takes_readonly, takes_trust;
+
+static void vmessage(const char *kind, const char *fmt, va_list ap)
+{
+	/* What scripts read from stdout shall not come after its error. */
+	fflush(stdout);
+	fprintf(stderr, "qcow2setup: %s", kind);
+	vfprintf(stderr, fmt, ap);
+	fputc('\n', stderr);
+}
+
+int fail(int code, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vmessage("", fmt, ap);
+	va_end(ap);
+	return code;
+}
+
+int errno_to_exit(int err)
+{
+	switch (err) {
+	case EACCES:
+	case EPERM:
+		return EX_PERMISSION;
+	case ENOMEM:
+		return EX_MEMORY;
+	case EBUSY:
+	case EEXIST:
+		return EX_BUSY;
+	default:
+		return EX_WRONG;
+	}
+}
+
+int fail_errno(const char *fmt, ...)
+{
+	int err = errno;
+	char text[6144];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	if (err == EACCES || err == EPERM)
+		return fail(EX_PERMISSION, "%s: %s; run as root, or get access to it",
+			    text, strerror(err));
+	return fail(errno_to_exit(err), "%s: %s", text, strerror(err));
+}
+
+int fail_nomem(void)
+{
+	return fail(EX_MEMORY, "out of memory");
+}
+
+void warning(const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vmessage("warning: ", fmt, ap);
+	va_end(ap);
+}
+
+void note(const char *fmt, ...)
+{
+	va_list ap;
+
+	if (!verbose)
+		return;
+	va_start(ap, fmt);
+	vmessage("", fmt, ap);
+	va_end(ap);
+}
+
+/* Write the escaped form of one byte to @out (5 bytes), return its length. */
+static size_t escape_byte(char *out, unsigned char c)
+{
+	static const char hex[] = "0123456789abcdef";
+
+	if (c == '\\') {
+		memcpy(out, "\\\\", 2);
+		return 2;
+	}
+	if (c >= 0x20 && c < 0x7f) {
+		*out = c;
+		return 1;
+	}
+	memcpy(out, "\\x", 2);
+	out[2] = hex[c >> 4];
+	out[3] = hex[c & 15];
+	return 4;
+}
+
+size_t escape(char *out, size_t out_size, const char *s, size_t len)
+{
+	size_t n = 0, i;
+
+	for (i = 0; i < len; i++) {
+		/* room for an escape, "..." and NUL */
+		if (n + 8 > out_size) {
+			memcpy(out + n, "...", 3);
+			n += 3;
+			break;
+		}
+		n += escape_byte(out + n, s[i]);
+	}
+	out[n] = 0;
+	return n;
+}
+
+const char *escn(const char *s, size_t len)
+{
+	static char buf[6][1100];
+	static unsigned int next;
+	char *b = buf[next++ % ARRAY_SIZE(buf)];
+
+	escape(b, sizeof(buf[0]), s, len);
+	return b;
+}
+
+const char *esc(const char *s)
+{
+	return escn(s, strlen(s));
+}
+
+void put_escaped(FILE *f, const char *s, size_t len)
+{
+	char one[4];
+	size_t i;
+
+	for (i = 0; i < len; i++)
+		fwrite(one, 1, escape_byte(one, s[i]), f);
+}
+
+int read_at(int fd, void *buf, size_t len, uint64_t off)
+{
+	char *p = buf;
+
+	while (len) {
+		ssize_t n = pread(fd, p, len, off);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		if (!n)
+			return -EIO;
+		p += n;
+		off += n;
+		len -= n;
+	}
+	return 0;
+}
+
+int write_at(int fd, const void *buf, size_t len, uint64_t off)
+{
+	const char *p = buf;
+
+	while (len) {
+		ssize_t n = pwrite(fd, p, len, off);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		if (!n)
+			return -ENOSPC;
+		p += n;
+		off += n;
+		len -= n;
+	}
+	return 0;
+}
+
+bool parse_u64(const char *s, uint64_t *v)
+{
+	char *end;
+
+	/* strtoull() would take blanks and a sign. */
+	if (!isdigit((unsigned char)*s))
+		return false;
+	errno = 0;
+	*v = strtoull(s, &end, 10);
+	return !errno && !*end;
+}
+
+bool parse_size(const char *s, uint64_t *size)
+{
+	static const char units[] = "KMGTP";
+	const char *unit;
+	unsigned int shift = 0;
+	uint64_t v;
+	char *end;
+
+	if (!isdigit((unsigned char)*s))
+		return false;
+	errno = 0;
+	v = strtoull(s, &end, 10);
+	if (errno)
+		return false;
+	if (*end == 's') {
+		shift = 9;
+		end++;
+	} else if (*end == 'B' || *end == 'b') {
+		end++;
+	} else if (*end) {
+		unit = strchr(units, toupper((unsigned char)*end));
+		if (!unit)
+			return false;
+		shift = 10 * (unit - units + 1);
+		end++;
+		/* "KiB" is the same as "K"; "KB" would be ambiguous */
+		if (!strcmp(end, "iB"))
+			end += 2;
+	}
+	if (*end || (shift && v >> (64 - shift)))
+		return false;
+	*size = v << shift;
+	return true;
+}
+
+const char *human_size(uint64_t size)
+{
+	static const char * const units[] = {
+		"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"
+	};
+	static char buf[4][32];
+	static unsigned int next;
+	char *b = buf[next++ % ARRAY_SIZE(buf)];
+	unsigned int u = 0;
+	double v = size;
+
+	while (v >= 1024 && u < ARRAY_SIZE(units) - 1) {
+		v /= 1024;
+		u++;
+	}
+	snprintf(b, sizeof(buf[0]), "%.3g %s", v, units[u]);
+	/* 1000..1023 need a fourth digit */
+	if (v >= 999.5)
+		snprintf(b, sizeof(buf[0]), "%.0f %s", v, units[u]);
+	return b;
+}

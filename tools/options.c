@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include <getopt.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "lib/util.h"
+#include "options.h"
+
+#ifndef VERSION
+#define VERSION "unknown"
+#endif
+
+struct option_row;
+
+/*
+ * A kind of options: puts the value @arg of option @o into @opt.  Returns an exit
+ * code; has said what is wrong if it is not 0.
+ */
+typedef int parse_fn(const struct option_row *o, const char *arg,
+		     struct options *opt);
+
+static parse_fn parse_flag, parse_text, parse_backing, parse_bytes, parse_length,
+	parse_power, parse_word;
+
+/*
+ * One row for each option; a second one if it means something else for another
+ * action.  Whether it takes a value must be the same in both.
+ */
+static const struct option_row {
+	const char *name;
+	const char *arg;		/* NULL: none */
+	const char *actions;		/* that take it: words */
+	const char *help;
+	parse_fn *parse;
+	size_t at;			/* of its field in struct options */
+	/* parse_bytes, parse_power: what is possible */
+	uint64_t min, max;
+	/* parse_word: the words, each of which stands for its place, from @first on */
+	const char *const *words;
+	unsigned int first;
+	const char *wrong;		/* what is wrong with others, and the remedy */
+} rows[] = {
+#define ROW(NAME, ARG, ACTIONS, HELP, PARSE, FIELD, ...)			\
+	{ .name = NAME, .arg = ARG, .actions = ACTIONS, .help = HELP,		\
+	  .parse = PARSE, .at = offsetof(struct options, FIELD), __VA_ARGS__ }
+
+	ROW("data-file", "DEV|FILE", "create open table",
+	    "where the guest's data is", parse_text, data_file),
+	ROW("data-file", "DEV|FILE", "resize",
+	    "the data of a closed image that is raw, or that is to grow, too",
+	    parse_text, data_file),
+	ROW("size", "SIZE", "create",
+	    "virtual size (default: that of the data file)", parse_length, size),
+	ROW("size", "SIZE", "measure", "virtual size", parse_length, size),
+	ROW("size", "SIZE|auto", "resize",
+	    "the new size; auto: that of the data file or device",
+	    parse_length, size),
+	ROW("data-file-raw", NULL, "create",
+	    "the data file is a raw image: keep its content", parse_flag,
+	    data_file_raw),
+	ROW("cluster-size", "SIZE", "create measure", "512 to 2M (default: 64K)",
+	    parse_power, cluster_size, .min = 512, .max = 2 * MIB,
+	    .wrong = "is not possible; use a power of two from 512 to 2M"),
+	ROW("extended-l2", NULL, "create measure",
+	    "divide each cluster into 32 subclusters", parse_flag, extended_l2),
+	ROW("refcount-bits", "N", "create measure", "1 to 64 (default: 16)",
+	    parse_power, refcount_bits, .min = 1, .max = 64,
+	    .wrong = "is not possible; use 1, 2, 4, 8, 16, 32 or 64"),
+	ROW("preallocation", "MODE", "create",
+	    "off, or metadata: make all L2 tables now", parse_word, preallocate,
+	    .words = (const char *const[]){ "off", "metadata", NULL },
+	    .wrong = "is not known; use off or metadata"),
+	ROW("backing-file", "DEV|FILE", "create",
+	    "what unallocated clusters read as", parse_backing, backing_file),
+	ROW("backing-file", "DEV|FILE[,data-file=DEV|FILE]", "open table",
+	    "what unallocated clusters read as; again for what is below it",
+	    parse_backing, backing_file),
+	ROW("backing-file", "DEV|FILE", "resize",
+	    "the backing file of a closed image", parse_backing, backing_file),
+	ROW("backing-format", "FORMAT", "create",
+	    "of the backing file: raw or qcow2", parse_word, backing_format,
+	    .words = (const char *const[]){ "raw", "qcow2", NULL },
+	    .first = BACKING_FORMAT_RAW,
+	    .wrong = "is not possible; use raw or qcow2"),
+	ROW("overwrite-device", NULL, "create",
+	    "IMAGE is a block device: overwrite it", parse_flag,
+	    overwrite_device),
+	ROW("readonly", NULL, "open table", "do not change image or data",
+	    parse_flag, read_only),
+	ROW("trust-image-paths", NULL, "open", "use the files that the image names",
+	    parse_flag, trust_image_paths),
+	ROW("no-discard-passdown", NULL, "open table",
+	    "keep discarded blocks of the data device", parse_flag,
+	    no_discard_passdown),
+	ROW("cache-limit", "SIZE", "open table",
+	    "memory for the map (default: 64M)", parse_bytes, cache_limit,
+	    .min = 1, .max = UINT64_MAX,
+	    .wrong = "is not a size; use a number such as 64M"),
+	ROW("sparse", NULL, "open resize",
+	    "take no space for metadata before it is needed", parse_flag, sparse),
+	ROW("host", NULL, "open",
+	    "the disk is this host's: mounts by UUID=, LVM ... see it", parse_flag,
+	    host),
+	ROW("deferred", NULL, "close", "remove the device when it is unused",
+	    parse_flag, deferred),
+	ROW("repair", "WHAT", "check",
+	    "leaks, or all: everything that can be repaired", parse_word, repair,
+	    .words = (const char *const[]){ "leaks", "all", NULL },
+	    .first = REPAIR_LEAKS, .wrong = "is not known; use leaks or all"),
+	ROW("json", NULL, "info status map check measure", "print JSON",
+	    parse_flag, json),
+#undef ROW
+};
+
+static void *field(const struct option_row *o, struct options *opt)
+{
+	return (char *)opt + o->at;
+}
+
+static int wrong_value(const struct option_row *o, const char *arg)
+{
+	return fail(EX_PARAMETER, "--%s %s %s", o->name, esc(arg), o->wrong);
+}
+
+static int parse_flag(const struct option_row *o, const char *arg,
+		      struct options *opt)
+{
+	(void)arg;
+	*(bool *)field(o, opt) = true;
+	return 0;
+}
+
+static int parse_text(const struct option_row *o, const char *arg,
+		      struct options *opt)
+{
+	*(const char **)field(o, opt) = arg;
+	return 0;
+}
+
+static int parse_backing(const struct option_row *o, const char *arg,
+			 struct options *opt)
+{
+	const char **list = field(o, opt);
+
+	if (opt->backing_files == MAX_BACKING_FILES)
+		return fail(EX_PARAMETER,
+			    "more than %d backing files; merge some with qemu-img commit or rebase",
+			    MAX_BACKING_FILES);
+	list[opt->backing_files++] = arg;
+	return 0;
+}
+
+static int parse_bytes(const struct option_row *o, const char *arg,
+		       struct options *opt)
+{
+	uint64_t *v = field(o, opt);
+
+	return parse_size(arg, v) && *v >= o->min && *v <= o->max ?
+		0 : wrong_value(o, arg);
+}
+
+/* A virtual size, or what "auto" stands for. */
+static int parse_length(const struct option_row *o, const char *arg,
+			struct options *opt)
+{
+	uint64_t *v = field(o, opt);
+
+	opt->size_auto = !strcmp(arg, "auto");
+	if (opt->size_auto || (parse_size(arg, v) && *v))
+		return 0;
+	return fail(EX_PARAMETER, "--%s %s is not a size; use a number such as 10G",
+		    o->name, esc(arg));
+}
+
+static int parse_power(const struct option_row *o, const char *arg,
+		       struct options *opt)
+{
+	uint64_t *v = field(o, opt);
+
+	return parse_size(arg, v) && *v >= o->min && *v <= o->max &&
+		!(*v & (*v - 1)) ? 0 : wrong_value(o, arg);
+}
+
+static int parse_word(const struct option_row *o, const char *arg,
+		      struct options *opt)
+{
+	unsigned int i;
+
+	for (i = 0; o->words[i]; i++)
+		if (!strcmp(o->words[i], arg)) {
+			*(unsigned int *)field(o, opt) = o->first + i;
+			return 0;
+		}
+	return wrong_value(o, arg);
+}
+
+static bool has_word(const char *words, const char *word)
+{
+	size_t len = strlen(word);
+	const char *at;
+
+	for (at = words; (at = strstr(at, word)); at += len)
+		if ((at == words || at[-1] == ' ') &&
+		    (!at[len] || at[len] == ' '))
+			return true;
+	return false;
+}
+
+static const struct option_row *find_row(const struct action *action,
+					 const char *option)
+{
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(rows); i++)
+		if (!strcmp(rows[i].name, option) &&
+		    has_word(rows[i].actions, action->name))
+			return &rows[i];
+	return NULL;
+}
+
+bool action_takes(const struct action *action, const char *option)
+{
+	return find_row(action, option);
+}
+
+static const struct action *find_action(const char *name)
+{
+	const struct action *a;
+
+	for (a = actions; a->name; a++)
+		if (!strcmp(a->name, name))
+			return a;
+	return NULL;
+}
+
+#define HELP_WIDTH	28
+
+static void help_option(const char *name, const char *arg, const char *help)
+{
+	int n = printf("  %s%s%s", name, arg ? " " : "", arg ? arg : "");
+
+	if (n > HELP_WIDTH)
+		printf("\n%*s  %s\n", HELP_WIDTH, "", help);
+	else
+		printf("%*s  %s\n", HELP_WIDTH - n, "", help);
+}
+
+static void help_all(void)
+{
+	const struct action *a;
+
+	puts("Usage: qcow2setup ACTION [ARGUMENTS] [OPTIONS]\n\n"
+	     "qcow2 images with an external data file as block devices.\n\n"
+	     "Actions:");
+	for (a = actions; a->name; a++)
+		printf("  %-8s %-32s%s\n", a->name, a->arguments, a->summary);
+	puts("\nqcow2setup help ACTION shows an action's options and an example.\n\n"
+	     "Options of all actions:");
+	help_option("-v, --verbose", NULL, "say what is done");
+	help_option("-h, --help", NULL, "show this help, or that of the action");
+	help_option("-V, --version", NULL, "show the version");
+	puts("\nSIZE is in bytes; K, M, G, T and P are powers of 1024, s is 512 bytes.\n"
+	     "Exit status: 0 done, 1 wrong parameters, 2 no permission, 3 no memory,\n"
+	     "4 wrong device or image, 5 exists already or in use.  See qcow2setup(8).");
+}
+
+static void help_action(const struct action *action)
+{
+	bool first = true;
+	char name[40];
+	size_t i;
+
+	printf("Usage: qcow2setup %s %s [OPTIONS]\n\n%s: %s.\n", action->name,
+	       action->arguments, action->name, action->summary);
+	for (i = 0; i < ARRAY_SIZE(rows); i++) {
+		if (!has_word(rows[i].actions, action->name))
+			continue;
+		if (first)
+			puts("\nOptions:");
+		first = false;
+		snprintf(name, sizeof(name), "--%s", rows[i].name);
+		help_option(name, rows[i].arg, rows[i].help);
+	}
+	printf("\nExample:\n  %s\n\nSee qcow2setup(8).\n", action->example);
+}
+
+/* "help", or "help ACTION" */
+static int help(char **args, int n)
+{
+	const struct action *action = NULL;
+
+	if (n > 1)
+		return fail(EX_PARAMETER,
+			    "wrong number of arguments; usage: qcow2setup help [ACTION]");
+	if (n) {
+		action = find_action(args[0]);
+		if (!action)
+			return fail(EX_PARAMETER,
+				    "action %s is not known; see qcow2setup --help",
+				    esc(args[0]));
+	}
+	if (action)
+		help_action(action);
+	else
+		help_all();
+	return EX_DONE;
+}
+
+/* Numbers of options for getopt_long(), behind all characters. */
+#define OPT_BASE	256
+
+/* All rows, each name once, and the common ones. */
+static void fill_long_options(struct option *o)
+{
+	size_t i, k;
+
+	for (i = 0; i < ARRAY_SIZE(rows); i++) {
+		for (k = 0; k < i && strcmp(rows[k].name, rows[i].name); k++)
+			;
+		if (k < i)
+			continue;
+		*o++ = (struct option){
+			.name = rows[i].name,
+			.has_arg = rows[i].arg ? required_argument : no_argument,
+			.val = OPT_BASE + i,
+		};
+	}
+	*o++ = (struct option){ .name = "verbose", .val = 'v' };
+	*o++ = (struct option){ .name = "help", .val = 'h' };
+	*o++ = (struct option){ .name = "version", .val = 'V' };
+	*o = (struct option){ .name = NULL };
+}
+
+/* An option as it was given; what it means depends on the action. */
+struct given {
+	const char *name, *value;
+};
+
+static int apply(const struct action *action, const struct given *given,
+		 size_t n, struct options *opt)
+{
+	const struct option_row *o;
+	size_t i;
+	int ret;
+
+	for (i = 0; i < n; i++) {
+		o = find_row(action, given[i].name);
+		if (!o)
+			return fail(EX_PARAMETER,
+				    "%s takes no option --%s; see qcow2setup help %s",
+				    action->name, given[i].name, action->name);
+		ret = o->parse(o, given[i].value, opt);
+		if (ret)
+			return ret;
+	}
+	return 0;
+}
+
+static int parse(int argc, char **argv, struct options *opt,
+		 struct given *given, const struct action **action, char ***args)
+{
+	struct option longs[ARRAY_SIZE(rows) + 4];
+	bool help_wanted = false;
+	size_t options = 0;
+	int c, n, ret;
+
+	fill_long_options(longs);
+	while ((c = getopt_long(argc, argv, ":hVv", longs, NULL)) != -1) {
+		switch (c) {
+		case 'h':
+			help_wanted = true;
+			break;
+		case 'V':
+			puts("qcow2setup " VERSION);
+			return EX_DONE;
+		case 'v':
+			verbose = true;
+			break;
+		case ':':
+			return fail(EX_PARAMETER, "option %s needs a value; see qcow2setup --help",
+				    esc(argv[optind - 1]));
+		case '?':
+			return fail(EX_PARAMETER, "option %s is not known; see qcow2setup --help",
+				    esc(argv[optind - 1]));
+		default:
+			given[options++] = (struct given){
+				rows[c - OPT_BASE].name, optarg
+			};
+		}
+	}
+	n = argc - optind - 1;
+	if (n >= 0 && !strcmp(argv[optind], "help"))
+		return help(argv + optind + 1, n);
+	if (help_wanted)
+		return help(argv + optind, n >= 0 && find_action(argv[optind]));
+	if (n < 0)
+		return fail(EX_PARAMETER, "no action is given; see qcow2setup --help");
+	*action = find_action(argv[optind]);
+	if (!*action)
+		return fail(EX_PARAMETER, "action %s is not known; see qcow2setup --help",
+			    esc(argv[optind]));
+	ret = apply(*action, given, options, opt);
+	if (ret)
+		return ret;
+	if (n < (*action)->min_args || n > (*action)->max_args)
+		return fail(EX_PARAMETER, "wrong number of arguments; usage: qcow2setup %s %s",
+			    (*action)->name, (*action)->arguments);
+	*args = argv + optind + 1;
+	return -1;
+}
+
+int options_parse(int argc, char **argv, struct options *opt,
+		  const struct action **action, char ***args)
+{
+	struct given *given = calloc(argc + 1, sizeof(*given));
+	int ret;
+
+	if (!given)
+		return fail_nomem();
+	ret = parse(argc, argv, opt, given, action, args);
+	free(given);
+	return ret;
+}

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the command line can say.  An option is told in one place, the table of
+ * options.c, and kept in a field here.
+ */
+#ifndef QCOW2SETUP_OPTIONS_H
+#define QCOW2SETUP_OPTIONS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "stack/mapping.h"
+
+struct options {
+	bool json;
+	bool read_only;
+	bool trust_image_paths;
+	bool deferred;
+	bool data_file_raw;
+	bool overwrite_device;
+	bool extended_l2;
+	bool no_discard_passdown;
+	bool sparse;
+	bool host;			/* the content is this host's own */
+	const char *data_file;
+	uint64_t size;			/* bytes; 0: that of the data file */
+	bool size_auto;			/* --size auto */
+	uint64_t cluster_size;		/* bytes; 0: the default */
+	uint64_t refcount_bits;		/* 0: the default */
+	uint64_t cache_limit;		/* bytes; 0: the driver's default */
+	/* --backing-file, from top to bottom */
+	const char *backing_file[MAX_BACKING_FILES];
+	unsigned int backing_files;
+	/* One of some words: how the table counts them, from 0 on. */
+	unsigned int preallocate;
+	enum backing_format {
+		BACKING_FORMAT_UNSET,
+		BACKING_FORMAT_RAW,
+		BACKING_FORMAT_QCOW2,
+	} backing_format;
+	enum repair {
+		REPAIR_NONE,
+		REPAIR_LEAKS,		/* refcounts that are too high */
+		REPAIR_ALL,
+	} repair;
+};
+
+/* What can be done. */
+struct action {
+	const char *name;
+	/* An exit code; if it is not 0, it has been said why. */
+	int (*handler)(const struct options *opt, char **args);
+	int min_args, max_args;
+	const char *arguments;		/* as in the usage line */
+	const char *summary;		/* a line */
+	const char *example;		/* a command, and what it does */
+};
+
+/* In the order of the help; the last one has no name. */
+extern const struct action actions[];
+
+/*
+ * Parse a command line.  Returns -1 if *@action shall be run with *@args, else an
+ * exit code: help was asked for and printed, or something is wrong and it was said.
+ */
+int options_parse(int argc, char **argv, struct options *opt,
+		  const struct action **action, char ***args);
+
+/* Does an action take an option of that name? */
+bool action_takes(const struct action *action, const char *option);
+
+#endif

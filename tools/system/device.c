@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include <ctype.h>
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "lib/util.h"
+#include "system/device.h"
+#include "system/dm.h"
+#include "system/loop.h"
+#include "system/node.h"
+#include "system/sysfs.h"
+
+const char *device_name(const char *name)
+{
+	static const char prefix[] = "/dev/mapper/";
+
+	if (!strncmp(name, prefix, sizeof(prefix) - 1))
+		return name + sizeof(prefix) - 1;
+	return name;
+}
+
+const char *device_live_name(const char *arg, char *name, size_t size)
+{
+	char uuid[160];
+	struct stat st;
+
+	if (stat(arg, &st)) {
+		snprintf(name, size, "/dev/mapper/%s", arg);
+		return !strchr(arg, '/') && !stat(name, &st) ? arg : NULL;
+	}
+	if (!S_ISBLK(st.st_mode) ||
+	    !sysfs_read(uuid, sizeof(uuid), "/sys/dev/block/%u:%u/dm/uuid",
+			major(st.st_rdev), minor(st.st_rdev)) ||
+	    strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) ||
+	    !sysfs_read(name, size, "/sys/dev/block/%u:%u/dm/name",
+			major(st.st_rdev), minor(st.st_rdev)))
+		return NULL;
+	return name;
+}
+
+/* Last component of what a link in sysfs points to. */
+static bool sysfs_link(char *out, size_t size, const char *path)
+{
+	char target[PATH_MAX];
+	ssize_t n = readlink(path, target, sizeof(target) - 1);
+	const char *slash;
+
+	if (n < 0)
+		return false;
+	target[n] = 0;
+	slash = strrchr(target, '/');
+	return snprintf(out, size, "%s", slash ? slash + 1 : target) <
+	       (int)size;
+}
+
+/*
+ * The loop device of the file below a helper that completes its last sector:
+ * its name, and the file.
+ */
+static bool look_below_tail(const char *kernel_name, char *loop, size_t loop_size,
+			    char *file, size_t file_size)
+{
+	char path[300], uuid[160], name[PATH_MAX];
+	struct dirent *e;
+	bool found = false;
+	DIR *dir;
+
+	if (!sysfs_read(uuid, sizeof(uuid), "/sys/block/%s/dm/uuid",
+			kernel_name) ||
+	    strncmp(uuid, DM_UUID_TAIL_PREFIX, strlen(DM_UUID_TAIL_PREFIX)))
+		return false;
+	snprintf(path, sizeof(path), "/sys/block/%s/slaves", kernel_name);
+	dir = opendir(path);
+	if (!dir)
+		return false;
+	while ((e = readdir(dir))) {
+		if (strncmp(e->d_name, "loop", 4))
+			continue;
+		/* the other one is a piece of memory */
+		if (sysfs_read(name, sizeof(name),
+			       "/sys/block/%s/loop/backing_file", e->d_name) &&
+		    strncmp(name, "/memfd:", 7)) {
+			snprintf(loop, loop_size, "%.30s", e->d_name);
+			snprintf(file, file_size, "%s", name);
+			found = true;
+		}
+	}
+	closedir(dir);
+	return found;
+}
+
+bool device_look_up(const char *number, struct device *d)
+{
+	char path[64], uuid[160];
+	struct loop_view v = { 0 };
+
+	memset(d, 0, sizeof(*d));
+	if (strlen(number) > 24)
+		return false;
+	snprintf(path, sizeof(path), "/sys/dev/block/%s", number);
+	if (!sysfs_link(d->kernel_name, sizeof(d->kernel_name), path))
+		return false;
+	if (sysfs_read(d->dm_name, sizeof(d->dm_name), "%s/dm/name", path)) {
+		snprintf(d->node, sizeof(d->node), "/dev/mapper/%s",
+			 d->dm_name);
+		d->qcow2 = sysfs_read(uuid, sizeof(uuid), "%s/dm/uuid", path) &&
+			   !strncmp(uuid, DM_UUID_PREFIX,
+				    strlen(DM_UUID_PREFIX));
+		look_below_tail(d->kernel_name, d->loop_name,
+				sizeof(d->loop_name), d->file,
+				sizeof(d->file));
+	} else {
+		snprintf(d->node, sizeof(d->node), "/dev/%s", d->kernel_name);
+		d->loop = sysfs_read(d->file, sizeof(d->file),
+				     "%s/loop/backing_file", path);
+		if (d->loop)
+			snprintf(d->loop_name, sizeof(d->loop_name), "%.30s",
+				 d->kernel_name);
+	}
+	if (d->loop_name[0])
+		loop_look_at(d->loop_name, &v);
+	d->ours = v.ours;
+	/* A part of it is not the file. */
+	if (!v.whole)
+		d->file[0] = 0;
+	return true;
+}
+
+bool device_made_of(const char *uuid, const struct node *node)
+{
+	const char *prefix = DM_UUID_PREFIX;
+	char want[64];
+
+	if (!strncmp(uuid, DM_UUID_HOST_PREFIX, strlen(DM_UUID_HOST_PREFIX)))
+		prefix = DM_UUID_HOST_PREFIX;
+	snprintf(want, sizeof(want), "%s%016llx-", prefix,
+		 (unsigned long long)node_hash(node));
+	return !strncmp(uuid, want, strlen(want));
+}
+
+/* Does the loop device show the file that @node has open, and all of it? */
+static bool loop_is_node(const char *kernel_name, const struct node *node)
+{
+	struct loop_view v;
+
+	return loop_look_at(kernel_name, &v) && v.whole &&
+	       v.dev == node->dev && v.ino == node->ino;
+}
+
+bool device_is_node(const char *number, const struct node *node)
+{
+	char want[32], loop[32], file[PATH_MAX];
+	struct device d;
+
+	if (node->bdev) {
+		snprintf(want, sizeof(want), "%u:%u", major(node->rdev),
+			 minor(node->rdev));
+		return !strcmp(number, want);
+	}
+	if (!device_look_up(number, &d))
+		return false;
+	if (d.loop)
+		return loop_is_node(d.kernel_name, node);
+	return look_below_tail(d.kernel_name, loop, sizeof(loop), file,
+			       sizeof(file)) &&
+	       loop_is_node(loop, node);
+}
+
+bool device_attached(const struct device *d)
+{
+	char file[8];
+
+	return sysfs_read(file, sizeof(file), "/sys/block/%s/loop/backing_file",
+			  d->loop_name);
+}
+
+/* A list of users, as it grows. */
+struct users {
+	char *out;
+	size_t size, len;
+	unsigned int n;
+};
+
+static void add_user(struct users *u, const char *fmt, ...)
+	__attribute__((format(printf, 2, 3)));
+
+static void add_user(struct users *u, const char *fmt, ...)
+{
+	va_list ap;
+	int n;
+
+	/* A few are enough to know where to begin. */
+	if (++u->n > 4 || u->len + 3 >= u->size)
+		return;
+	if (u->len)
+		u->len += snprintf(u->out + u->len, u->size - u->len, ", ");
+	va_start(ap, fmt);
+	n = vsnprintf(u->out + u->len, u->size - u->len, fmt, ap);
+	va_end(ap);
+	u->len = min_u64(u->len + n, u->size - 1);
+}
+
+/* In place: \040 and the like, as the kernel writes blanks in such files. */
+static void unescape_octal(char *s)
+{
+	char *to = s;
+
+	for (; *s; s++) {
+		if (s[0] == '\\' && s[1] >= '0' && s[1] <= '3' &&
+		    s[2] >= '0' && s[2] <= '7' && s[3] >= '0' && s[3] <= '7') {
+			*to++ = (s[1] - '0') << 6 | (s[2] - '0') << 3 |
+				(s[3] - '0');
+			s += 3;
+		} else {
+			*to++ = *s;
+		}
+	}
+	*to = 0;
+}
+
+static void find_mounts(struct users *u, dev_t rdev)
+{
+	FILE *f = fopen("/proc/self/mountinfo", "re");
+	char *line = NULL, *save, *number, *where, want[32];
+	size_t size = 0;
+
+	if (!f)
+		return;
+	snprintf(want, sizeof(want), "%u:%u", major(rdev), minor(rdev));
+	while (getline(&line, &size, f) > 0) {
+		/* ID parent MAJOR:MINOR root where ... */
+		if (!strtok_r(line, " ", &save) || !strtok_r(NULL, " ", &save))
+			continue;
+		number = strtok_r(NULL, " ", &save);
+		strtok_r(NULL, " ", &save);
+		where = strtok_r(NULL, " ", &save);
+		if (!number || !where || strcmp(number, want))
+			continue;
+		unescape_octal(where);
+		add_user(u, "mounted on %s", esc(where));
+	}
+	free(line);
+	fclose(f);
+}
+
+static void find_swap(struct users *u, dev_t rdev)
+{
+	FILE *f = fopen("/proc/swaps", "re");
+	char *line = NULL, *save, *path;
+	size_t size = 0;
+	struct stat st;
+
+	if (!f)
+		return;
+	while (getline(&line, &size, f) > 0) {
+		path = strtok_r(line, " \t", &save);
+		if (!path || *path != '/')
+			continue;
+		unescape_octal(path);
+		if (!stat(path, &st) && S_ISBLK(st.st_mode) &&
+		    st.st_rdev == rdev)
+			add_user(u, "used as swap");
+	}
+	free(line);
+	fclose(f);
+}
+
+static void find_holders(struct users *u, dev_t rdev)
+{
+	char path[64], name[160];
+	struct dirent *d;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/holders",
+		 major(rdev), minor(rdev));
+	dir = opendir(path);
+	if (!dir)
+		return;
+	while ((d = readdir(dir))) {
+		if (d->d_name[0] == '.')
+			continue;
+		if (sysfs_read(name, sizeof(name), "/sys/block/%s/dm/name",
+			       d->d_name))
+			add_user(u, "used by device %s (%s)", d->d_name,
+				 esc(name));
+		else
+			add_user(u, "used by device %s", esc(d->d_name));
+	}
+	closedir(dir);
+}
+
+static bool has_open(const char *pid, dev_t rdev)
+{
+	char path[300];
+	struct dirent *d;
+	struct stat st;
+	bool found = false;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%s/fd", pid);
+	dir = opendir(path);
+	if (!dir)
+		return false;
+	while (!found && (d = readdir(dir)))
+		found = d->d_name[0] != '.' &&
+			!fstatat(dirfd(dir), d->d_name, &st, 0) &&
+			S_ISBLK(st.st_mode) && st.st_rdev == rdev;
+	closedir(dir);
+	return found;
+}
+
+static void find_processes(struct users *u, dev_t rdev)
+{
+	struct dirent *d;
+	char comm[64], self[16];
+	DIR *dir = opendir("/proc");
+
+	if (!dir)
+		return;
+	snprintf(self, sizeof(self), "%d", getpid());
+	while ((d = readdir(dir))) {
+		/* We may have inherited it, but do not stay. */
+		if (!isdigit((unsigned char)d->d_name[0]) ||
+		    !strcmp(d->d_name, self) || !has_open(d->d_name, rdev))
+			continue;
+		if (!sysfs_read(comm, sizeof(comm), "/proc/%s/comm",
+				d->d_name))
+			snprintf(comm, sizeof(comm), "?");
+		/* udev looks at devices for moments: it is not to blame */
+		if (strstr(comm, "udevd") || strstr(comm, "udev-worker"))
+			continue;
+		add_user(u, "open in process %s (%s)", esc(d->d_name),
+			 esc(comm));
+	}
+	closedir(dir);
+}
+
+bool device_users(dev_t rdev, char *out, size_t size)
+{
+	struct users u = { .out = out, .size = size };
+
+	*out = 0;
+	find_mounts(&u, rdev);
+	find_swap(&u, rdev);
+	find_holders(&u, rdev);
+	find_processes(&u, rdev);
+	if (u.n > 4)
+		snprintf(out + u.len, size - u.len, ", and %u more", u.n - 4);
+	return u.n;
+}

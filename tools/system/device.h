@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What sysfs and procfs know about devices that are live. */
+#ifndef QCOW2SETUP_DEVICE_H
+#define QCOW2SETUP_DEVICE_H
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include "system/node.h"
+
+/* A block device that a table names. */
+struct device {
+	char node[300];			/* "/dev/loop3", "/dev/mapper/vg-lv" */
+	char kernel_name[256];		/* "loop3" */
+	char dm_name[128];		/* "vg-lv"; empty: not device-mapper's */
+	bool qcow2;			/* a device of ours */
+	bool loop;
+	char loop_name[32];		/* it, or the one below a helper */
+	bool ours;			/* that is made by open, and goes with its user */
+	char file[PATH_MAX];		/* that it shows, if it is all of it */
+};
+
+/* @number as in a table line: "7:3".  False if there is no such device. */
+bool device_look_up(const char *number, struct device *d);
+/* Is it still attached to a file? */
+bool device_attached(const struct device *d);
+/*
+ * Was one of our devices, with this uuid, made of the image @node, and not of
+ * another file or device that leads there?
+ */
+bool device_made_of(const char *uuid, const struct node *node);
+/* Is @number this file or device, also through a loop device or a helper? */
+bool device_is_node(const char *number, const struct node *node);
+
+/* The name of our device, also if it was given as a path below /dev/mapper. */
+const char *device_name(const char *name);
+
+/*
+ * The name of one of our devices, or NULL if @arg is an image.  A file goes
+ * before a device of the same name: say /dev/mapper/NAME then.
+ */
+const char *device_live_name(const char *arg, char *name, size_t size);
+
+/*
+ * Who keeps a device busy, as a phrase: mounts, swap, other devices,
+ * processes.  Returns false if nobody was found.
+ */
+bool device_users(dev_t rdev, char *out, size_t size);
+
+#endif
