@@ -542,7 +542,7 @@ unanswered()
 {
 	local rc=0
 
-	timeout "$patient" "$@" > "$dir/said" 2>&1 || rc=$?
+	timeout -s KILL "$patient" "$@" > "$dir/said" 2>&1 || rc=$?
 	[ "$rc" = 0 ] || fault "status $rc: $*: $(< "$dir/said")"
 	[[ $(wc -l < "$dir/said") = 1 && $(< "$dir/said") = *DM_DISABLE_UDEV=1* ]] ||
 		fault "said: $(< "$dir/said")"
