@@ -125,7 +125,7 @@ install: preflight-install all
 uninstall:
 	rm -f $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
 	$(if $(DESTDIR),,depmod $(KREL))
-	rm -f $(DESTDIR)$(PREFIX)/sbin/qcow2setup $(DESTDIR)$(PREFIX)/share/man/man8/qcow2setup.8
+	$(MAKE) -C tools uninstall DESTDIR=$(DESTDIR) PREFIX=$(PREFIX)
 
 # Does not need kernel headers, so that it works wherever it is wanted.
 clean:

@@ -22,6 +22,7 @@ struct options {
 	bool no_discard_passdown;
 	bool sparse;
 	bool shrink;
+	bool host;			/* the content is this host's own */
 	const char *data_file;
 	uint64_t size;			/* bytes; 0: that of the data file */
 	bool size_auto;			/* --size auto */

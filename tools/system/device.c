@@ -224,9 +224,12 @@ bool device_look_up(const char *number, struct device *d)
 
 bool device_made_of(const char *uuid, const struct node *node)
 {
+	const char *prefix = DM_UUID_PREFIX;
 	char want[64];
 
-	snprintf(want, sizeof(want), DM_UUID_PREFIX "%016llx-",
+	if (!strncmp(uuid, DM_UUID_HOST_PREFIX, strlen(DM_UUID_HOST_PREFIX)))
+		prefix = DM_UUID_HOST_PREFIX;
+	snprintf(want, sizeof(want), "%s%016llx-", prefix,
 		 (unsigned long long)node_hash(node));
 	return !strncmp(uuid, want, strlen(want));
 }

@@ -10,8 +10,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "lib/interrupt.h"
 #include "lib/util.h"
 #include "system/dm.h"
+#include "system/udev.h"
 
 /* What libdevmapper said last; it goes into our own one-line message. */
 static char dm_said[512];
@@ -104,7 +106,7 @@ static int task_run_cookie(struct dm_task *dmt, uint16_t flags)
 	if (!dm_task_set_cookie(dmt, &cookie, flags))
 		return -ENOMEM;
 	ret = task_run(dmt);
-	dm_udev_wait(cookie);
+	udev_wait(cookie);
 	dm_task_update_nodes();
 	return ret;
 }
@@ -352,10 +354,8 @@ static int not_resumed(int log, const char *name, int err)
 }
 
 int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
-	    unsigned int count, bool read_only, bool helper)
+	    unsigned int count, bool read_only)
 {
-	uint16_t flags = helper ? DM_UDEV_DISABLE_DISK_RULES_FLAG |
-				  DM_UDEV_DISABLE_OTHER_RULES_FLAG : 0;
 	int ret, log;
 
 	log = kmsg_open();
@@ -374,10 +374,11 @@ int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
 	if (ret) {
 		ret = refused(log, name, -ret);
 	} else {
-		ret = simple(DM_DEVICE_RESUME, name, NULL, flags);
-		if (!ret)
+		ret = simple(DM_DEVICE_RESUME, name, NULL,
+			     udev_flags(name, uuid));
+		if (!ret && !interrupted())
 			goto out;
-		ret = not_resumed(log, name, -ret);
+		ret = ret ? not_resumed(log, name, -ret) : EX_WRONG;
 	}
 	if (simple(DM_DEVICE_REMOVE, name, NULL, 0))
 		warning("%s: cannot remove the device again; try dmsetup remove %s",
@@ -418,9 +419,13 @@ int dm_load(const char *name, const struct dm_line *line)
 
 int dm_resume(const char *name)
 {
-	int log = kmsg_open();
-	int ret = simple(DM_DEVICE_RESUME, name, NULL, 0);
+	int log = kmsg_open(), ret;
+	struct dm_dev_info info;
 
+	/* It is resumed in any case. */
+	if (dm_query(name, &info))
+		*info.uuid = 0;
+	ret = simple(DM_DEVICE_RESUME, name, NULL, udev_flags(name, info.uuid));
 	if (ret)
 		ret = not_resumed(log, name, -ret);
 	if (log >= 0)

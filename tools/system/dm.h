@@ -12,6 +12,8 @@
 
 #define DM_TARGET		"qcow2"
 #define DM_UUID_PREFIX		"QCOW2-"
+/* Those of them that are the host's own: open --host */
+#define DM_UUID_HOST_PREFIX	"QCOW2-HOST-"
 /* Helpers that vanish with the device they serve. */
 #define DM_UUID_TAIL_PREFIX	"QCOW2TAIL-"
 #define DM_TAIL_SUFFIX		"-tail"
@@ -51,10 +53,10 @@ int dm_gone(const char *name);
 int dm_check_table(const char *name, const char *params);
 /*
  * Create a device with @lines as its table and make it live.  Leaves nothing
- * behind if it fails.
+ * behind if it fails, or if it is interrupted.
  */
 int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
-	    unsigned int count, bool read_only, bool helper);
+	    unsigned int count, bool read_only);
 /*
  * Hold back all requests, and let the target write what it has in core; file
  * systems on the device are not asked to come to rest.

@@ -13,11 +13,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "lib/interrupt.h"
 #include "lib/util.h"
 #include "system/loop.h"
+#include "system/mark.h"
 #include "system/sysfs.h"
 
 #define ATTACH_TRIES	64
+/* With 20 ms each: so long another program may take to attach its file. */
+#define BUSY_TRIES	1500
 /* So long the node of a new device may take that udev or the kernel makes. */
 #define NODE_TRIES	15
 
@@ -34,7 +38,10 @@ static void wait_a_little(void)
 	nanosleep(&ts, NULL);
 }
 
-/* Open a loop device that was free a moment ago; its number, or -errno. */
+/*
+ * Open a loop device that was free a moment ago; its number, or -errno.  Nobody
+ * else can attach something to it while it is open like this.
+ */
 static int open_free(int control, struct loop *loop)
 {
 	char path[32];
@@ -45,7 +52,7 @@ static int open_free(int control, struct loop *loop)
 		return -errno;
 	snprintf(loop->name, sizeof(loop->name), "loop%d", nr);
 	snprintf(path, sizeof(path), "/dev/%s", loop->name);
-	loop->fd = open(path, O_RDWR | O_CLOEXEC);
+	loop->fd = open(path, O_RDWR | O_EXCL | O_CLOEXEC);
 	if (loop->fd < 0)
 		return -errno;
 	if (fstat(loop->fd, &st))
@@ -76,6 +83,29 @@ static int make_node(const char *name)
 		    path, strerror(err), path, major_nr, minor_nr);
 }
 
+/* 0 or -errno */
+static int configure(struct loop *loop, const struct loop_config *config)
+{
+	char path[32];
+	int ret, fd;
+
+	mark_attaching(loop->name);
+	ret = ioctl(loop->fd, LOOP_CONFIGURE, config) ? -errno : 0;
+	if (!ret)
+		mark_attached(loop->name, loop->fd);
+	mark_attaching_done(loop->name);
+	if (ret)
+		return ret;
+	/* Now others shall have it, too, first of all device-mapper. */
+	snprintf(path, sizeof(path), "/dev/%s", loop->name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	close(loop->fd);
+	loop->fd = fd;
+	return 0;
+}
+
 int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 {
 	struct loop_config config = {
@@ -90,7 +120,7 @@ int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 		.info.lo_flags = LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
 	};
 	struct loop_info64 info;
-	int control, ret = -EAGAIN, i, missing = 0, code;
+	int control, ret = -EAGAIN, i, missing = 0, busy = 0, code;
 
 	*loop = (struct loop)LOOP_CLOSED;
 	if (read_only)
@@ -99,6 +129,7 @@ int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 	snprintf((char *)config.info.lo_file_name, LO_NAME_SIZE, MARK "%.*s",
 		 LO_NAME_SIZE - (int)sizeof(MARK), path);
 
+	mark_sweep();
 	control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
 	if (control < 0) {
 		if (errno == EACCES || errno == EPERM)
@@ -107,7 +138,12 @@ int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 			    "loop devices are not available: %s; load the loop module (modprobe loop)",
 			    strerror(errno));
 	}
-	for (i = 0; i < ATTACH_TRIES; i++) {
+	for (i = 0; i < ATTACH_TRIES && busy < BUSY_TRIES;
+	     ret == -EBUSY ? busy++ : i++) {
+		if (interrupted()) {
+			close(control);
+			return EX_WRONG;
+		}
 		ret = open_free(control, loop);
 		if (ret == -ENOENT || ret == -ENXIO || ret == -EBUSY) {
 			/* the node is not there yet, or the device just went */
@@ -123,7 +159,7 @@ int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 		}
 		if (ret < 0)
 			break;
-		ret = ioctl(loop->fd, LOOP_CONFIGURE, &config) ? -errno : 0;
+		ret = configure(loop, &config);
 		if (!ret)
 			break;
 		close(loop->fd);
