@@ -523,13 +523,15 @@ modules()
 	local ko=${DM_QCOW2_KO:-$here/../../driver/dm-qcow2.ko} kept
 
 	image i $((4 << 20)) ''
-	# Installed, if it is not: only then can it be loaded by its name.
-	kept=/lib/modules/$(uname -r)/updates
+	# Installed, if it is not: only then can it be loaded by its name. Nothing of that
+	# stays, and a folder that cannot be written is no hindrance.
+	kept=/lib/modules/$(uname -r)
 	if ! modinfo dm-qcow2 > "$dir/out" 2>&1; then
-		mkdir -p "$kept"
-		later depmod
-		later rm -f "$kept/dm-qcow2.ko"
-		cp "$ko" "$kept"
+		mkdir "$dir/upper" "$dir/work"
+		mount -t overlay -o "lowerdir=$kept,upperdir=$dir/upper,workdir=$dir/work" overlay "$kept"
+		later umount "$kept"
+		mkdir -p "$kept/updates"
+		cp "$ko" "$kept/updates/dm-qcow2.ko"
 		depmod
 	fi
 	rmmod dm_qcow2
