@@ -286,7 +286,7 @@ just_enough()
 	later losetup -d "$meta"
 	pattern RAW $((16 << 20)) > "$dir/i.data"
 	cp "$dir/i.data" "$dir/model"
-	for ((sectors = 530; ; sectors += 4)); do
+	for ((sectors = 498; ; sectors += 8)); do
 		[ "$sectors" -lt 700 ] || fault "even $sectors sectors are not enough"
 		dmsetup create "$prefix-meta" --table "0 $sectors linear $meta 0"
 		"$tool" create "/dev/mapper/$prefix-meta" --data-file "$dir/i.data" --size 1M --cluster-size 512 \
