@@ -534,7 +534,7 @@ semaphores()
 
 no_semaphores()
 {
-	[ "$(semaphores)" = 0 ] || fault "semaphores: $(ipcs -s | grep '^0x0d4d')"
+	[ "$(semaphores)" = 0 ] || fault "semaphores: $(dmsetup udevcookies | tail -n +2)"
 }
 
 # unanswered COMMAND...: it ends by itself, with one warning, and leaves no semaphore
