@@ -693,6 +693,7 @@ RULES
 start udevadm lvm mdadm mkfs.ext4 ipcs unshare
 need_tool
 [ -x $udevd ] || skip_all "systemd-udevd is not installed"
+[ -e "$rules/10-dm-qcow2.rules" ] || skip_all "the rules of qcow2setup are not here"
 # A systemd that has been booted for this, or no udevd
 booted=''
 [ ! -d /run/systemd/system ] || booted=1
