@@ -453,15 +453,20 @@ stale()
 	busy ext4
 }
 
-# A failed open leaves neither devices nor marks.
+# An open that fails at its last step leaves neither devices nor marks.
 marks_of_failure()
 {
+	local uuid
+
 	disk ext4
-	truncate -s 1M "$dir/other.data"
-	not "$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/other.data" 2> /dev/null
-	dmsetup create "$name" --notable
-	not "$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" 2> /dev/null
-	nothing_left_but "$name"
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
+	uuid=$(dmsetup info -c --noheadings -o uuid "$name")
+	"$tool" close "$name"
+	# Its uuid is taken.
+	dmsetup create "$prefix-other" --notable --uuid "$uuid"
+	not "$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" 2> "$dir/said"
+	grep -q "cannot create the device\|exists" "$dir/said" || fault "$(< "$dir/said")"
+	nothing_left_but "$prefix-other"
 	[ -z "$(ls /run/qcow2setup 2> /dev/null)" ] || fault "marks: $(ls /run/qcow2setup)"
 }
 
@@ -490,7 +495,6 @@ lvm_by_hand()
 	# shellcheck disable=SC2016 # as it is there
 	filter=$(sed -n 's/^\(global_filter = .*\)$/\1/p' "$here/../../Documentation/qcow2setup.8")
 	[ -n "$filter" ] || fault "the manual has no filter"
-	filter=${filter//\\e/\\}
 	disk pv
 	later release pv
 	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
@@ -498,7 +502,8 @@ lvm_by_hand()
 	settle
 	vgchange -qq --config "devices { $filter }" -ay > /dev/null
 	quiet "vgchange with the filter"
-	vgchange -qq -ay > /dev/null
+	# It sees the same group on the loop device, and wants it only once.
+	vgchange -qq --config 'devices { global_filter = [ "r|^/dev/loop|" ] }' -ay > /dev/null
 	busy pv
 	release pv
 	unwind 1
@@ -534,7 +539,7 @@ semaphores()
 
 no_semaphores()
 {
-	[ "$(semaphores)" = 0 ] || fault "semaphores: $(ipcs -s | grep '^0x0d4d')"
+	[ "$(semaphores)" = 0 ] || fault "semaphores: $(dmsetup udevcookies | tail -n +2)"
 }
 
 # unanswered COMMAND...: it ends by itself, with one warning, and leaves no semaphore
@@ -688,6 +693,7 @@ RULES
 start udevadm lvm mdadm mkfs.ext4 ipcs unshare
 need_tool
 [ -x $udevd ] || skip_all "systemd-udevd is not installed"
+[ -e "$rules/10-dm-qcow2.rules" ] || skip_all "the rules of qcow2setup are not here"
 # A systemd that has been booted for this, or no udevd
 booted=''
 [ ! -d /run/systemd/system ] || booted=1

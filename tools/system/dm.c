@@ -13,7 +13,6 @@
 #include "lib/interrupt.h"
 #include "lib/util.h"
 #include "system/dm.h"
-#include "system/udev.h"
 
 /* What libdevmapper said last; it goes into our own one-line message. */
 static char dm_said[512];

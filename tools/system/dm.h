@@ -8,8 +8,14 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "system/names.h"
 #include "system/target.h"
+#include "system/udev.h"
+
+#define DM_TARGET		"qcow2"
+#define DM_TAIL_SUFFIX		"-tail"
+#define DM_BACKING_TAIL_SUFFIX	"-backing-tail"
+/* So that name, prefix, a hash and a suffix fit the kernel's limits. */
+#define DM_NAME_MAX		100
 
 struct dm_dev_info {
 	bool exists, suspended, read_only;

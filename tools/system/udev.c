@@ -6,7 +6,6 @@
 
 #include "lib/interrupt.h"
 #include "lib/util.h"
-#include "system/names.h"
 #include "system/udev.h"
 
 static bool begins(const char *s, const char *prefix)
