@@ -26,6 +26,10 @@ KMAKE = $(MAKE) --no-print-directory -C $(KDIR) M=$(CURDIR)
 PREFIX ?= /usr/local
 DESTDIR ?=
 INSTALL_MOD_DIR ?= updates
+# As kbuild has it: 1 for --strip-debug, other values are strip's options, empty: no strip
+INSTALL_MOD_STRIP ?= 1
+STRIP ?= strip
+MODULES = $(DESTDIR)/lib/modules/$(KREL)
 
 # What kbuild leaves. Newer kernels put the version in .module-common.o.
 BUILT = driver/*.o driver/.*.cmd driver/*.ko driver/*.mod driver/*.mod.c \
@@ -46,14 +50,18 @@ help:
 	@echo '  make clean       remove what was built'
 	@echo 'On Debian, as root, with what they need installed by themselves:'
 	@echo '  make demo        boot a VM from a qcow2 image through the device, step by step'
-	@echo '  make check       all tests, in a VM; TESTS="read write" runs some of them,'
+	@echo '  make check       all tests, in a VM; TESTS="read write faults:suspend" runs some of'
+	@echo '                   them, and of faults only what has "suspend" in its name;'
 	@echo '                   KERNEL= takes another kernel ($(KERNELS)) than $(KERNEL)'
+	@echo '                   CHECK_LOAD=8 keeps the machine busy beside it'
 	@echo '  make check-kernels   all tests with each of these kernels, one after the other'
 	@echo '  make check-debug tests in kernels that look for races, leaks, wrong locking ...'
 	@echo '  make vm-shell    a root shell in the test VM'
 	@echo '  make soak        power cuts with ever new seeds; SOAK_MINUTES=, SOAK_SEED='
+	@echo '  make seeds       what has random requests with SEEDS=$(SEEDS) seeds from FIRST_SEED= on; TESTS='
 	@echo 'Parts of make check:'
 	@echo '  make deps        install what make check needs'
+	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
 	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
@@ -73,17 +81,25 @@ preflight-module: preflight-cc
 		echo "dm-qcow2: $(KDIR) holds no kernel headers that are ready for use; install the linux-headers package, or name another folder with KDIR=" >&2; exit 1; \
 	fi
 
-preflight-tool: preflight-cc
-	@command -v pkg-config > /dev/null || { \
-		echo "dm-qcow2: no pkg-config; run: apt-get install pkg-config" >&2; exit 1; }
-	@for lib in devmapper:libdevmapper-dev smartcols:libsmartcols-dev; do \
-		pkg-config --exists $${lib%:*} || { \
-			echo "dm-qcow2: the library $${lib%:*} is missing; run: apt-get install $${lib#*:}" >&2; exit 1; }; \
+preflight-tool:
+	@$(MAKE) --no-print-directory -C tools preflight
+
+preflight-unit:
+	@$(MAKE) --no-print-directory -C tools preflight-unit
+
+# depmod prefers updates/ to updates/dkms/, so the module of DKMS, which is signed and
+# kept up to date, would never be loaded again.
+preflight-install: preflight-module
+	@for f in $(MODULES)/updates/dkms/dm-qcow2.ko*; do \
+		[ ! -e "$$f" ] || { \
+			echo "dm-qcow2: DKMS has installed $$f, which a module in $(INSTALL_MOD_DIR)/ would hide; install the tool alone (make -C tools install), or first run: dkms remove dm-qcow2/0.1.0 -k $(KREL)" >&2; exit 1; }; \
 	done
 
 # kbuild's own dependencies do not always see that the headers are another
 # kernel's, so a change of kernel starts from scratch.
 module: preflight-module
+	@[ "$(KREL)" = "$$(uname -r)" ] || \
+		echo "dm-qcow2: the module is for kernel $(KREL), not for the running one, $$(uname -r); for that install its headers, or name them with KDIR="
 	@$(LOCK) $(MAKE) --no-print-directory __module KDIR=$(KDIR)
 
 __module:
@@ -100,16 +116,16 @@ tool: preflight-tool
 driver/dm-qcow2.ko: module
 tools/qcow2setup: tool
 
-install: all
-	install -D -m 644 driver/dm-qcow2.ko \
-		$(DESTDIR)/lib/modules/$(KREL)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
+install: preflight-install all
+	install -D -m 644 driver/dm-qcow2.ko $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
+	$(if $(INSTALL_MOD_STRIP),$(STRIP) $(INSTALL_MOD_STRIP:1=--strip-debug) $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko)
 	$(if $(DESTDIR),,depmod $(KREL))
 	$(MAKE) -C tools install DESTDIR=$(DESTDIR) PREFIX=$(PREFIX)
 
 uninstall:
-	rm -f $(DESTDIR)/lib/modules/$(KREL)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
+	rm -f $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
 	$(if $(DESTDIR),,depmod $(KREL))
-	rm -f $(DESTDIR)$(PREFIX)/sbin/qcow2setup $(DESTDIR)$(PREFIX)/share/man/man8/qcow2setup.8
+	$(MAKE) -C tools uninstall DESTDIR=$(DESTDIR) PREFIX=$(PREFIX)
 
 # Does not need kernel headers, so that it works wherever it is wanted.
 clean:
@@ -144,7 +160,12 @@ lint:
 	@selftests/vm/deps lint
 	@selftests/lint
 
-unit: preflight-tool
+quick: preflight-unit
+	@$(LOCK) $(MAKE) --no-print-directory -j$$(nproc) -C tools quick
+
+unit: preflight-unit
+	@command -v valgrind > /dev/null || { \
+		echo "dm-qcow2: no valgrind; run: apt-get install valgrind libc6-dbg" >&2; exit 1; }
 	@$(MAKE) --no-print-directory -C tools unit valgrind
 
 fuzz: preflight-tool
@@ -167,7 +188,7 @@ check-kernels:
 planted-build:
 	@$(LOCK) $(MAKE) --no-print-directory -C selftests/planted module
 
-test-programs: preflight-tool
+test-programs: preflight-unit
 	@$(LOCK) $(MAKE) --no-print-directory -C tools test-programs
 
 check-planted:
@@ -180,8 +201,22 @@ soak:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/powercut --soak
 
+# One VM runs them all; each run is a short one, except where it says how many.
+SEEDS ?= 200
+FIRST_SEED ?= 1
+RANDOM_TESTS := "extl2:bits after" "extl2:same entries" differential matrix "entries:random" "entries:some" \
+	"cache:spread" "cache:dropped under" "cache:smallest" "corrupt:random" fuzz race
+seeds: export VM_EXPORT += REQUESTS ROUNDS FACTOR FUZZ_IMAGES
+seeds: export REQUESTS ?= 40
+seeds: export ROUNDS ?= 1
+seeds: export FUZZ_IMAGES ?= 4
+seeds:
+	@selftests/vm/deps check
+	@$(MAKE) --no-print-directory vm-build
+	@selftests/vm/run --load --timeout 86400 --cmd 'selftests/vm/guest-seeds $(FIRST_SEED) $(SEEDS) $(or $(TESTS),$(RANDOM_TESTS))'
+
 # The kernels are built once, which takes a quarter of an hour.
-check-debug: export MORE_TESTS ?= backing extl2 corrupt fail reload
+check-debug: export MORE_TESTS ?= backing backing_devices extl2 corrupt fail fail_places fail_discard reload
 check-debug:
 	@selftests/debug/check $(DEBUG)
 
@@ -190,6 +225,6 @@ demo:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
-.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint unit fuzz \
-	check check-debug check-kernels check-planted planted-build test-programs soak demo \
-	preflight-cc preflight-module preflight-tool
+.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint quick unit fuzz \
+	check check-debug check-kernels check-planted planted-build test-programs soak seeds demo \
+	preflight-cc preflight-module preflight-tool preflight-unit preflight-install

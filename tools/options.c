@@ -47,7 +47,7 @@ static const struct option_row {
 	ROW("data-file", "DEV|FILE", "create open table",
 	    "where the guest's data is", parse_text, data_file),
 	ROW("data-file", "DEV|FILE", "resize",
-	    "the data of a closed image that is raw, or that is to grow, too",
+	    "the data of a closed image that is raw, or that is to grow or be cut, too",
 	    parse_text, data_file),
 	ROW("size", "SIZE", "create",
 	    "virtual size (default: that of the data file)", parse_length, size),
@@ -98,12 +98,20 @@ static const struct option_row {
 	    .wrong = "is not a size; use a number such as 64M"),
 	ROW("sparse", NULL, "open resize",
 	    "take no space for metadata before it is needed", parse_flag, sparse),
+	ROW("shrink", NULL, "resize",
+	    "make a closed image smaller: what is behind the new end is lost",
+	    parse_flag, shrink),
+	ROW("host", NULL, "open",
+	    "the disk is this host's: mounts by UUID=, LVM ... see it", parse_flag,
+	    host),
 	ROW("deferred", NULL, "close", "remove the device when it is unused",
 	    parse_flag, deferred),
 	ROW("repair", "WHAT", "check",
-	    "leaks, or all: everything that can be repaired", parse_word, repair,
-	    .words = (const char *const[]){ "leaks", "all", NULL },
-	    .first = REPAIR_LEAKS, .wrong = "is not known; use leaks or all"),
+	    "leaks; all that can be repaired; or bitmaps: give them up",
+	    parse_word, repair,
+	    .words = (const char *const[]){ "leaks", "all", "bitmaps", NULL },
+	    .first = REPAIR_LEAKS,
+	    .wrong = "is not known; use leaks, all or bitmaps"),
 	ROW("json", NULL, "info status map check measure", "print JSON",
 	    parse_flag, json),
 #undef ROW
@@ -141,7 +149,7 @@ static int parse_backing(const struct option_row *o, const char *arg,
 
 	if (opt->backing_files == MAX_BACKING_FILES)
 		return fail(EX_PARAMETER,
-			    "more than %d backing files; merge some with qemu-img commit or rebase",
+			    "more than %d backing files; merge some: qemu-img rebase -f qcow2 -F qcow2 -b BASE IMAGE",
 			    MAX_BACKING_FILES);
 	list[opt->backing_files++] = arg;
 	return 0;

@@ -21,6 +21,8 @@ struct options {
 	bool extended_l2;
 	bool no_discard_passdown;
 	bool sparse;
+	bool shrink;
+	bool host;			/* the content is this host's own */
 	const char *data_file;
 	uint64_t size;			/* bytes; 0: that of the data file */
 	bool size_auto;			/* --size auto */
@@ -41,6 +43,7 @@ struct options {
 		REPAIR_NONE,
 		REPAIR_LEAKS,		/* refcounts that are too high */
 		REPAIR_ALL,
+		REPAIR_BITMAPS,		/* give them up */
 	} repair;
 };
 

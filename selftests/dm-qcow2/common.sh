@@ -7,7 +7,8 @@
 #	check "name" function [arg...]	# one result each
 #	finish
 #
-# A check runs in a subshell under "set -e": the first command that fails fails
+# The arguments of the test are words: only those checks are run whose names have all of
+# them, in any case. --list before them prints the names. A check runs in a subshell under "set -e": the first command that fails fails
 # the check. What it leaves behind is taken down after it: all devices whose
 # names begin with $prefix, and all loop devices on files in $dir.
 
@@ -21,10 +22,17 @@ export LC_ALL=C
 # Array devices are made by mdadm itself then, too.
 [ -e /run/udev/control ] || export MDADM_NO_UDEV=1
 
+# Seconds: nothing that is waited for is taken for hung before that. No test is about how
+# long a thing takes.
+patience=120
+
 prefix=qcow2test$$
 dir=''
 checks=()
 undo=()
+
+only=("$@") list=''
+[ "${only[0]-}" != --list ] || { list=1; only=("${only[@]:1}"); }
 
 note()
 {
@@ -54,6 +62,8 @@ load_module()
 
 skip_all()
 {
+	# Their names have checks that cannot be run, too.
+	[ -z "$list" ] || return 0
 	ktap_skip_all "$*"
 	exit "$KSFT_SKIP"
 }
@@ -63,6 +73,7 @@ start()
 {
 	local c
 
+	[ -z "$list" ] || return 0
 	ktap_print_header
 	[ "$(id -u)" = 0 ] || skip_all "root is needed"
 	for c in dmsetup losetup qemu-img qemu-io python3 "$@"; do
@@ -148,10 +159,32 @@ run_check()
 	fi
 }
 
+# matching: drop the checks whose names have not all the words of the arguments
+matching()
+{
+	local c name w
+	local -a all=("${checks[@]}")
+
+	checks=()
+	for c in "${all[@]}"; do
+		eval "name=(${c%" "})"
+		for w in "${only[@]}"; do
+			[[ ${name[0],,} == *"${w,,}"* ]] || continue 2
+		done
+		[ -z "$list" ] || printf '%s\n' "${name[0]}"
+		checks+=("$c")
+	done
+	[ ${#checks[@]} -gt 0 ] && return
+	echo "Bail out! no result of ${0##*/} has '${only[*]}' in its description; its argument --list shows what there is"
+	exit "$KSFT_FAIL"
+}
+
 finish()
 {
 	local c
 
+	matching
+	[ -z "$list" ] || exit "$KSFT_PASS"
 	ktap_set_plan ${#checks[@]}
 	for c in "${checks[@]}"; do
 		eval "run_check $c"
@@ -215,7 +248,7 @@ not()
 # poll SECONDS COMMAND...: until it succeeds
 poll()
 {
-	local end=$((SECONDS + $1))
+	local end=$((SECONDS + ($1 > patience ? $1 : patience)))
 
 	shift
 	until "$@"; do
@@ -321,13 +354,17 @@ volume()
 # The VM's NVMe disk, which may be overwritten; $nvme, empty if there is none
 find_nvme()
 {
-	local c
+	local c i
 
 	nvme=''
+	[ -z "$list" ] || return 0
 	modprobe -q nvme
-	sleep 1
-	for c in /sys/class/nvme/nvme*; do
-		[[ -e $c && $(< "$c/serial") =~ ^dm-qcow2-scratch\ *$ ]] && nvme=/dev/${c##*/}n1
+	# In the test VM there is one, at some time.
+	for ((i = ${VM_DISKS:+600} + 10; i && !${#nvme}; i--)); do
+		sleep 0.1
+		for c in /sys/class/nvme/nvme*; do
+			[[ -e $c && $(< "$c/serial") =~ ^dm-qcow2-scratch\ *$ ]] && nvme=/dev/${c##*/}n1
+		done
 	done
 	[ -z "$nvme" ] || poll 10 test -b "$nvme"
 }
@@ -417,4 +454,65 @@ nothing_left()
 loops_gone()
 {
 	[ -z "$(loops_here)" ]
+}
+
+# json FILE EXPRESSION: of the parsed text j, which must be true
+json()
+{
+	python3 -c '
+import json, sys
+j = json.load(open(sys.argv[1], encoding="utf-8"))
+sys.exit(0 if eval(sys.argv[2]) else f"{sys.argv[2]}: {j}")' "$1" "$2"
+}
+
+# Header fields: offset and digits
+declare -A fields=(
+	[magic]="0 8" [version]="4 8" [cluster_bits]="20 8" [size]="24 16" [crypt_method]="32 8"
+	[l1_size]="36 8" [l1_table_offset]="40 16" [refcount_table_offset]="48 16"
+	[refcount_table_clusters]="56 8" [nb_snapshots]="60 8" [incompatible_features]="72 16"
+	[compatible_features]="80 16" [autoclear_features]="88 16" [refcount_order]="96 8"
+	[header_length]="100 8"
+)
+
+# poke FILE OFFSET HEX_DIGITS
+poke()
+{
+	local i bytes=''
+
+	for ((i = 0; i < ${#3}; i += 2)); do
+		bytes+="\\x${3:i:2}"
+	done
+	printf '%b' "$bytes" | dd of="$1" bs=1 seek="$2" conv=notrunc,nocreat status=none
+}
+
+# field IMAGE FIELD VALUE
+field()
+{
+	local at digits
+
+	read -r at digits <<< "${fields[$2]}"
+	poke "$1" "$at" "$(printf "%0${digits}x" "$3")"
+}
+
+# pattern TEXT LENGTH: what QEMU can check, too
+pattern()
+{
+	yes "$1" | head -c "$2"
+}
+
+# small_fs BYTES: a file system in $dir/mnt, from which all can be taken
+small_fs()
+{
+	truncate -s "$1" "$dir/fs"
+	mkfs.ext4 -q -F -m 0 "$dir/fs"
+	mkdir "$dir/mnt"
+	mount -o loop "$dir/fs" "$dir/mnt"
+}
+
+# Nothing is left in it.
+fill()
+{
+	not dd if=/dev/zero of="$dir/mnt/fill" bs=64k status=none 2> "$dir/err"
+	not dd if=/dev/zero of="$dir/mnt/fill" bs=1k oflag=append conv=notrunc status=none 2> "$dir/err"
+	sync "$dir/mnt/fill"
 }

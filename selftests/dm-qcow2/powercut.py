@@ -46,14 +46,21 @@ class FlushTrace:
         with open(f"{self.dir}/{file}", "w", encoding="ascii") as f:
             f.write(text)
 
+    def lines(self):
+        with open(f"{self.dir}/trace", encoding="ascii", errors="replace") as f:
+            return f.read().splitlines()
+
+    def sent(self, letter):
+        """How many were sent to a device so far"""
+        found = (re.search(rf" {EVENTS[0]}: (\d+),(\d+) F", line) for line in self.lines())
+        return [self.devices[int(m.group(1)), int(m.group(2))] for m in found if m].count(letter)
+
     def flushes(self):
         """In the order of their ends: letter ("?" if another device's was under way,
         so that the log may have the two the other way round), and how many had
         been sent before."""
-        with open(f"{self.dir}/trace", encoding="ascii", errors="replace") as f:
-            lines = f.read().splitlines()
         sent, under_way, ended = 0, [], []
-        for line in lines:
+        for line in self.lines():
             m = re.search(r" (block_bio_\w+): (\d+),(\d+) F\w* \d+ \+ 0 |LOST", line)
             if not m:
                 continue

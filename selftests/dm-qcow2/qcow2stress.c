@@ -321,7 +321,8 @@ static void apply(const struct request *r, const unsigned char *buffer)
 			states[at] = 'd';
 		else if (all && (states[at] == 'd' || at * unit < backing))
 			states[at] = 'z';
-		else if (!all && r->kind != DISCARD && states[at] == 'u' && at * unit < backing)
+		else if (!all && r->kind != DISCARD && states[at] == 'u' &&
+			 (at * unit > r->start ? at * unit : r->start) < backing)
 			/* A part of it, over something: as a write */
 			states[at] = 'd';
 	}

@@ -18,7 +18,7 @@ import stat
 import struct
 import threading
 
-from qcow2test import LIBC, Failure, Loop, Task, expect, queue_limit, run, sysfs, wait_for
+from qcow2test import LIBC, Loop, Task, queue_limit, run, sysfs, wait_for
 
 HANG = 120              # seconds; far more than anything here can take
 

@@ -229,21 +229,24 @@ def under_load(bench):
     disk = bench.io(dm)
     places = Places(size, 128, rng)
     faults = []
-    threads = [threading.Thread(target=work, args=(disk, places, range(t, 128, 4), rng.random(),
-                                                   700 * FACTOR, faults)) for t in range(4)]
-    for t in threads:
-        t.start()
-    rounds = 0
-    while any(t.is_alive() for t in threads):
-        drop_caches()
-        rounds += 1
-        if rounds % 10 == 5:
-            dm.cycle()
-        time.sleep(0.01)
+    rounds = loads = drops = 0
+    # Until they have met often enough
+    while not faults and loads < 50 and (rounds <= 10 or drops <= 100):
+        threads = [threading.Thread(target=work, args=(disk, places, range(t, 128, 4), rng.random(),
+                                                       700 * FACTOR, faults)) for t in range(4)]
+        for t in threads:
+            t.start()
+        loads += 1
+        while any(t.is_alive() for t in threads):
+            drop_caches()
+            rounds += 1
+            if rounds % 10 == 5:
+                dm.cycle()
+            time.sleep(0.01)
+        drops = dm.status().drops
     expect(not faults, f"{faults}")
-    status = dm.status()
-    note(f"{rounds} rounds, {status}")
-    expect(rounds > 10 and status.drops > 100, f"{rounds} rounds, {status}")
+    note(f"{loads} loads, {rounds} rounds, {dm.status()}")
+    expect(rounds > 10 and drops > 100, f"{rounds} rounds, {dm.status()}")
     disk.fsync()
     drop_caches()
     for n in range(128):
@@ -304,7 +307,7 @@ def crowd(bench):
     workers = [threading.Thread(target=writer, args=(t * each,), daemon=True) for t in range(threads)]
     for w in workers:
         w.start()
-    wait_for("all writes", 120 * FACTOR, lambda: not any(w.is_alive() for w in workers))
+    wait_for("all writes", 900 * FACTOR, lambda: not any(w.is_alive() for w in workers))
     expect(not faults, f"{faults}")
     status = dm.status()
     note(status)

@@ -28,11 +28,6 @@ backing_devices()
 	dmsetup ls | grep -c '^qcow2-backing-[0-9a-f]*[[:space:]]' || true
 }
 
-pattern()
-{
-	yes "$1" | head -c "$2"
-}
-
 # qemu COMMAND... IMAGE
 qemu()
 {
@@ -329,7 +324,7 @@ interrupted()
 		timeout -s INT "$t" "$tool" open "$dir/top.qcow2" "$name" --data-file "$dir/top.data" \
 			"${chain[@]}" > /dev/null 2>&1 || rc=$?
 		[ ! -e "/dev/mapper/$name" ] || "$tool" close "$name"
-		all_gone || fault "after $t s (status $rc): $(dmsetup ls; losetup -l)"
+		poll 10 all_gone || fault "after $t s (status $rc): $(dmsetup ls; losetup -l)"
 	done
 	qemu-img check -q "$dir/top.qcow2"
 }

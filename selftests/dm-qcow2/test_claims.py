@@ -22,11 +22,7 @@ class Setup:
 
     def __init__(self, bench):
         self.bench = bench
-        self.image = image = bench.image(SIZE)
-        image.poison()
-        image.qemu_io(f"write -q -P 97 0 {CLUSTER}")
-        image.trim()
-        image.attach()
+        self.image = image = bench.some_image(SIZE, CLUSTER)
         self.lines = {"writer": image.line(image.meta_loop.path, image.data_loop.path),
                       "reader": image.line(image.meta_loop.path, image.data_loop.path, "read_only")}
         self.model = bench.model(SIZE)

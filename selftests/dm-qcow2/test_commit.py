@@ -145,7 +145,7 @@ def large_discard_held(bench):
     # No data is written for it, so that its commit comes as far as the flush.
     s.disk.discard(s.SIZE // 2, MIB)
     first = Task(s.disk.fsync)
-    time.sleep(1)
+    wait_for("a commit stands in its flush", 60, lambda: s.trace.sent("d"))
     discard = Task(s.disk.discard, 0, s.SIZE)
     try:
         discard.finish(HANG)

@@ -16,7 +16,7 @@ import time
 
 from qcow2test import KIB, Dm, Failure, Io, expect, fails_with, main, note, same, test, wait_for
 from served import HANG
-from test_faults import SMALL, Aio, Rig
+from faultrig import SMALL, Aio, Rig
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 
@@ -107,7 +107,7 @@ class Commit:
         reads, and on which of the latter each unit depends."""
         rig, script = self.rig, self.rig.script
         script.name = lambda request: rig.what(request, ())
-        for _ in range(10):
+        for _ in range(100):
             rig.reset()
             disk = Disk(self.bench, rig)
             script.begin(None, None)
@@ -505,9 +505,12 @@ def tries(bench):
     wait_for("the timer's commit", HANG, lambda: disk.dm.status().unwritten)
     script.trace.clear()
     times.clear()
+    begun = time.monotonic()
     disk.dm.suspend()
+    # Before it begins with them, the timer may have tried, once in a second.
+    most = 4 + int(time.monotonic() - begun)
     count, status = len(times), disk.dm.status()
-    expect(3 <= count <= 4, f"{count} tries")
+    expect(3 <= count <= most, f"{count} tries")
     expect(all(b - a >= 0.25 for a, b in zip(times[-3:], times[-2:])), f"tried at {times}")
     expect(status.mode == "rw" and status.unwritten == 1, f"{status}")
     reads = len([r for r in script.trace if r.op == "read"])

@@ -179,8 +179,8 @@ def discards(bench, cluster, backed):
                     want[t][k + 1] = want[t][k + 1] & ~bit | bit << 32
                     if not want[t][k + 1] & ALL:
                         want[t][k] = 0
-            elif name != "discard" and nothing and number * unit < length:
-                # As a write
+            elif name != "discard" and nothing and max(at, number * unit) < length:
+                # As a write, unless the backing file ends before it
                 want[t][k] = guest | COPIED
                 want[t][k + 1] |= bit
     compare_all(bench, image, model, want, dm, disk)

@@ -389,7 +389,7 @@ def by_tool(target, rng, counts):
     read_only = rng.randrange(4) == 0
     if read_only:
         argv.append("--readonly")
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=180, check=False)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=600, check=False)
     err = done.stderr
     expect(done.returncode in (0, 1, 4), f"qcow2setup open: exit code {done.returncode}: {err!r}")
     expect(all(32 <= c < 127 or c == 10 for c in err), f"qcow2setup open: not plain: {err!r}")
@@ -411,7 +411,7 @@ def by_tool(target, rng, counts):
             use.everything(None)
         bench.drop(io)
         counts.add(use)
-        done = subprocess.run([TOOL, "close", name], stdin=subprocess.DEVNULL, capture_output=True, timeout=180,
+        done = subprocess.run([TOOL, "close", name], stdin=subprocess.DEVNULL, capture_output=True, timeout=600,
                               check=False)
         expect(done.returncode == 0, f"qcow2setup close: exit code {done.returncode}: {done.stderr!r}")
     except Failure:

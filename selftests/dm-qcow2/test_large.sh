@@ -15,7 +15,7 @@ load()
 {
 	local out rc=0
 
-	out=$(timeout 100 fio --name=spread --filename="$dev" --ioengine=io_uring --direct=1 \
+	out=$(timeout 1200 fio --name=spread --filename="$dev" --ioengine=io_uring --direct=1 \
 		--rw=randwrite --bs=512 --size="$size" --io_size=1000k --randseed=5 --iodepth=16 \
 		--random_generator=tausworthe64 --norandommap=1 --allow_file_create=0 \
 		--verify=crc32c --verify_fatal=1 "$@" 2>&1) || rc=$?

@@ -14,15 +14,17 @@ import random
 from qcow2test import (GIB, KIB, MIB, Dm, Ext4, KernelLog, Loop, Lower, expect, fails_with, main, run, same, test,
                        wait_for)
 from served import HANG
+from written import Written
 
 CLUSTER = 64 * KIB
 COVER = 512 * MIB
 SIZE = 4 * GIB          # eight L2 tables
 
 
-class Full:
+class Full(Written):
     """An image in a small file system, its data file elsewhere. Tables 0 and 4 exist;
     table 4 is nothing but zeros, and a hole in the file, as a copy with holes has it."""
+    ERROR = errno.ENOSPC
     HOLE = 4 * COVER
 
     def __init__(self, bench, fill=True):
@@ -49,23 +51,6 @@ class Full:
         if fill:
             self.fs.fill()
 
-    def write(self, offset, length=512, disk=None):
-        data = random.randbytes(length)
-        (disk or self.disk).write(offset, data)
-        self.model.write(offset, data)
-
-    def full(self, offset, length=512, disk=None):
-        with fails_with(errno.ENOSPC):
-            (disk or self.disk).write(offset, b"f" * length)
-
-    def no_sync(self):
-        with fails_with(errno.ENOSPC):
-            self.disk.fsync()
-
-    def same(self, *offsets):
-        for at in offsets:
-            same(self.disk.read(at, CLUSTER), self.model.read(at, CLUSTER), at)
-
     def look(self, mode, unwritten):
         status = self.dm.status()
         expect(status.mode == mode and (status.unwritten > 0) == unwritten, f"{mode} expected: {status}")
@@ -76,24 +61,15 @@ class Full:
         expect(events > self.events, "no event was raised")
         self.events = events
 
-    def finish(self, leaks=False):
-        self.close()
-        self.image.check(leaks)
-        self.image.compare(self.model)
-
-    def close(self):
-        for thing in (self.sync, self.disk, self.dm):
-            self.bench.drop(thing)
-
 
 @test("the file system of a sparse image is full: ENOSPC at the first write that needs a table")
 def first_write(bench):
     s = Full(bench)
     log = bench.add(KernelLog())
     for at in (2 * GIB + COVER, COVER):
-        s.full(at)
-        s.full(at + CLUSTER, 3 * CLUSTER)
-        s.full(at, disk=s.sync)
+        s.fails(at)
+        s.fails(at + CLUSTER, 3 * CLUSTER)
+        s.fails(at, disk=s.sync)
         s.same(at)
     expect(log.lines("qcow2"), "the log does not tell of it")
     s.look("rw", False)
@@ -103,7 +79,7 @@ def first_write(bench):
     s.write(30 * CLUSTER, CLUSTER, s.sync)
     s.disk.fsync()
     s.dm.cycle()
-    s.full(COVER)
+    s.fails(COVER)
     s.same(0, 20 * CLUSTER, 30 * CLUSTER, COVER)
     s.look("rw", False)
     # With space the same write succeeds, and what was refused before has left nothing.
@@ -132,10 +108,10 @@ def held(bench):
     # What is in core can be read, and be written again.
     s.write(s.HOLE + 2 * CLUSTER + 1024)
     s.write(s.HOLE + 9 * CLUSTER, CLUSTER)
-    s.full(s.HOLE + 10 * CLUSTER, disk=s.sync)
+    s.fails(s.HOLE + 10 * CLUSTER, disk=s.sync)
     s.model.write(s.HOLE + 10 * CLUSTER, b"f" * 512)
     s.same(s.HOLE, *(s.HOLE + n * CLUSTER for n in (2, 9, 10)))
-    s.full(COVER)
+    s.fails(COVER)
     # The first one that is refused is told.
     s.events = s.dm.events()
     # Other tables: their entries become durable.
@@ -185,8 +161,8 @@ def no_new_tables(bench):
     s.look("nospc", True)
     # The device is not asked.
     s.lower.stop()
-    s.full(COVER)
-    s.full(3 * COVER, disk=s.sync)
+    s.fails(COVER)
+    s.fails(3 * COVER, disk=s.sync)
     s.lower.go()
     s.same(COVER)
     s.fs.make_room()

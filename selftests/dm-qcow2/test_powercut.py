@@ -68,6 +68,22 @@ def resize(bench):
     r.judge()
 
 
+def resize_raw(bench):
+    """The same with all L2 tables of what is new, which are written beside the requests."""
+    sizes = MIB, 8 * MIB, 24 * MIB + 512
+    options = LOADS["raw"][1]
+    r = Recording(bench, "resize_raw", sizes[0], room=2 * MIB, data_size=sizes[-1], cluster=2 * KIB, mapped=True,
+                  raw=True)
+    for size in sizes[1:]:
+        task = Task(r.load, 100, *options)
+        run(TOOL, "resize", r.dm.name, "--size", size)
+        r.mark(f"r{size // 512}")
+        task.finish()
+        r.load(100, *options)
+    r.close()
+    r.judge()
+
+
 def file_system(bench):
     """What was synced in a file system has to be there. powercut_fs.py judges."""
     r = Recording(bench, "ext4", 16 * MIB, cluster=4 * KIB)
@@ -101,6 +117,7 @@ def file_system(bench):
 for load in LOADS:
     recorded(load, random_load(load))
 recorded("resize", resize)
+recorded("resize_raw", resize_raw)
 recorded("ext4", file_system)
 
 

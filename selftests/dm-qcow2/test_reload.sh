@@ -11,7 +11,7 @@ begin()
 {
 	(
 		until [ -e "$dir/stop" ]; do
-			timeout 200 fio --filename="$dev" --allow_file_create=0 --direct=1 \
+			timeout 1200 fio --filename="$dev" --allow_file_create=0 --direct=1 \
 				--randseed="$RANDOM" \
 				--verify=crc32c --verify_fatal=1 --verify_backlog=64 \
 				--ioengine=io_uring --thread --group_reporting \

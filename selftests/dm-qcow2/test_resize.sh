@@ -6,42 +6,8 @@
 
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
-
-name=$prefix-i
-
-bytes()
-{
-	blockdev --getsize64 "/dev/mapper/$name"
-}
-
-pattern()
-{
-	yes "$1" | head -c "$2"
-}
-
-# put TEXT LENGTH MIB: to the device, and to the model
-put()
-{
-	pattern "$1" "$2" > "$dir/piece"
-	dd if="$dir/piece" of="/dev/mapper/$name" bs=512 seek=$(($3 * 2048)) oflag=direct conv=notrunc status=none
-	dd if="$dir/piece" of="$dir/model" bs=512 seek=$(($3 * 2048)) conv=notrunc status=none
-}
-
-open_it()
-{
-	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" "$@"
-}
-
-judge()
-{
-	[ "$(mode i)" = rw ] || fault "mode $(mode i)"
-	cmp "/dev/mapper/$name" "$dir/model"
-	"$tool" close "$name"
-	poll 30 loops_gone
-	nothing_left
-	qemu-img check -q -f qcow2 "$dir/i.qcow2" || fault "qemu-img check: $?"
-	qemu-img compare -q -f qcow2 -F raw "$dir/i.qcow2" "$dir/model"
-}
+# shellcheck source=resized.sh
+. "$here/resized.sh"
 
 # Step by step larger, and written in between.
 grows()
@@ -139,14 +105,15 @@ under_load()
 	image i $((4 << 20)) "$1"
 	open_it
 	(
-		timeout 300 fio --filename="/dev/mapper/$name" --allow_file_create=0 --direct=1 --verify=crc32c \
+		exec timeout 1000 fio --filename="/dev/mapper/$name" --allow_file_create=0 --direct=1 --verify=crc32c \
 			--verify_fatal=1 --verify_backlog=64 --ioengine=libaio --thread --group_reporting \
-			--randseed=7 --time_based --runtime=10 \
+			--randseed=7 --time_based --runtime=1d \
 			--name=a --rw=randrw --bs=4k --size=2m --iodepth=8 \
 			--name=b --rw=randwrite --bs=12k --offset=2m --size=2m --iodepth=4 --fsync=16 \
 			> "$dir/fio.log" 2>&1
 	) &
 	load=$!
+	later end_load
 	poll 60 in_use
 	sleep 2
 	for size in 5 9 30; do
@@ -154,16 +121,13 @@ under_load()
 		[ "$(bytes)" = $((size << 20)) ]
 		kill -0 "$load" || fault "fio has ended: $(tail -n 12 "$dir/fio.log")"
 	done
+	# It ends what it has begun; any error would be added to 128.
+	kill "$load"
 	rc=0
 	wait "$load" || rc=$?
-	[ "$rc" = 0 ] || fault "fio: status $rc: $(tail -n 12 "$dir/fio.log")"
+	[ "$rc" = 128 ] || fault "fio: status $rc: $(tail -n 12 "$dir/fio.log")"
 	cp "/dev/mapper/$name" "$dir/model"
 	judge
-}
-
-in_use()
-{
-	[ "$(dmsetup info -c --noheadings -o open "$name")" -gt 0 ]
 }
 
 file_system()
@@ -210,7 +174,7 @@ space()
 	judge
 }
 
-# QEMU cannot change the length of the device of a raw disk: as the tool says it.
+# QEMU cannot change the length of the device of a raw disk: the tool need not.
 smaller_over_device()
 {
 	local data
@@ -219,15 +183,39 @@ smaller_over_device()
 	data=$(losetup -f --show "$dir/i.data")
 	later losetup -d "$data"
 	"$tool" create "$dir/i.qcow2" --data-file "$data" --data-file-raw
-	refused 4 'close it, and use qemu-img resize --shrink; .* raw .* device, first make that as small' \
+	refused 4 'has 8388608 bytes, and what is behind .* would be lost; use --shrink if' \
 		"$tool" resize "$dir/i.qcow2" --size 4M
-	truncate -s 4M "$dir/i.data"
-	losetup -c "$data"
-	qemu-img resize -q --shrink -f qcow2 "$dir/i.qcow2" 4M
+	"$tool" resize "$dir/i.qcow2" --size 4M --shrink --data-file "$data"
+	[ "$(blockdev --getsize64 "$data")" = $((8 << 20)) ] || fault "the device was cut"
+	head -c 4M "$dir/i.data" > "$dir/model"
 	"$tool" open "$dir/i.qcow2" "$name" --data-file "$data"
-	cmp "/dev/mapper/$name" "$dir/i.data"
+	cmp "/dev/mapper/$name" "$dir/model"
 	"$tool" close "$name"
 	"$tool" check "$dir/i.qcow2" > "$dir/out"
+}
+
+# Not while it is open; what is said then is what can be done.
+smaller_when_open()
+{
+	image i $((8 << 20)) ''
+	truncate -s 8M "$dir/model"
+	open_it
+	put kept 7168 1
+	put lost 7168 6
+	before=$(state)
+	refused 4 'not made smaller while it is open; close it, and use qcow2setup resize' \
+		"$tool" resize "$name" --size 4M --shrink
+	[ "$before" = "$(state)" ] || fault "changed: $(state)"
+	"$tool" close "$name"
+	[[ $err =~ 'use qcow2setup '(.*)$ ]]
+	read -ra remedy <<< "${BASH_REMATCH[1]}"
+	"$tool" "${remedy[@]}" --data-file "$dir/i.data"
+	[ "$(stat -c %s "$dir/i.data")" = $((4 << 20)) ]
+	truncate -s 4M "$dir/model"
+	open_it
+	"$tool" resize "$name" --size 8M
+	truncate -s 8M "$dir/model"
+	judge
 }
 
 # What is the state of everything that must not change?
@@ -638,6 +626,7 @@ check "file system that is mounted" file_system
 check "the space of the image file" space
 check "the space of the image file, sparse" space --sparse
 check "smaller, over a device" smaller_over_device
+check "smaller, not while it is open" smaller_when_open
 check "refusals" refusals
 check "devices of fixed size" devices
 check "space for metadata is used up, and enlarged" space_used_up

@@ -14,15 +14,17 @@ import threading
 
 from qcow2test import (KIB, MIB, Dm, Failure, KernelLog, expect, fails_with, main, note, same, test,
                        wait_for)
+from written import Written
 
 CLUSTER = 4 * KIB
 COVER = CLUSTER * CLUSTER // 8
 TABLES = 40
 
 
-class Space:
+class Space(Written):
     """An image whose metadata device has room for just a few more clusters.
     room: their number, or a function that is told how many there are already."""
+    ERROR, PART = errno.ENOSPC, 4 * KIB
 
     def __init__(self, bench, room, tables=TABLES, **options):
         self.bench = bench
@@ -49,28 +51,12 @@ class Space:
         self.meta.load(self.lower(room))
         self.dm.load(self.dm.table())
 
-    def write(self, offset, length=512, disk=None):
-        data = random.randbytes(length)
-        (disk or self.disk).write(offset, data)
-        self.model.write(offset, data)
-
-    def full(self, offset, length=512, disk=None):
-        with fails_with(errno.ENOSPC):
-            (disk or self.disk).write(offset, b"f" * length)
-
-    def same(self, *offsets):
-        for at in offsets:
-            same(self.disk.read(at, 4 * KIB), self.model.read(at, 4 * KIB), at)
-
     def healthy(self):
         expect(self.dm.mode() == "rw", f"{self.dm.status()}")
 
     def done(self):
         self.healthy()
-        self.bench.drop(self.disk)
-        self.bench.drop(self.dm)
-        self.image.check()
-        self.image.compare(self.model)
+        self.finish()
 
 
 @test("a first write that needs a table that has no room fails; all else goes on")
@@ -81,16 +67,16 @@ def out_of_space(bench):
     log = bench.add(KernelLog())
     events = s.dm.events()
     expect(s.dm.status().refused == 0, f"{s.dm.status()}")
-    s.full(10 * COVER)
+    s.fails(10 * COVER)
     expect(s.dm.status().refused == 1, f"{s.dm.status()}")
     expect(log.lines("qcow2.*no free metadata"), "the log does not tell of it")
     wait_for("an event", 10, lambda: s.dm.events() > events)
 
     # More of them: counted, but the event has been told.
     sync = bench.io(s.dm, flags=os.O_DSYNC)
-    s.full(10 * COVER, 4 * CLUSTER)
-    s.full(11 * COVER + 512, CLUSTER)
-    s.full(30 * COVER, disk=sync)
+    s.fails(10 * COVER, 4 * CLUSTER)
+    s.fails(11 * COVER + 512, CLUSTER)
+    s.fails(30 * COVER, disk=sync)
     expect(s.dm.status().refused == 4, f"{s.dm.status()}")
     expect(s.dm.events() == events + 1, f"{s.dm.events() - events} events")
 
@@ -115,7 +101,7 @@ def out_of_space(bench):
 
     # Not cured by suspend and resume; nor does it get worse.
     s.dm.cycle()
-    s.full(12 * COVER)
+    s.fails(12 * COVER)
     s.same(0, 5 * COVER, 10 * COVER, 12 * COVER, 39 * COVER)
     s.done()
 
@@ -150,7 +136,7 @@ def low(bench):
             told = i
     expect(told is not None, "nothing was told before the space ends")
     expect(s.dm.events() == events + 1, f"{s.dm.events() - events} events")
-    s.full(30 * COVER)
+    s.fails(30 * COVER)
     s.dm.cycle()
     s.done()
 
@@ -212,20 +198,20 @@ def recovery(bench):
     s = Space(bench, 2)
     s.write(0)
     s.write(COVER)
-    s.full(2 * COVER)
-    s.full(3 * COVER)
+    s.fails(2 * COVER)
+    s.fails(3 * COVER)
     # A reload without more room changes nothing.
     s.dm.load(s.dm.table())
     expect(s.dm.status().refused == 0, f"counted since the table was loaded: {s.dm.status()}")
     events = s.dm.events()
-    s.full(2 * COVER)
+    s.fails(2 * COVER)
     expect(s.dm.events() == events + 1, "no new event for the new table")
     for room in (3, 6):
         s.grow(room)
         expect(s.dm.status().refused == 0, f"{s.dm.status()}")
         for i in range(s.dm.status().tables, room):
             s.write(i * COVER + 512)
-        s.full(room * COVER)
+        s.fails(room * COVER)
         s.disk.fsync()
         s.same(*(i * COVER for i in range(room + 2)))
     # And one that leaves no wish open; written to while it happens.

@@ -12,7 +12,7 @@ import re
 
 from qcow2image import COMPRESSION, CORRUPT, DATA_FILE, DIRTY, EXT_L2, RAW
 from qcow2test import (DM_TABLE_CLEAR, DM_TABLE_LOAD, KIB, MIB, Dm, KernelLog, Loop, dm_ioctl,
-                       expect, fails_with, main, note, run, test)
+                       expect, fails_with, main, note, test)
 
 SIZE = 40 * MIB + 512
 META, DATA, CLUSTER_BITS, L1_OFFSET, L1_ENTRIES, RT_OFFSET, RT_CLUSTERS, ORDER = range(8)

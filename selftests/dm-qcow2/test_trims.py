@@ -379,6 +379,35 @@ test("a partial first write to zeros whose discard is under way waits for it", T
 test("a whole first write to zeros whose discard is under way waits for it", False)(write_meanwhile)
 
 
+def write_into_passdown(bench, part):
+    """A first write to a unit whose discard is under way on the data device."""
+    s = Trims(bench, lambda n: "data")
+    unit = s.unit
+    at, length = (4 * unit + 1024, 4096) if part else (4 * unit, unit)
+    with s.holding(s.hold):
+        s.disk.discard(4 * unit, 2 * unit)
+        flush = Task(s.disk.fsync)
+        s.under_way()
+        write = Task(s.disk.write, at, b"p" * length)
+        time.sleep(0.5)
+        expect(write.is_alive() and not s.seen("write"), "the write was not kept back")
+        same(s.disk.read(4 * unit, 2 * unit), bytes(2 * unit), 4 * unit)
+    for task in (flush, write):
+        task.finish(HANG)
+    want = bytearray(b"d" * unit + bytes(2 * unit) + b"d" * unit)
+    want[at - 3 * unit:at - 3 * unit + length] = b"p" * length
+    same(s.disk.read(3 * unit, 4 * unit), bytes(want), 3 * unit)
+    s.disk.fsync()
+    s.all_down()
+    s.dm.cycle()
+    same(s.disk.read(3 * unit, 4 * unit), bytes(want), 3 * unit)
+    s.shut()
+
+
+test("a partial first write waits for a pass-down that is under way", True)(write_into_passdown)
+test("a whole first write waits for a pass-down that is under way", False)(write_into_passdown)
+
+
 @test("no_discard_passdown: zeros are not discarded either")
 def no_passdown(bench):
     s = Trims(bench, zero_or_data)

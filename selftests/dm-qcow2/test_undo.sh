@@ -8,6 +8,9 @@
 . "$(dirname "$0")/common.sh"
 
 tests=$here/../../tools/tests
+# Its results come of one long run.
+[ -z "$list" ] || { echo "open and resize take back everything"; exit; }
+[ ${#only[@]} = 0 ] || { echo "Bail out! no result of test_undo.sh can be had alone; run all of it"; exit "$KSFT_FAIL"; }
 [ "$(id -u)" = 0 ] || skip_all "root is needed"
 [ -e "$tests/inject-lib" ] || skip_all "tools/tests/inject-lib is not built (make -C tools tests/inject-lib)"
 load_module || skip_all "module dm_qcow2 cannot be loaded"

@@ -10,7 +10,8 @@ from planted import plant
 import qcow2test
 from qcow2test import Failure, forget_tests, note, test
 from test_entries import COMMITS, one_by_one
-from test_faults import SCENARIOS, sweep
+from test_faults import SCENARIOS
+from faultrig import sweep
 from test_fuzz import KINDS, SEED, fuzz
 from test_nospc import first_write
 

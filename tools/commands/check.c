@@ -120,6 +120,11 @@ static int repair(const struct verify *before, struct verify *v,
 		if (ret || !uncertain || v->uncertain)
 			break;
 	}
+	if (!ret && what == REPAIR_BITMAPS) {
+		ret = repair_bitmaps(v->img);
+		if (!ret)
+			ret = verify_image(v, v->img);
+	}
 	if (!ret && what == REPAIR_ALL && !v->corruptions && !v->errors)
 		ret = repair_marks(v->img);
 	return ret;

@@ -10,12 +10,14 @@
 
 #include "commands/commands.h"
 #include "image/image.h"
+#include "lib/interrupt.h"
 #include "lib/util.h"
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
 #include "system/locks.h"
 #include "system/loop.h"
+#include "system/mark.h"
 #include "system/node.h"
 #include "system/target.h"
 
@@ -187,7 +189,8 @@ static int remove_device(const char *name, bool deferred)
 		ret = dm_query(name, &info);
 		if (ret)
 			return ret;
-		if (i == WAIT_STEPS || device_users(info.rdev, who, sizeof(who)))
+		if (i == WAIT_STEPS || interrupted() ||
+		    device_users(info.rdev, who, sizeof(who)))
 			return busy(name, &info);
 		wait_step();
 	}
@@ -197,7 +200,8 @@ static void wait_for_loop(const struct device *d)
 {
 	int i;
 
-	for (i = 0; i < WAIT_STEPS && d->ours && device_attached(d); i++)
+	for (i = 0; i < WAIT_STEPS && d->ours && device_attached(d) &&
+	     !interrupted(); i++)
 		wait_step();
 }
 
@@ -237,7 +241,7 @@ static int trim(struct node *node)
 
 	for (i = 0; ; i++) {
 		ret = node_try_lock(node->fd, true);
-		if (!ret || i == WAIT_STEPS)
+		if (!ret || i == WAIT_STEPS || interrupted())
 			break;
 		wait_step();
 	}
@@ -260,6 +264,8 @@ static int trim(struct node *node)
 int cmd_close(const struct options *opt, char **args)
 {
 	const char *name = device_name(args[0]);
+	char type[64], remedy[300];
+	enum device_kind kind;
 	struct dm_dev_info info;
 	static struct below below;	/* large */
 	int ret;
@@ -273,11 +279,15 @@ int cmd_close(const struct options *opt, char **args)
 		return ret;
 	if (!info.exists)
 		return dm_gone(name);
-	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
-		return fail(EX_WRONG,
-			    "%s: not opened by qcow2setup; remove it with dmsetup remove",
-			    esc(name));
+	kind = device_kind(name, info.uuid, type, sizeof(type));
+	if (kind != DEVICE_OURS) {
+		snprintf(remedy, sizeof(remedy),
+			 "remove it: dmsetup remove %s", shell_quote(name));
+		return device_not_ours(name, kind, type, remedy);
+	}
 
+	/* From here on it is soon done, or not at all. */
+	interrupt_catch();
 	look_below(name, info.uuid, !info.read_only && !opt->deferred, &below);
 	if (!opt->deferred && !info.read_only) {
 		/* Without a table nothing was ever written. */
@@ -285,6 +295,8 @@ int cmd_close(const struct options *opt, char **args)
 			ret = flush(name);
 		else if (*below.layer[0].metadata.node)
 			ret = check_suspended(name);
+		if (!ret && interrupted())
+			ret = EX_WRONG;
 		if (ret)
 			goto out;
 	}
@@ -296,5 +308,6 @@ int cmd_close(const struct options *opt, char **args)
 	}
 out:
 	node_close(&below.image);
-	return ret;
+	mark_sweep();
+	return interrupt_result(ret);
 }

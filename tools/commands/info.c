@@ -6,17 +6,21 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "commands/commands.h"
 #include "image/image.h"
 #include "lib/json.h"
 #include "lib/util.h"
+#include "system/users.h"
 
 /* What can be done with an image, and what stands against more. */
 struct verdict {
 	struct reasons rw, ro;
 	const char *mappable;		/* "read-write", "read-only", "no" */
+	const char *now;		/* the same while others have it open */
 	const char *bitmap_fault;	/* the directory is malformed */
+	struct users users;
 };
 
 static void judge(struct image *img, struct verdict *v)
@@ -29,8 +33,10 @@ static void judge(struct image *img, struct verdict *v)
 	    v->rw.n < MAX_REASONS) {
 		snprintf(v->rw.r[v->rw.n].cause, sizeof(v->rw.r[0].cause),
 			 "%s", v->bitmap_fault);
-		v->rw.r[v->rw.n++].remedy =
-			"remove the bitmaps with qemu-img, or use --readonly";
+		snprintf(v->rw.r[v->rw.n].remedy, sizeof(v->rw.r[0].remedy),
+			 "remove the bitmaps: qcow2setup check --repair bitmaps %s, or use --readonly",
+			 shell_quote(img->node.path));
+		v->rw.n++;
 	}
 	if (!v->rw.n)
 		v->mappable = "read-write";
@@ -38,6 +44,14 @@ static void judge(struct image *img, struct verdict *v)
 		v->mappable = "read-only";
 	else
 		v->mappable = "no";
+
+	users_find(&img->node, &v->users);
+	if (!v->rw.n && users_let_write(&v->users))
+		v->now = "read-write";
+	else if (!v->ro.n && users_let_read(&v->users))
+		v->now = "read-only";
+	else
+		v->now = "no";
 }
 
 /* As QEMU names it; a type that it does not know is a number. */
@@ -91,6 +105,31 @@ static void json_reasons(struct json *j, const struct reasons *r)
 		json_object(j, NULL);
 		json_string(j, "cause", r->r[i].cause);
 		json_string(j, "remedy", r->r[i].remedy);
+		json_object_end(j);
+	}
+	json_array_end(j);
+}
+
+static void json_users(struct json *j, const struct users *users)
+{
+	static const char * const kinds[] = {
+		[USER_QCOW2] = "qcow2", [USER_DEVICE] = "device",
+		[USER_LOOP] = "loop", [USER_PROCESS] = "process",
+		[USER_MOUNT] = "mount", [USER_SWAP] = "swap",
+	};
+	const struct user *u;
+
+	json_bool(j, "locked", users->locked_write);
+	json_array(j, "users");
+	for (u = users->u; u < users->u + users->n; u++) {
+		json_object(j, NULL);
+		json_string(j, "kind", kinds[u->kind]);
+		json_string(j, "name", u->name);
+		if (u->pid)
+			json_number(j, "pid", u->pid);
+		if (*u->on)
+			json_string(j, "on", u->on);
+		json_bool(j, "reads-only", u->reads);
 		json_object_end(j);
 	}
 	json_array_end(j);
@@ -158,6 +197,8 @@ static void print_json(const struct image *img, const struct verdict *v)
 	json_object(&j, "dm-qcow2");
 	json_string(&j, "mappable", v->mappable);
 	json_reasons(&j, &v->rw);
+	json_string(&j, "mappable-now", v->now);
+	json_users(&j, &v->users);
 	json_object_end(&j);
 	json_object_end(&j);
 	json_end(&j);
@@ -186,6 +227,21 @@ static int print_bitmap(const struct bitmap *b, void *arg)
 	       b->flags & BITMAP_AUTO ? ", auto" : "",
 	       b->flags & BITMAP_IN_USE ? ", in use" : "");
 	return 0;
+}
+
+/* Who has it */
+static void print_users(const struct users *users)
+{
+	unsigned int i;
+
+	for (i = 0; i < users->n; i++)
+		printf("  in use: %s\n", user_phrase(&users->u[i]));
+	if (users->more)
+		printf("  in use: and %u more\n", users->more);
+	if (!users->n && users->locked_write)
+		printf("  in use: QEMU's locks are held by a process that is not seen from here%s\n",
+		       geteuid() ? "; run as root to see more" :
+		       "; look on the other machines or in the containers that share the file");
 }
 
 static void print_text(const struct image *img, const struct verdict *v)
@@ -237,9 +293,13 @@ static void print_text(const struct image *img, const struct verdict *v)
 	if (h->unknown_extensions)
 		printf("unknown header extensions: %u\n",
 		       h->unknown_extensions);
-	printf("can be opened: %s\n", v->mappable);
+	printf("can be opened: %s%s\n", v->mappable,
+	       !strcmp(v->now, v->mappable) ? "" : !strcmp(v->now, "no") ?
+	       ", but not now: it is in use" :
+	       ", but now only read-only: it is in use");
 	for (i = 0; i < v->rw.n; i++)
 		printf("  %s; %s\n", v->rw.r[i].cause, v->rw.r[i].remedy);
+	print_users(&v->users);
 }
 
 int cmd_info(const struct options *opt, char **args)

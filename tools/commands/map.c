@@ -237,11 +237,13 @@ static int get_geometry(struct map *m)
 	if (!fault)
 		fault = qcow2_geometry_check(&m->g, img->node.size);
 	if (fault == QCOW2_FAULT_NO_DATA_FILE || fault == QCOW2_FAULT_VERSION)
-		return fail(EX_WRONG, "%s: %s; use qemu-img map",
-			    esc(img->node.path), qcow2_fault_str(fault));
+		return fail(EX_WRONG, "%s: %s; use qemu-img map %s",
+			    esc(img->node.path), qcow2_fault_str(fault),
+			    shell_quote(img->node.path));
 	if (fault)
-		return fail(EX_WRONG, "%s: %s; see what qcow2setup info says",
-			    esc(img->node.path), qcow2_fault_str(fault));
+		return fail(EX_WRONG, "%s: %s; see what qcow2setup info %s says",
+			    esc(img->node.path), qcow2_fault_str(fault),
+			    shell_quote(img->node.path));
 	m->backing = img->h.backing_file.s;
 	return 0;
 }
@@ -260,9 +262,9 @@ static int commit(const char *name)
 		close(fd);
 	if (!err)
 		return 0;
-	errno = err;
-	return fail_errno("/dev/mapper/%s: cannot make it write its metadata; see what qcow2setup status says",
-			  esc(name));
+	return fail(errno_to_exit(err),
+		    "/dev/mapper/%s: cannot make it write its metadata: %s; see what qcow2setup status says",
+		    esc(name), strerror(err));
 }
 
 /*
@@ -293,10 +295,11 @@ static int open_live(struct map *m, const char *name)
 	struct target_table table;
 	struct device metadata;
 	char *type = NULL, *params = NULL;
+	enum device_kind kind;
 	struct node node;
 	uint64_t sectors;
-	bool ours;
-	char number[32];
+	bool known;
+	char number[32], target[64];
 	int ret;
 
 	ret = dm_query(name, &info);
@@ -306,18 +309,22 @@ static int open_live(struct map *m, const char *name)
 		return fail(EX_WRONG,
 			    "/dev/mapper/%s is inactive; open it first",
 			    esc(name));
+	/* Nothing is asked of a device that is none of this target's. */
+	kind = device_kind(name, info.uuid, target, sizeof(target));
+	if (kind == DEVICE_OTHER)
+		return device_not_ours(name, kind, target, "");
 	ret = info.suspended ? check_suspended(name) : commit(name);
 	if (ret)
 		return ret;
 	ret = dm_params(name, false, &type, &params, &sectors);
 	if (ret)
 		return ret == -ENXIO ? dm_gone(name) : ret;
-	ours = !strcmp(type, DM_TARGET) && target_parse_table(params, &table);
+	known = !strcmp(type, DM_TARGET) && target_parse_table(params, &table);
 	free(type);
 	free(params);
-	if (!ours || !device_look_up(table.metadata_dev, &metadata))
+	if (!known || !device_look_up(table.metadata_dev, &metadata))
 		return fail(EX_WRONG,
-			    "%s: not a qcow2 device; qcow2setup status lists those that are open",
+			    "%s: table is not understood; use a newer qcow2setup",
 			    esc(name));
 
 	/* Never through a file: what is live is what the device shows. */

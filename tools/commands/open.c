@@ -18,6 +18,7 @@
 #include "system/dm.h"
 #include "system/locks.h"
 #include "system/loop.h"
+#include "system/mark.h"
 #include "system/sysfs.h"
 #include "system/target.h"
 
@@ -151,7 +152,7 @@ static int tail_make(struct tail *tail, const struct node *node, uint64_t size,
 	snprintf(part[0], sizeof(part[0]), "%s 0", dev->dev);
 	snprintf(part[1], sizeof(part[1]), "%s 0", tail->memory.dev);
 	ret = dm_make(tail->name, uuid, start ? lines : lines + 1,
-		      start ? 2 : 1, true, true);
+		      start ? 2 : 1, true);
 	if (ret)
 		return ret;
 	tail->made = true;
@@ -170,8 +171,8 @@ static void tail_remove(struct tail *tail, bool deferred)
 	if (tail->made) {
 		ret = dm_remove(tail->name, deferred);
 		if (ret)
-			warning("%s: helper device cannot be removed; try dmsetup remove",
-				esc(tail->name));
+			warning("%s: helper device cannot be removed; try dmsetup remove %s",
+				esc(tail->name), esc(tail->name));
 	}
 	loop_release(&tail->memory.loop);
 }
@@ -226,7 +227,6 @@ static void lower_release(struct lower *l, bool failed)
 struct search {
 	const struct mapping *m;
 	const char *backing;		/* device of an image below it */
-	char prefix[64];		/* of the uuid */
 	char name[128];			/* of what was found */
 };
 
@@ -252,8 +252,7 @@ static int search_one(const char *name, void *arg)
 
 	/* One that goes at this moment is no error. */
 	if (*s->name || dm_query(name, &info) || !info.exists ||
-	    !info.read_only ||
-	    strncmp(info.uuid, s->prefix, strlen(s->prefix)) ||
+	    !info.read_only || !device_made_of(info.uuid, &s->m->img.node) ||
 	    dm_params(name, false, &type, &params, &sectors))
 		return 0;
 	if (!strcmp(type, DM_TARGET) && target_parse_table(params, &t) &&
@@ -314,13 +313,19 @@ static int make_device(const struct mapping *m, const char *name,
 				 p->data.dev, &m->img.geo, &f))
 		return fail(EX_WRONG, "%s: table line is too long", esc(name));
 	line.params = params;
-	make_uuid(uuid, sizeof(uuid), DM_UUID_PREFIX, &m->img.node, name);
+	make_uuid(uuid, sizeof(uuid),
+		  opt && opt->host ? DM_UUID_HOST_PREFIX : DM_UUID_PREFIX,
+		  &m->img.node, name);
 	note("%s: 0 %llu %s %s", esc(name), (unsigned long long)line.sectors,
 	     DM_TARGET, params);
 	ret = dm_check_table(name, params);
 	if (ret)
 		return ret;
-	return dm_make(name, uuid, &line, 1, f.read_only, false);
+	ret = dm_make(name, uuid, &line, 1, f.read_only);
+	if (!ret && opt && !opt->host)
+		note("%s: udev leaves alone what is on it: mounts by UUID= or LABEL=, and volumes on it, need open --host",
+		     esc(name));
+	return ret;
 }
 
 static int attach_backing(const struct mapping *m, const char *name,
@@ -419,7 +424,6 @@ static int find_or_make(struct mapping *m, struct parts *p, struct lower *l)
 	bool made = false;
 	int ret;
 
-	make_uuid(s.prefix, sizeof(s.prefix), DM_UUID_PREFIX, &m->img.node, "");
 	ret = dm_each(search_one, &s);
 	if (!ret && *s.name) {
 		note("%s: is open as %s", esc(m->img.node.path), esc(s.name));
@@ -449,8 +453,8 @@ static int find_or_make(struct mapping *m, struct parts *p, struct lower *l)
 			close(l->fd);
 		l->fd = -1;
 		if (dm_remove(l->name, false))
-			warning("%s: cannot be removed again; try dmsetup remove",
-				esc(l->name));
+			warning("%s: cannot be removed again; try dmsetup remove %s",
+				esc(l->name), esc(l->name));
 	}
 	return ret;
 }
@@ -526,16 +530,16 @@ int cmd_open(const struct options *opt, char **args)
 	if (ret)
 		return ret;
 	if (info.exists)
-		return fail(EX_BUSY,
-			    "%s: a device of that name exists; close it, or choose another name",
-			    esc(name));
+		return device_name_taken(name, info.uuid);
 	interrupt_catch();
 	ret = mapping_open(&m, &chain, path);
 	if (!ret)
 		ret = interrupted() ? EX_WRONG :
 				      activate_chain(&m, name, opt);
 	mapping_close(&m);
-	if (ret)
+	if (ret) {
 		wait_for_loops();
+		mark_sweep();
+	}
 	return interrupt_result(ret);
 }

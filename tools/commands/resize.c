@@ -2,13 +2,15 @@
 /*
  * qcow2setup resize: give an image another size, or a device that is open.
  *
- * A live one is suspended meanwhile: the kernel has then written all that it
- * knows, and reads header and L1 table again when it is resumed.  Whatever goes
+ * A live one is suspended for the switch: the kernel has then written all that it
+ * knows, and reads header and L1 table again when it is resumed.  All that takes
+ * longer is done before, beside the guest's requests (image/grow.c).  Whatever goes
  * wrong, the old image and the old table come back.
  *
- * If this program is killed on the way, the device stays suspended.  Before the
- * image changes another table is loaded, the old one at first, so that a device
- * in that state is known again: another resize goes on from there.
+ * If this program is killed on the way, a helper brings them back (system/keeper.c).  If
+ * that is killed, too, the device stays suspended.  Before the image changes
+ * another table is loaded, the old one at first, so that a device in that state is
+ * known again: another resize goes on from there.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -16,8 +18,6 @@
 #include <linux/loop.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
@@ -25,12 +25,14 @@
 
 #include "commands/commands.h"
 #include "image/image.h"
+#include "image/shrink.h"
 #include "lib/interrupt.h"
 #include "lib/util.h"
 #include "stack/mapping.h"
 #include "system/claim.h"
 #include "system/device.h"
 #include "system/dm.h"
+#include "system/keeper.h"
 #include "system/live.h"
 #include "system/locks.h"
 #include "system/loop.h"
@@ -40,13 +42,9 @@
 #define SECTOR		512
 #define LOCK_MS		3000
 
-/*
- * @size: of the data, which is made longer if it ends within a sector; @old: of
- * the image; sets *@new
- */
+/* @size: of the data, which is made longer if it ends within a sector */
 static int choose_size(const struct options *opt, const char *path,
-		       uint64_t old, uint64_t size, unsigned int block,
-		       uint64_t *new)
+		       uint64_t size, unsigned int block, uint64_t *new)
 {
 	*new = opt->size_auto ? align_up(size, block) : opt->size;
 	if (*new % block)
@@ -54,16 +52,7 @@ static int choose_size(const struct options *opt, const char *path,
 			    "%s: size of %llu bytes is no multiple of %u; give --size %llu",
 			    esc(path), (unsigned long long)*new, block,
 			    (unsigned long long)align_up(*new, block));
-	if (*new >= old)
-		return 0;
-	if (opt->size_auto)
-		return fail(EX_WRONG,
-			    "%s: data has %llu bytes, the image %llu, and an image is not made smaller; enlarge the data",
-			    esc(path), (unsigned long long)*new,
-			    (unsigned long long)old);
-	return fail(EX_WRONG,
-		    "%s: has %llu bytes and is not made smaller; close it, and use qemu-img resize --shrink; if the data is raw and on a device, first make that as small as the image shall be",
-		    esc(path), (unsigned long long)old);
+	return 0;
 }
 
 /* A file that is made longer, and can be put back. */
@@ -206,6 +195,56 @@ static int check_offline_data(const struct offline *o, uint64_t size)
 		    (unsigned long long)size);
 }
 
+/* What lies behind the new end is lost: only if that is wanted. */
+static int may_shrink(const struct options *opt, const struct offline *o,
+		      uint64_t size)
+{
+	const char *path = o->img.node.path;
+
+	if (opt->shrink)
+		return 0;
+	if (opt->size_auto)
+		return fail(EX_WRONG,
+			    "%s: data has %llu bytes, the image %llu; enlarge the data, or use --shrink if what the image has behind that may be lost",
+			    esc(path), (unsigned long long)size,
+			    (unsigned long long)o->img.geo.size);
+	return fail(EX_WRONG,
+		    "%s: has %llu bytes, and what is behind the new end would be lost; use --shrink if it may be",
+		    esc(path), (unsigned long long)o->img.geo.size);
+}
+
+/* As qemu-img does; a longer file would do no harm. */
+static void cut_data(const struct offline *o, uint64_t size)
+{
+	struct stat st;
+
+	if (o->data.fd < 0 || o->data.bdev || fstat(o->data.fd, &st) ||
+	    (uint64_t)st.st_size <= size)
+		return;
+	if (ftruncate(o->data.fd, size) || fsync(o->data.fd))
+		warning("%s: cannot cut it off at %llu bytes: %s",
+			esc(o->data.path), (unsigned long long)size,
+			strerror(errno));
+	else
+		note("%s: cut off at %llu bytes", esc(o->data.path),
+		     (unsigned long long)size);
+}
+
+static int shrink_offline(struct offline *o, uint64_t size)
+{
+	uint64_t cut;
+	int ret;
+
+	ret = image_shrink(&o->img, size);
+	if (ret) {
+		image_undo(&o->img);
+		return ret;
+	}
+	cut_data(o, size);
+	image_trim(&o->img, &cut);
+	return 0;
+}
+
 /* The image may have the size already; the data must have it in any case. */
 static int grow_offline(struct offline *o, struct growth *g)
 {
@@ -254,11 +293,14 @@ static int resize_image(const struct options *opt, const char *path)
 		ret = open_offline_backing(&o, opt, &g);
 	block = o.data.bdev ? o.data.block_size : SECTOR;
 	if (!ret)
-		ret = choose_size(opt, path, o.img.geo.size, o.data.size,
-				  block, &g.size);
+		ret = choose_size(opt, path, o.data.size, block, &g.size);
+	if (!ret && g.size < o.img.geo.size)
+		ret = may_shrink(opt, &o, g.size);
 	if (!ret)
 		ret = check_offline_data(&o, g.size);
-	if (!ret) {
+	if (!ret && g.size < o.img.geo.size) {
+		ret = shrink_offline(&o, g.size);
+	} else if (!ret) {
 		if (o.data.fd >= 0)
 			g.data = &o.data;
 		ret = grow_offline(&o, &g);
@@ -290,7 +332,11 @@ struct live {
 	char *params;			/* of the table that is live */
 	struct target_table table;
 	struct part meta, data, backing;
-	struct image img;
+	/* As it is while the kernel has it, and when it is at rest */
+	struct image before, img;
+	struct grower *grower;
+	struct keeper keeper;
+	int meta_fd;			/* the helper has this one, too */
 	int lock;
 	bool left;			/* suspended by a resize that was killed */
 };
@@ -404,6 +450,8 @@ static int live_lock(struct live *l)
 /* Is there such a device, and is it ours?  Before it is locked. */
 static int check_device(const struct live *l)
 {
+	char type[64], remedy[300];
+	enum device_kind kind;
 	struct dm_dev_info info;
 	int ret;
 
@@ -412,14 +460,17 @@ static int check_device(const struct live *l)
 		return ret;
 	if (!info.exists)
 		return dm_gone(l->name);
-	if (strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
-		return fail(EX_WRONG,
-			    "%s: not opened by qcow2setup; resize the image when it is closed",
-			    esc(l->name));
+	kind = device_kind(l->name, info.uuid, type, sizeof(type));
+	if (kind != DEVICE_OURS) {
+		snprintf(remedy, sizeof(remedy),
+			 "remove it (dmsetup remove %s), and resize the image",
+			 shell_quote(l->name));
+		return device_not_ours(l->name, kind, type, remedy);
+	}
 	if (info.read_only)
 		return fail(EX_WRONG,
-			    "%s: is open read-only; close it, and resize the image",
-			    esc(l->name));
+			    "%s: is open read-only; close it (qcow2setup close %s), and resize the image",
+			    esc(l->name), shell_quote(l->name));
 	return 0;
 }
 
@@ -466,8 +517,9 @@ static int check_state(struct live *l)
 	/* What there was no space for may be written in the suspend. */
 	if (strcmp(status.mode, "rw") && strcmp(status.mode, "nospc"))
 		return fail(EX_WRONG,
-			    "%s: is in mode %s; close it, and check the image",
-			    esc(l->name), esc(status.mode));
+			    "%s: is in mode %s; close it (qcow2setup close %s), and check the image",
+			    esc(l->name), esc(status.mode),
+			    shell_quote(l->name));
 	return 0;
 }
 
@@ -505,68 +557,257 @@ static int open_live(struct live *l)
 	return 0;
 }
 
-/* Everything that is done while nothing can be read or written. */
-static int change_suspended(struct live *l, const struct options *opt,
-			    const struct growth *g)
+/* The image in the metadata device, as it is now. */
+static int attach(struct live *l, struct image *img)
 {
-	struct dm_line line = {
-		.sectors = l->sectors, .type = DM_TARGET, .params = l->params,
-	};
-	struct target_features f = l->table.f;
 	struct reasons reasons;
-	char params[1024];
 	int ret;
 
 	/* The kernel wrote behind whatever was read of it before. */
 	node_drop_cache(&l->meta.node);
-	node_drop_cache(&l->data.node);
-	if (l->backing.node.fd >= 0)
-		node_drop_cache(&l->backing.node);
-	ret = image_attach(&l->img, &l->meta.node);
+	ret = image_attach(img, &l->meta.node);
 	/* It is the image's now, and closed with it. */
-	l->meta.node.fd = dup(l->img.node.fd);
+	l->meta.node.fd = dup(img->node.fd);
 	if (!ret && l->meta.node.fd < 0)
 		ret = fail_errno("%s: cannot duplicate it", esc(l->meta.path));
 	if (ret)
 		return ret;
 	if (l->meta.file.fd >= 0) {
-		l->img.space.fd = l->meta.file.fd;
-		l->img.space.path = l->meta.file.path;
-		l->img.space_kind = opt->sparse ? IMAGE_SPARSE : IMAGE_REAL;
-		l->img.resized = metadata_resized;
-		l->img.resized_arg = &l->meta;
+		img->resized = metadata_resized;
+		img->resized_arg = &l->meta;
 	}
-	image_reasons(&l->img, false, &reasons);
+	image_reasons(img, false, &reasons);
 	if (reasons.n)
 		return fail(EX_WRONG, "%s: %s; %s", esc(l->name),
 			    reasons.r[0].cause, reasons.r[0].remedy);
-	if (g->size < l->img.geo.size)
+	return image_load_tables(img, true);
+}
+
+/* What is new, where the kernel does not look: beside its work. */
+static int prepare_live(struct live *l, const struct options *opt,
+			const struct growth *g)
+{
+	struct image *img = &l->before;
+	int ret;
+
+	ret = attach(l, img);
+	if (ret)
+		return ret;
+	if (l->meta.file.fd >= 0) {
+		img->space.fd = l->meta.file.fd;
+		img->space.path = l->meta.file.path;
+		img->space.in_use = true;
+		img->space_kind = opt->sparse ? IMAGE_SPARSE : IMAGE_REAL;
+	}
+	if (g->size < img->geo.size)
 		return fail(EX_WRONG,
 			    "%s: image has %llu bytes already; give --size %llu",
-			    esc(l->name), (unsigned long long)l->img.geo.size,
-			    (unsigned long long)l->img.geo.size);
-	ret = image_load_tables(&l->img, true);
+			    esc(l->name), (unsigned long long)img->geo.size,
+			    (unsigned long long)img->geo.size);
+	return image_grow_begin(img, g, &l->grower);
+}
+
+/*
+ * What the helper does if this program is killed
+ */
+
+struct undo_files {
+	struct {
+		int file, device;
+		uint64_t size;
+	} f[2];
+};
+
+/* Files get the length that they had. */
+static enum keeper_result undo_files(const void *data, size_t len)
+{
+	const struct undo_files *u = data;
+	struct stat st;
+	size_t i;
+
+	(void)len;
+	for (i = 0; i < ARRAY_SIZE(u->f); i++) {
+		if (u->f[i].file < 0 || fstat(u->f[i].file, &st) ||
+		    (uint64_t)st.st_size <= u->f[i].size)
+			continue;
+		/* Pages that are written behind the end would be an error. */
+		fsync(u->f[i].device);
+		posix_fadvise(u->f[i].device, 0, 0, POSIX_FADV_DONTNEED);
+		if (ftruncate(u->f[i].file, u->f[i].size) ||
+		    ioctl(u->f[i].device, LOOP_SET_CAPACITY, 0))
+			warning("a file cannot be given its length again: %s",
+				strerror(errno));
+	}
+	return KEEPER_GO_ON;
+}
+
+struct undo_table {
+	struct undo_files files;
+	bool changed;		/* another table was to be loaded, or is */
+	uint64_t sectors;
+	char name[DM_NAME_MAX + 28];
+	char params[];
+};
+
+static bool is_suspended(const char *name)
+{
+	struct dm_dev_info info;
+
+	return !dm_query(name, &info) && info.exists && info.suspended;
+}
+
+static enum keeper_result undo_table(const void *data, size_t len)
+{
+	const struct undo_table *u = data;
+	const struct dm_line line = {
+		.sectors = u->sectors, .type = DM_TARGET, .params = u->params,
+	};
+
+	(void)len;
+	if (!is_suspended(u->name))
+		return u->changed ? KEEPER_STOP : KEEPER_GO_ON;
+	if (u->changed) {
+		/* A table sees how long its devices are when it is loaded. */
+		undo_files(&u->files, sizeof(u->files));
+		dm_load(u->name, &line);
+	}
+	if (!dm_resume(u->name) && !is_suspended(u->name))
+		warning("%s: resize was killed, and the device is as it was before",
+			esc(u->name));
+	else
+		warning("%s: resize was killed, and the device stays suspended; try dmsetup resume %s",
+			esc(u->name), esc(u->name));
+	return KEEPER_GO_ON;
+}
+
+struct undo_change {
+	uint64_t off, len;	/* @len 0: make durable what was undone */
+	char name[DM_NAME_MAX + 28];
+	int fd;
+	uint8_t old[];
+};
+
+static enum keeper_result undo_change(const void *data, size_t len)
+{
+	static bool stuck;
+	const struct undo_change *u = data;
+	int ret;
+
+	(void)len;
+	/* Resumed: it was just done, or just undone. */
+	if (!is_suspended(u->name))
+		return KEEPER_STOP;
+	/* Not a step before the one after it: as safe as forward. */
+	if (stuck)
+		return KEEPER_GO_ON;
+	ret = u->len ? write_at(u->fd, u->old, u->len, u->off) : fsync(u->fd);
+	if (!ret)
+		return KEEPER_GO_ON;
+	stuck = true;
+	warning("%s: resize was killed, and the image could not be put back as it was; check it with qcow2setup check",
+		esc(u->name));
+	return KEEPER_GO_ON;
+}
+
+static struct undo_files files_as_they_are(const struct live *l)
+{
+	return (struct undo_files){ .f = {
+		{ l->meta.file.fd, l->meta_fd, l->meta.file.before },
+		{ l->data.file.fd, l->data.node.fd, l->data.file.before },
+	} };
+}
+
+static int tell_files(struct live *l)
+{
+	struct undo_files u = files_as_they_are(l);
+
+	return keeper_tell(&l->keeper, undo_files, &u, sizeof(u));
+}
+
+static int tell_table(struct live *l, bool changed)
+{
+	size_t len = sizeof(struct undo_table) + strlen(l->params) + 1;
+	struct undo_table *u = calloc(1, len);
+	int ret;
+
+	if (!u)
+		return fail_nomem();
+	u->files = files_as_they_are(l);
+	/* The data is given back when the old table is live. */
+	u->files.f[1].file = -1;
+	u->changed = changed;
+	u->sectors = l->sectors;
+	snprintf(u->name, sizeof(u->name), "%s", l->name);
+	strcpy(u->params, l->params);
+	ret = keeper_tell(&l->keeper, undo_table, u, len);
+	free(u);
+	return ret;
+}
+
+/* For image_change() and the like. */
+static int tell_change(struct image *img, uint64_t off, const void *old,
+		       size_t len)
+{
+	struct live *l = img->changing_arg;
+	struct undo_change *u = calloc(1, sizeof(*u) + len);
+	int ret;
+
+	if (!u)
+		return fail_nomem();
+	u->off = off;
+	u->len = len;
+	u->fd = l->meta_fd;
+	snprintf(u->name, sizeof(u->name), "%s", l->name);
+	memcpy(u->old, old, len);
+	ret = keeper_tell(&l->keeper, undo_change, u, sizeof(*u) + len);
+	free(u);
+	return ret;
+}
+
+/* Everything that is done while nothing can be read or written. */
+static int change_suspended(struct live *l)
+{
+	struct dm_line line = {
+		.sectors = l->sectors, .type = DM_TARGET, .params = l->params,
+	};
+	struct target_features f = l->table.f;
+	struct image *img = &l->img;
+	char params[1024];
+	int ret;
+
+	node_drop_cache(&l->data.node);
+	if (l->backing.node.fd >= 0)
+		node_drop_cache(&l->backing.node);
+	ret = attach(l, img);
+	img->space = l->before.space;
+	img->space_kind = l->before.space_kind;
+	l->before.space = (struct space){ .fd = -1 };
 	if (!ret && interrupted())
 		ret = EX_WRONG;
+	if (!ret)
+		ret = tell_table(l, true);
 	/* From now on it shows that it was not suspended by somebody else. */
 	if (!ret && !l->left)
 		ret = dm_load(l->name, &line);
+	img->changing = tell_change;
+	img->changing_arg = l;
 	if (!ret)
-		ret = image_grow(&l->img, g);
+		ret = image_grow_end(img, l->grower);
 	if (ret)
 		return ret;
 
-	line.sectors = l->img.geo.size / SECTOR;
+	line.sectors = img->geo.size / SECTOR;
 	line.params = params;
 	if (!target_format_table(params, sizeof(params), l->table.metadata_dev,
-				 l->table.data_dev, &l->img.geo, &f))
+				 l->table.data_dev, &img->geo, &f))
 		return fail(EX_WRONG, "%s: table line is too long; close it, and resize the image",
 			    esc(l->name));
-	note("%s: 0 %llu %s %s", esc(l->name), (unsigned long long)line.sectors,
-	     DM_TARGET, params);
 	ret = dm_load(l->name, &line);
 	if (!ret)
 		ret = dm_resume(l->name);
+	if (!ret)
+		note("%s: 0 %llu %s %s", esc(l->name),
+		     (unsigned long long)line.sectors, DM_TARGET, params);
 	return ret;
 }
 
@@ -609,21 +850,6 @@ static void resume_as_it_is(const struct live *l)
 		esc(l->name), esc(l->name));
 }
 
-/*
- * While the device is suspended nothing must have to be read from it, or
- * written to it, be it to get memory: the root file system may be on it.  As
- * far as the system lets us.
- */
-static void lock_memory(void)
-{
-	if (mlockall(MCL_CURRENT | MCL_FUTURE))
-		note("memory cannot be locked: %s", strerror(errno));
-#ifdef PR_SET_IO_FLUSHER
-	if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0))
-		note("memory reclaim may do I/O: %s", strerror(errno));
-#endif
-}
-
 /* The image is as it was: so shall be the device. */
 static void bring_back(struct live *l)
 {
@@ -644,9 +870,55 @@ static void bring_back(struct live *l)
 		esc(l->name), esc(l->name));
 }
 
+/* Smaller: not while somebody may use what would be cut off. */
+static int check_larger(const struct live *l, const struct options *opt,
+			uint64_t size)
+{
+	uint64_t old = l->sectors * SECTOR;
+	const char *image = l->meta.node.path;
+
+	if (size >= old)
+		return 0;
+	if (opt->size_auto)
+		return fail(EX_WRONG,
+			    "%s: data has %llu bytes, the device %llu, and is not made smaller while it is open; enlarge the data, or close it and use qcow2setup resize %s --size %llu --shrink",
+			    esc(l->name), (unsigned long long)size,
+			    (unsigned long long)old, esc(image),
+			    (unsigned long long)size);
+	return fail(EX_WRONG,
+		    "%s: has %llu bytes, and is not made smaller while it is open; close it, and use qcow2setup resize %s --size %llu --shrink",
+		    esc(l->name), (unsigned long long)old, esc(image),
+		    (unsigned long long)size);
+}
+
+/* All that is done beside the guest's requests; a signal ends it. */
+static int before_suspend(struct live *l, const struct options *opt,
+			  const struct growth *g)
+{
+	int ret;
+
+	ret = tell_files(l);
+	if (!ret && g->size > l->data.node.size)
+		ret = part_extend(&l->data, g->size);
+	if (!ret && interrupted())
+		ret = EX_WRONG;
+	if (!ret)
+		ret = prepare_live(l, opt, g);
+	if (!ret && interrupted())
+		ret = EX_WRONG;
+	if (ret)
+		return ret;
+	/*
+	 * While the device is suspended nothing must have to be read from it, or
+	 * written to it, be it to get memory: the root file system may be on it.
+	 */
+	keeper_lock_memory();
+	return l->left ? 0 : tell_table(l, false);
+}
+
 static int resize_live(struct live *l, const struct options *opt)
 {
-	uint64_t old = l->sectors * SECTOR, have = l->data.node.size;
+	uint64_t have = l->data.node.size;
 	unsigned int block = l->data.node.block_size;
 	struct growth g = { .data = &l->data.node };
 	int ret;
@@ -654,29 +926,41 @@ static int resize_live(struct live *l, const struct options *opt)
 	/* A file may have grown without its loop device knowing. */
 	if (l->data.file.fd >= 0)
 		have = max_u64(have, l->data.file.before);
-	ret = choose_size(opt, l->name, old, have, block, &g.size);
-	if (!ret && g.size > l->data.node.size)
-		ret = part_extend(&l->data, g.size);
+	ret = choose_size(opt, l->name, have, block, &g.size);
+	if (!ret)
+		ret = check_larger(l, opt, g.size);
 	if (ret)
-		goto out;
+		return ret;
 	if (l->table.f.backing_dev) {
 		g.backing = &l->backing.node;
 		g.backing_size = l->backing.node.size;
 	}
-	if (interrupted()) {
-		ret = EX_WRONG;
-		goto out;
-	}
-	lock_memory();
-	ret = l->left ? 0 : dm_suspend(l->name);
+	l->meta_fd = l->meta.node.fd;
+	ret = keeper_start(&l->keeper);
 	if (ret)
-		goto out;
-	ret = check_committed(l);
+		return ret;
+	if (l->left)
+		ret = check_committed(l);
 	if (ret) {
 		resume_as_it_is(l);
 		goto out;
 	}
-	ret = change_suspended(l, opt, &g);
+	ret = before_suspend(l, opt, &g);
+	if (!ret && !l->left)
+		ret = dm_suspend(l->name);
+	if (ret) {
+		image_undo(&l->before);
+		if (l->left)
+			bring_back(l);
+		goto out;
+	}
+	ret = check_committed(l);
+	if (ret) {
+		image_undo(&l->before);
+		resume_as_it_is(l);
+		goto out;
+	}
+	ret = change_suspended(l);
 	if (ret)
 		bring_back(l);
 out:
@@ -684,13 +968,15 @@ out:
 		shrink_file(&l->data.file);
 		part_update(&l->data);
 	}
+	keeper_dismiss(&l->keeper);
 	return ret;
 }
 
 static int resize_device(const struct options *opt, const char *name)
 {
 	struct live l = {
-		.name = name, .lock = -1, .img = IMAGE_CLOSED,
+		.name = name, .lock = -1, .keeper = KEEPER_NONE,
+		.before = IMAGE_CLOSED, .img = IMAGE_CLOSED,
 		.meta = PART_CLOSED, .data = PART_CLOSED,
 		.backing = PART_CLOSED,
 	};
@@ -705,7 +991,9 @@ static int resize_device(const struct options *opt, const char *name)
 		ret = open_live(&l);
 	if (!ret)
 		ret = resize_live(&l, opt);
+	image_grow_free(l.grower);
 	image_close(&l.img);
+	image_close(&l.before);
 	part_close(&l.meta);
 	part_close(&l.data);
 	part_close(&l.backing);

@@ -18,6 +18,8 @@
 struct open_device {
 	char name[128];
 	struct dm_dev_info info;
+	enum device_kind kind;
+	char type[64];			/* of target */
 	uint64_t size;			/* bytes */
 	bool has_table, has_status;
 	bool gone;			/* while we looked */
@@ -44,7 +46,7 @@ static int get_below(struct open_device *d)
 {
 	if (!d->table.f.backing_dev ||
 	    !device_look_up(d->table.f.backing_dev, &d->backing) ||
-	    !d->backing.qcow2)
+	    !*d->backing.dm_name)
 		return 0;
 	d->below = calloc(1, sizeof(*d->below));
 	if (!d->below)
@@ -86,6 +88,12 @@ static int get_device(const char *name, struct open_device *d)
 static const char *origin(const struct device *d)
 {
 	return d->file[0] ? d->file : d->node;
+}
+
+/* Who has made it */
+static const char *maker(const struct open_device *d)
+{
+	return d->kind == DEVICE_OURS ? "qcow2setup" : "dmsetup";
 }
 
 static const char *mode(const struct open_device *d)
@@ -161,6 +169,7 @@ static void print_json(struct json *j, const struct open_device *d)
 	snprintf(path, sizeof(path), "/dev/mapper/%s", d->name);
 	json_string(j, "device", path);
 	json_string(j, "uuid", d->info.uuid);
+	json_string(j, "made-by", maker(d));
 	json_number(j, "virtual-size", d->size);
 	json_string(j, "mode", mode(d));
 	json_bool(j, "read-only", d->info.read_only);
@@ -263,6 +272,10 @@ static void print_text(const struct open_device *d)
 	printf("/dev/mapper/%s is active%s%s.\n", esc(d->name),
 	       d->info.open_count ? " and is in use" : "",
 	       d->info.suspended ? ", but suspended" : "");
+	if (d->kind != DEVICE_OURS)
+		printf("  made by:       dmsetup: no lock keeps QEMU from the image, and its bitmaps are\n"
+		       "                 not looked after; remove it with dmsetup remove %s\n",
+		       shell_quote(d->name));
 	printf("  mode:          %s\n", mode(d));
 	printf("  size:          %s (%" PRIu64 " bytes)\n",
 	       human_size(d->size), d->size);
@@ -300,10 +313,14 @@ static int add_device(const char *name, void *arg)
 	struct list *list = arg;
 	struct open_device *d;
 	struct dm_dev_info info;
+	enum device_kind kind;
+	char type[64];
 
 	/* One that went meanwhile is no error. */
-	if (dm_query(name, &info) || !info.exists ||
-	    strncmp(info.uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+	if (dm_query(name, &info) || !info.exists)
+		return 0;
+	kind = device_kind(name, info.uuid, type, sizeof(type));
+	if (kind == DEVICE_OTHER)
 		return 0;
 	d = reallocarray(list->d, list->n + 1, sizeof(*d));
 	if (!d)
@@ -313,6 +330,7 @@ static int add_device(const char *name, void *arg)
 	memset(d, 0, sizeof(*d));
 	snprintf(d->name, sizeof(d->name), "%s", name);
 	d->info = info;
+	d->kind = kind;
 	list->n++;
 	return 0;
 }
@@ -369,7 +387,8 @@ static int fill_line(struct libscols_table *table, const struct open_device *d)
 	       set_cell(line, 2, mode(d)) ||
 	       set_cell(line, 3, cluster) ||
 	       set_cell(line, 4, origin(&d->metadata)) ||
-	       set_cell(line, 5, origin(&d->data));
+	       set_cell(line, 5, origin(&d->data)) ||
+	       set_cell(line, 6, maker(d));
 }
 
 static int print_table(const struct list *list)
@@ -380,6 +399,7 @@ static int print_table(const struct list *list)
 	} columns[] = {
 		{ "NAME", 0 }, { "SIZE", SCOLS_FL_RIGHT }, { "MODE", 0 },
 		{ "CLUSTER", SCOLS_FL_RIGHT }, { "IMAGE", 0 }, { "DATA", 0 },
+		{ "MADE-BY", 0 },
 	};
 	struct libscols_table *table;
 	size_t i;
@@ -441,13 +461,18 @@ static int status_one(const struct options *opt, const char *name)
 	if (!d.info.exists)
 		return fail(EX_WRONG, "/dev/mapper/%s is inactive; open it first",
 			    esc(name));
+	d.kind = device_kind(name, d.info.uuid, d.type, sizeof(d.type));
+	if (d.kind == DEVICE_OTHER)
+		return device_not_ours(name, d.kind, d.type, "");
 	ret = get_device(name, &d);
 	if (ret == -ENXIO)
 		ret = dm_gone(name);
 	if (!ret && !d.has_table)
 		ret = fail(EX_WRONG,
-			   "%s: not a qcow2 device; qcow2setup status lists those that are open",
-			   esc(name));
+			   "%s: has no table, or one that is not understood; close it (%s %s), or use a newer qcow2setup",
+			   esc(name), d.kind == DEVICE_OURS ?
+			   "qcow2setup close" : "dmsetup remove",
+			   shell_quote(name));
 	if (!ret && opt->json) {
 		json_start(&j, stdout);
 		print_json(&j, &d);

@@ -14,9 +14,15 @@ static int need_device(const struct node *node, const char *what)
 {
 	if (node->bdev)
 		return 0;
+	/* A loop device has whole sectors: what is behind the last one is lost. */
+	if (node->size % 512)
+		return fail(EX_WRONG,
+			    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (truncate -s %%512 %s && losetup --find --show --direct-io=on %s)",
+			    esc(node->path), what, shell_quote(node->path),
+			    shell_quote(node->path));
 	return fail(EX_WRONG,
-		    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (losetup --find --show --direct-io=on FILE)",
-		    esc(node->path), what);
+		    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (losetup --find --show --direct-io=on %s)",
+		    esc(node->path), what, shell_quote(node->path));
 }
 
 /* The path, if a table line can have it as it is; else the number. */

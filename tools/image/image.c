@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include <errno.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +12,7 @@
 #include "lib/util.h"
 
 #define SECTOR	512
+
 
 /* One change, or (len 0) a point at which all before was made durable. */
 struct undo {
@@ -24,6 +26,23 @@ struct undo {
 static uint64_t cluster_size(const struct image *img)
 {
 	return 1ULL << img->h.cluster_bits;
+}
+
+/*
+ * Bytes of the first cluster, by what its beginning says; less if that is all there
+ * is.  What is behind need not be readable.
+ */
+static size_t first_len(const struct node *node, uint64_t size)
+{
+	unsigned int bits = 0;
+	struct qcow2_header raw;
+
+	if (size >= sizeof(raw) && !node_read(node, &raw, sizeof(raw), 0) &&
+	    be32_to_cpu(raw.magic) == QCOW2_MAGIC)
+		bits = be32_to_cpu(raw.cluster_bits);
+	if (bits < QCOW2_MIN_CLUSTER_BITS || bits > QCOW2_MAX_CLUSTER_BITS)
+		bits = QCOW2_MIN_CLUSTER_BITS;
+	return min_u64(size, 1ULL << bits);
 }
 
 int image_attach(struct image *img, const struct node *node)
@@ -42,7 +61,7 @@ int image_attach(struct image *img, const struct node *node)
 		img->space.fd = node->fd;
 		img->space.path = node->path;
 	}
-	len = min_u64(img->node.size, 1U << QCOW2_MAX_CLUSTER_BITS);
+	len = first_len(node, img->node.size);
 	/* never empty, so that NULL always means out of memory */
 	img->first = malloc(len + 1);
 	if (!img->first)
@@ -58,9 +77,14 @@ int image_attach(struct image *img, const struct node *node)
 	if (fault == HEADER_MAGIC)
 		return fail(EX_WRONG, "%s: not a qcow2 image; check the name",
 			    esc(node->path));
+	/* The format before qcow2 has the same magic. */
+	if (fault == HEADER_VERSION && img->h.version == 1)
+		return fail(EX_WRONG,
+			    "%s: a qcow image of version 1; make a qcow2 image of it: qemu-img convert -f qcow -O qcow2 -o data_file=FILE %s NEW",
+			    esc(node->path), shell_quote(node->path));
 	if (fault == HEADER_VERSION)
 		return fail(EX_WRONG,
-			    "%s: qcow2 version %u is not known; convert it with qemu-img to version 3",
+			    "%s: qcow2 version %u is not known; use the program that made it, or a newer qcow2setup",
 			    esc(node->path), img->h.version);
 	return fail(EX_WRONG, "%s: malformed image: %s; restore it from a backup",
 		    esc(node->path), header_fault_str(fault));
@@ -109,21 +133,36 @@ void image_close(struct image *img)
 	*img = (struct image)IMAGE_CLOSED;
 }
 
-static void add_reason(struct reasons *r, const char *remedy,
-		       const char *fmt, ...)
-	__attribute__((format(printf, 3, 4)));
+static void add_reason(struct reasons *r, const char *fmt, ...)
+	__attribute__((format(printf, 2, 3)));
+static void add_remedy(struct reasons *r, const char *fmt, ...)
+	__attribute__((format(printf, 2, 3)));
 
-static void add_reason(struct reasons *r, const char *remedy,
-		       const char *fmt, ...)
+static void add_reason(struct reasons *r, const char *fmt, ...)
 {
 	va_list ap;
 
-	if (r->n == MAX_REASONS)
-		return;
-	va_start(ap, fmt);
-	vsnprintf(r->r[r->n].cause, sizeof(r->r[0].cause), fmt, ap);
-	va_end(ap);
-	r->r[r->n++].remedy = remedy;
+	if (r->n < MAX_REASONS) {
+		va_start(ap, fmt);
+		vsnprintf(r->r[r->n].cause, sizeof(r->r[0].cause), fmt, ap);
+		va_end(ap);
+	}
+	r->n++;
+}
+
+/* What can be done about the reason that was added last */
+static void add_remedy(struct reasons *r, const char *fmt, ...)
+{
+	va_list ap;
+
+	if (r->n <= MAX_REASONS) {
+		va_start(ap, fmt);
+		vsnprintf(r->r[r->n - 1].remedy, sizeof(r->r[0].remedy), fmt,
+			  ap);
+		va_end(ap);
+	} else {
+		r->n = MAX_REASONS;
+	}
 }
 
 /* Name the features that are not known, as the image itself calls them. */
@@ -146,74 +185,122 @@ static void add_unknown_features(struct reasons *r, const struct header *h)
 			n += snprintf(list + n, sizeof(list) - n, " (%.60s)",
 				      escn(name.s, name.len));
 	}
-	add_reason(r, "use the program that made it, or a newer qcow2setup",
-		   "unknown incompatible features: %s", list);
+	add_reason(r, "unknown incompatible features: %s", list);
+	add_remedy(r, "use the program that made it, or a newer qcow2setup");
+}
+
+/* The backing file as it is found from here: the name starts in the image's folder. */
+static void backing_path(char *out, size_t size, const struct image *img)
+{
+	const struct span *name = &img->h.backing_file;
+	const char *slash = strrchr(img->node.path, '/');
+	int dir = slash && *name->s != '/' ? slash + 1 - img->node.path : 0;
+
+	snprintf(out, size, "%.*s%.*s", dir, img->node.path, (int)name->len,
+		 name->s);
 }
 
 /* A format that is not recorded would have to be guessed, which is unsafe. */
-static void add_backing_reasons(struct reasons *r, const struct header *h)
+static void add_backing_reasons(struct reasons *r, const struct image *img)
 {
-	const struct span *f = &h->backing_format;
+	const struct span *f = &img->h.backing_format;
+	const struct span *name = &img->h.backing_file;
+	const char *path = img->node.path;
+	char backing[PATH_MAX];
 
-	if (!f->s)
-		add_reason(r, "record it: qemu-img rebase -u -F raw|qcow2 -b BACKING IMAGE",
-			   "the format of the backing file is not recorded, and is not guessed");
-	else if (!(f->len == 3 && !memcmp(f->s, "raw", 3)) &&
-		 !(f->len == 5 && !memcmp(f->s, "qcow2", 5)))
-		add_reason(r, "make it a device with qemu-nbd, and record that: qemu-img rebase -u -F raw -b DEV IMAGE",
-			   "the backing file is of format %s",
+	if (!f->s) {
+		add_reason(r, "the format of the backing file is not recorded, and is not guessed");
+		add_remedy(r, "record it: qemu-img rebase -u -F raw -b %s --image-opts %s (or -F qcow2)",
+			   shell_word(name->s, name->len),
+			   qemu_image_opts(path, QEMU_NO_DATA));
+	} else if (!(f->len == 3 && !memcmp(f->s, "raw", 3)) &&
+		   !(f->len == 5 && !memcmp(f->s, "qcow2", 5))) {
+		backing_path(backing, sizeof(backing), img);
+		add_reason(r, "the backing file is of format %s",
 			   escn(f->s, f->len));
+		add_remedy(r, "convert it, and record that: qemu-img convert -f %s -O raw %s NEW && qemu-img rebase -u -F raw -b NEW --image-opts %s (NEW with its full name)",
+			   shell_word(f->s, f->len), shell_quote(backing),
+			   qemu_image_opts(path, QEMU_NO_DATA));
+	}
 }
 
-static const char *remedy_for(enum qcow2_fault fault)
+static void add_fault(struct reasons *r, const struct image *img,
+		      enum qcow2_fault fault)
 {
+	const char *path = shell_quote(img->node.path);
+
+	add_reason(r, "%s", qcow2_fault_str(fault));
 	switch (fault) {
 	case QCOW2_FAULT_L1_BEYOND:
 	case QCOW2_FAULT_REFTABLE_BEYOND:
-		return "the file is truncated: restore it from a backup";
+		add_remedy(r, "the file is truncated: restore it from a backup");
+		break;
 	case QCOW2_FAULT_SIZE_ZERO:
-		return "enlarge it with qemu-img resize";
+		add_remedy(r, "enlarge it with qemu-img resize -f qcow2 %s SIZE",
+			   path);
+		break;
 	case QCOW2_FAULT_REFTABLE_NONE:
 	case QCOW2_FAULT_REFTABLE_HEADER:
-		return "repair it with qcow2setup check --repair all";
+		add_remedy(r, "repair it with qcow2setup check --repair all %s",
+			   path);
+		break;
 	default:
-		return "restore it from a backup";
+		add_remedy(r, "restore it from a backup");
+		break;
 	}
+}
+
+/* For what only another image can be made of */
+static void add_convert(struct reasons *r, const struct image *img)
+{
+	add_remedy(r, "make an image that can be mapped: " QEMU_CONVERT,
+		   shell_quote(img->node.path));
 }
 
 void image_reasons(struct image *img, bool read_only, struct reasons *r)
 {
-	static const char convert[] =
-		"make an image that can be mapped: qemu-img convert -O qcow2 -o data_file=FILE IMAGE NEW";
+	const char *path = img->node.path;
 	const struct header *h = &img->h;
 	enum qcow2_fault fault;
 
 	r->n = 0;
-	if (h->version != 3)
-		add_reason(r, convert,
-			   "image is of qcow2 version %u, external data files need version 3",
+	if (h->version != 3) {
+		add_reason(r, "image is of qcow2 version %u, external data files need version 3",
 			   h->version);
+		add_convert(r, img);
+	}
 	if (h->incompatible & ~QCOW2_INCOMPAT_KNOWN)
 		add_unknown_features(r, h);
-	if (h->crypt_method)
-		add_reason(r, "decrypt it with qemu-img convert",
-			   "image is encrypted");
-	if (h->version == 3 && !(h->incompatible & QCOW2_INCOMPAT_DATA_FILE))
-		add_reason(r, convert, "image has no external data file");
-	if (h->snapshots)
-		add_reason(r, "remove them with qemu-img snapshot -d, or convert the image",
-			   "image has %u internal snapshots", h->snapshots);
-	if (h->backing_file.s && h->autoclear & QCOW2_AUTOCLEAR_RAW_DATA)
-		add_reason(r, "convert it with qemu-img convert",
-			   "%s", qcow2_fault_str(QCOW2_FAULT_RAW_BACKING));
-	else if (h->backing_file.s)
-		add_backing_reasons(r, h);
-	if (!read_only && h->incompatible & QCOW2_INCOMPAT_CORRUPT)
-		add_reason(r, OR_READONLY("find and repair the fault with qcow2setup check --repair all"),
-			   "%s", qcow2_fault_str(QCOW2_FAULT_CORRUPT));
-	if (!read_only && h->incompatible & QCOW2_INCOMPAT_DIRTY)
-		add_reason(r, OR_READONLY("repair it with qcow2setup check --repair all"),
-			   "%s", qcow2_fault_str(QCOW2_FAULT_DIRTY));
+	if (h->crypt_method) {
+		add_reason(r, "image is encrypted");
+		add_remedy(r, "decrypt it with qemu-img convert --object secret,id=s,file=PASSPHRASE -O qcow2 -o data_file=FILE --image-opts %s NEW",
+			   qemu_image_opts(path, ",encrypt.key-secret=s"));
+	}
+	if (h->version == 3 && !(h->incompatible & QCOW2_INCOMPAT_DATA_FILE)) {
+		add_reason(r, "image has no external data file");
+		add_convert(r, img);
+	}
+	if (h->snapshots) {
+		add_reason(r, "image has %u internal snapshots", h->snapshots);
+		add_remedy(r, "convert it, which leaves them behind: " QEMU_CONVERT,
+			   shell_quote(path));
+	}
+	if (h->backing_file.s && h->autoclear & QCOW2_AUTOCLEAR_RAW_DATA) {
+		add_reason(r, "%s", qcow2_fault_str(QCOW2_FAULT_RAW_BACKING));
+		add_convert(r, img);
+	} else if (h->backing_file.s) {
+		add_backing_reasons(r, img);
+	}
+	if (!read_only && h->incompatible & QCOW2_INCOMPAT_CORRUPT) {
+		add_reason(r, "%s", qcow2_fault_str(QCOW2_FAULT_CORRUPT));
+		add_remedy(r, OR_READONLY("find and repair the fault with qcow2setup check --repair all %s"),
+			   shell_quote(path));
+	}
+	if (!read_only && h->incompatible & QCOW2_INCOMPAT_DIRTY) {
+		add_reason(r, "%s", qcow2_fault_str(QCOW2_FAULT_DIRTY));
+		add_remedy(r, OR_READONLY("repair it with qcow2setup check --repair all %s"),
+			   shell_quote(path));
+	}
 	if (r->n)
 		return;
 
@@ -222,15 +309,17 @@ void image_reasons(struct image *img, bool read_only, struct reasons *r)
 	if (!fault)
 		fault = qcow2_geometry_check(&img->geo, img->node.size);
 	if (fault) {
-		add_reason(r, remedy_for(fault), "%s", qcow2_fault_str(fault));
+		add_fault(r, img, fault);
 		return;
 	}
 	if (img->node.bdev &&
-	    img->node.block_size > min_u64(cluster_size(img), 4 * KIB))
-		add_reason(r, "put the image on a device with smaller blocks, or in a file",
-			   "the device's blocks of %u bytes are larger than what is written of clusters of %llu bytes",
+	    img->node.block_size > min_u64(cluster_size(img), 4 * KIB)) {
+		add_reason(r, "the device's blocks of %u bytes are larger than what is written of clusters of %llu bytes",
 			   img->node.block_size,
 			   (unsigned long long)cluster_size(img));
+		add_remedy(r, "put the image on a device with smaller blocks, or in a file (dd bs=1M if=%s of=FILE)",
+			   shell_quote(path));
+	}
 }
 
 /* Where a metadata cluster is that a table names. */
@@ -252,14 +341,17 @@ static int bad_entry(const struct image *img, bool strict, bool l2,
 		     uint32_t index, uint64_t entry, const char *what)
 {
 	const char *table = l2 ? "L1" : "refcount table";
+	const char *path = img->node.path;
 
+	if (strict && l2)
+		return fail(EX_WRONG,
+			    OR_READONLY("%s: corrupt image: L1 entry %u (0x%llx): %s; see what qcow2setup check says, and restore it from a backup"),
+			    esc(path), index, (unsigned long long)entry, what);
 	if (strict)
 		return fail(EX_WRONG,
-			    "%s: corrupt image: %s entry %u (0x%llx): %s; %s",
-			    esc(img->node.path), table, index,
-			    (unsigned long long)entry, what,
-			    l2 ? OR_READONLY("see what qcow2setup check says, and restore it from a backup") :
-				 OR_READONLY("repair it with qcow2setup check --repair all"));
+			    OR_READONLY("%s: corrupt image: refcount table entry %u (0x%llx): %s; repair it with qcow2setup check --repair all %s"),
+			    esc(path), index, (unsigned long long)entry, what,
+			    shell_quote(path));
 	warning("%s: corrupt image: %s entry %u (0x%llx): %s",
 		esc(img->node.path), table, index, (unsigned long long)entry,
 		what);
@@ -503,8 +595,9 @@ static int referenced_by_bitmaps(struct image *img, uint64_t *end)
 		return 0;
 	if (ret)
 		return fail(ret,
-			    "%s: %s; %s", esc(img->node.path), why,
-			    OR_READONLY("remove the bitmaps with qemu-img"));
+			    OR_READONLY("%s: %s; remove the bitmaps: qcow2setup check --repair bitmaps %s"),
+			    esc(img->node.path), why,
+			    shell_quote(img->node.path));
 	*end = max_u64(*end, img->h.bitmap_dir_offset + img->h.bitmap_dir_size);
 	*end = max_u64(*end, b.end);
 	img->bitmap_bytes = b.bytes;
@@ -675,6 +768,14 @@ static int undo_add(struct image *img, uint64_t off, size_t len)
 		return fail(EX_WRONG, "%s: cannot read its metadata: %s",
 			    esc(img->node.path), strerror(EIO));
 	}
+	if (img->changing) {
+		int ret = img->changing(img, off, u->old, len);
+
+		if (ret) {
+			free(u);
+			return ret;
+		}
+	}
 	u->next = img->undo;
 	img->undo = u;
 	return 0;
@@ -718,6 +819,8 @@ void image_undo(struct image *img)
 	bool failed = false, stuck = false;
 	int ret = 0;
 
+	if (img->node.fd < 0)
+		return;
 	while (img->undo) {
 		struct undo *u = img->undo;
 
@@ -750,8 +853,9 @@ void image_undo(struct image *img)
 			img->node.size = img->space.length;
 	}
 	if (failed)
-		warning("%s: could not be put back as it was: %s; check it with qcow2setup check",
-			esc(img->node.path), strerror(errno));
+		warning("%s: could not be put back as it was: %s; check it with qcow2setup check %s",
+			esc(img->node.path), strerror(errno),
+			shell_quote(img->node.path));
 }
 
 /* All header fields that change lie in the first sector: one atomic write. */
@@ -776,12 +880,11 @@ static void set_refcounts(uint8_t *block, uint64_t first, uint64_t per_block,
 }
 
 /*
- * Write the entries [@from, @to) of the refcount table that are new.  A block
- * may be counted by one that follows it, so that the last ones come first; a
- * sector is written as a whole.
+ * A block may be counted by one that follows it, so that the last ones come first;
+ * a sector is written as a whole.
  */
-static int name_refblocks(struct image *img, uint64_t from, uint64_t to,
-			  const __be64 *table)
+int image_name_refblocks(struct image *img, uint64_t from, uint64_t to,
+			 const __be64 *table)
 {
 	const uint64_t per_sector = SECTOR / 8;
 	uint64_t first;
@@ -801,64 +904,6 @@ static int name_refblocks(struct image *img, uint64_t from, uint64_t to,
 		}
 		to = first;
 	}
-	return ret;
-}
-
-int image_take_clusters(struct image *img, uint64_t at, uint64_t n)
-{
-	const struct qcow2_geometry *g = &img->geo;
-	uint64_t per_block = refcounts_per_block(g), cs = cluster_size(img);
-	uint64_t next = at + n, end = next, last, i, off;
-	uint64_t from = at / per_block, to;
-	uint8_t *block = malloc(cs);
-	__be64 *table = NULL;
-	int ret = 0;
-
-	if (!block)
-		return fail_nomem();
-	/* Behind them go the refcount blocks that these need, and those. */
-	do {
-		last = end;
-		end = next;
-		for (i = from; i <= (last - 1) / per_block; i++)
-			if (i < reftable_entries(img) && !img->reftable[i])
-				end++;
-	} while (end != last);
-	to = (end - 1) / per_block + 1;
-	if (to > reftable_entries(img) || end * cs > img->node.size) {
-		ret = fail(EX_WRONG,
-			   "%s: no room for %llu more clusters of metadata; enlarge the device",
-			   esc(img->node.path), (unsigned long long)n);
-		goto out;
-	}
-	table = calloc(to - from, sizeof(*table));
-	if (!table) {
-		ret = fail_nomem();
-		goto out;
-	}
-	for (i = from; i < to; i++) {
-		table[i - from] = img->reftable[i];
-		ret = read_refblock(img, img->reftable, i, block, &off);
-		if (ret)
-			goto out;
-		if (!off) {
-			memset(block, 0, cs);
-			off = next++ * cs;
-			table[i - from] = cpu_to_be64(off);
-		}
-		set_refcounts(block, i * per_block, per_block, at, end,
-			      g->refcount_order);
-		ret = image_change(img, block, cs, off);
-		if (ret)
-			goto out;
-	}
-	/* Named only when they say what they have to say. */
-	ret = image_sync(img);
-	if (!ret)
-		ret = name_refblocks(img, from, to, table);
-out:
-	free(table);
-	free(block);
 	return ret;
 }
 
@@ -934,8 +979,8 @@ static int grow_reftable(struct image *img, uint64_t at, uint32_t clusters)
 	} while (end != last);
 	if ((end - 1) / per_block >= entries) {
 		ret = fail(EX_WRONG,
-			   "%s: no refcount table could reach the end of the file; convert the image with qemu-img",
-			   esc(img->node.path));
+			   "%s: no refcount table could reach the end of the file; make another image: " QEMU_CONVERT,
+			   esc(img->node.path), shell_quote(img->node.path));
 		goto out;
 	}
 
@@ -1012,12 +1057,14 @@ static int take_space(struct image *img, uint64_t need, uint64_t virtual_size)
 		most = most_space(img, virtual_size);
 		if (need > most)
 			return fail(EX_WRONG,
-				    "%s: metadata is spread over %s, far more than an image of %s can need, and all of that would have to take space; free what is leaked (qcow2setup check --repair leaks), or use --sparse",
+				    "%s: metadata is spread over %s, far more than an image of %s can need, and all of that would have to take space; free what is leaked (qcow2setup check --repair leaks %s), or use --sparse",
 				    esc(img->node.path), human_size(need),
-				    human_size(virtual_size));
+				    human_size(virtual_size),
+				    shell_quote(img->node.path));
 		/* What is longer than it can need was made so by somebody. */
 		real = size > most ? need : size;
-	} else if (img->space_kind == IMAGE_SPARSE) {
+	} else if (img->space_kind == IMAGE_SPARSE && !img->space.said) {
+		img->space.said = true;
 		warning("%s: stays sparse: when its file system is full, writes that need more metadata fail",
 			esc(img->space.path));
 	}
@@ -1060,73 +1107,165 @@ static int check_limit(const struct image *img, const struct room *room,
 	return 0;
 }
 
-int image_make_room(struct image *img, const struct room *room)
+/* Clusters below cluster @to that the kernel takes before it takes others. */
+static int count_holes(const struct image *img, uint64_t to, uint64_t *holes)
 {
-	struct qcow2_geometry geo = img->geo;
-	uint64_t cs = cluster_size(img), end, missing = room->more, leaked = 0;
-	uint64_t unlimited = UINT64_MAX / cs, limit = unlimited, found;
-	bool fixed = img->space.fd < 0;
-	struct plan plan;
-	uint32_t needed, i;
-	int ret, tries;
+	uint64_t reach = reftable_entries(img) * refcounts_per_block(&img->geo);
+	uint64_t used;
+	int ret;
 
-	geo.size = room->size;
-	needed = qcow2_l1_entries_needed(&geo);
-	ret = image_end(img, &end);
-	if (ret)
-		return ret;
-	if (fixed)
-		limit = img->node.size / cs;
+	to = min_u64(to, reach);
+	ret = count_used(img, 0, to, &used);
+	*holes = ret ? 0 : to - used;
+	return ret;
+}
+
+/* First cluster behind all that is in use. */
+static int end_cluster(struct image *img, uint64_t *end)
+{
+	int ret = image_end(img, end);
+
+	*end /= cluster_size(img);
+	return ret;
+}
+
+/* L2 tables that an image of that geometry can come to need. */
+static uint64_t missing_tables(const struct image *img,
+			       const struct qcow2_geometry *g)
+{
+	uint32_t needed = qcow2_l1_entries_needed(g), i;
+	uint64_t n = 0;
+
 	for (i = 0; i < needed; i++)
 		if (i >= img->geo.l1_entries ||
 		    !(be64_to_cpu(img->l1[i]) & QCOW2_OFFSET_MASK))
-			missing++;
-	end /= cs;
+			n++;
+	return n;
+}
+
+/*
+ * A plan within @limit clusters, and one without a limit.  *@at is where what is
+ * built goes to.
+ */
+static int make_plan(struct image *img, const struct room *room,
+		     uint64_t limit, uint64_t *at, struct plan *plan,
+		     struct plan *unlimited)
+{
+	uint64_t max = UINT64_MAX / cluster_size(img), leaked = 0, found;
+	struct qcow2_geometry geo = img->geo;
+	uint64_t rest, holes, end;
+	int ret, tries;
+
+	geo.size = room->size;
+	rest = missing_tables(img, &geo) - room->tables;
+	ret = end_cluster(img, at);
+	if (room->from)
+		*at = room->from;
+	if (!ret)
+		ret = count_holes(img, *at, &holes);
+	if (ret)
+		return ret;
+	rest -= min_u64(rest, holes);
+	end = *at + room->more + room->tables;
 
 	/*
 	 * A crash can leave refcounts of clusters that the file never got;
 	 * they will not be handed out, so the file must be longer for it.
 	 */
 	for (tries = 0; tries < 8; tries++) {
-		plan = plan_worst_case(&geo, img->reftable, end, leaked,
-				       missing, limit);
-		ret = count_used(img, end, plan.clusters, &found);
+		*plan = plan_worst_case(&geo, img->reftable, end, leaked,
+					rest, limit);
+		ret = count_used(img, *at, plan->clusters, &found);
 		if (ret)
 			return ret;
 		if (found <= leaked)
 			break;
 		leaked = found;
 	}
+	*unlimited = plan_worst_case(&geo, img->reftable, end, leaked, rest,
+				     max);
+	/* A larger table must itself find room, with its blocks. */
+	if (limit < max && plan->reftable_clusters &&
+	    end + 2 * plan->reftable_clusters + 2 > limit)
+		plan->reftable_clusters = 0;
+	return 0;
+}
+
+static uint64_t room_limit(const struct image *img)
+{
+	uint64_t cs = cluster_size(img);
+
+	return img->space.fd < 0 ? img->node.size / cs : UINT64_MAX / cs;
+}
+
+int image_plan_room(struct image *img, const struct room *room,
+		    uint64_t *reftable_clusters, bool *fits)
+{
+	struct plan plan, unlimited;
+	uint64_t at;
+	int ret;
+
+	ret = make_plan(img, room, room_limit(img), &at, &plan, &unlimited);
+	*reftable_clusters = plan.reftable_clusters;
+	*fits = unlimited.clusters <= room_limit(img);
+	return ret;
+}
+
+int image_take_room(struct image *img, const struct room *room, uint64_t *at,
+		    uint64_t *reftable_clusters)
+{
+	struct plan plan, unlimited;
+	int ret;
+
+	ret = make_plan(img, room, room_limit(img), at, &plan, &unlimited);
+	if (ret)
+		return ret;
+	*reftable_clusters = plan.reftable_clusters;
 	if (!plan.addressable && room->required)
 		return fail(EX_WRONG,
-			    "%s: no refcount table could count the metadata of an image of %s; convert it with qemu-img to larger clusters",
-			    esc(img->node.path), human_size(room->size));
-	if (!plan.addressable)
+			    "%s: no refcount table could count the metadata of an image of %s; make one with larger clusters of it: " QEMU_CONVERT,
+			    esc(img->node.path), human_size(room->size),
+			    shell_quote(img->node.path));
+	if (!plan.addressable && !room->quiet)
 		warning("%s: no refcount table could count all the metadata that the image may need: allocating writes can fail",
 			esc(img->node.path));
-	if (fixed) {
-		plan = plan_worst_case(&geo, img->reftable, end, leaked,
-				       missing, unlimited);
-		ret = check_limit(img, room, &plan, limit);
-		if (ret)
-			return ret;
-		plan = plan_worst_case(&geo, img->reftable, end, leaked,
-				       missing, limit);
-		/* A larger table must itself find room, with its blocks. */
-		if (plan.reftable_clusters &&
-		    end + 2 * plan.reftable_clusters + 2 > limit)
-			plan.reftable_clusters = 0;
-	} else {
-		ret = take_space(img, plan.clusters * cs, room->size);
-		if (ret)
-			return ret;
-	}
-	if (!plan.reftable_clusters)
-		return 0;
-	note("%s: refcount table grows from %u to %u clusters",
+	if (img->space.fd < 0)
+		return check_limit(img, room, &unlimited, room_limit(img));
+	return take_space(img, plan.clusters * cluster_size(img), room->size);
+}
+
+int image_make_room(struct image *img, const struct room *room)
+{
+	uint64_t at, clusters;
+	int ret;
+
+	ret = image_take_room(img, room, &at, &clusters);
+	if (ret || !clusters)
+		return ret;
+	note("%s: refcount table grows from %u to %llu clusters",
 	     esc(img->node.path), img->geo.reftable_clusters,
-	     plan.reftable_clusters);
-	return grow_reftable(img, end, plan.reftable_clusters);
+	     (unsigned long long)clusters);
+	return grow_reftable(img, at, clusters);
+}
+
+/* Clusters that the kernel can fail to write, and then takes others instead. */
+#define MOST_SKIPPED	64
+
+int image_live_end(struct image *img, uint64_t *end)
+{
+	uint64_t cs = cluster_size(img), device = img->node.size / cs;
+	struct plan plan;
+	int ret;
+
+	ret = end_cluster(img, end);
+	if (ret)
+		return ret;
+	plan = plan_worst_case(&img->geo, img->reftable, *end, 0,
+			       missing_tables(img, &img->geo) + MOST_SKIPPED,
+			       UINT64_MAX / cs);
+	*end = align_up(min_u64(plan.clusters, device) * cs,
+			max_u64(sysconf(_SC_PAGESIZE), cs)) / cs;
+	return 0;
 }
 
 static int mark_bitmap(const struct bitmap *b, void *arg)

@@ -40,6 +40,13 @@ struct image {
 	/* Lets a device see that its file has another length. */
 	int (*resized)(struct image *img);
 	void *resized_arg;
+	/*
+	 * Told before each change what was there, and (@len 0) of each point at
+	 * which all before is made durable; to be undone in the same way.
+	 */
+	int (*changing)(struct image *img, uint64_t off, const void *old,
+			size_t len);
+	void *changing_arg;
 };
 
 #define IMAGE_CLOSED	{ .node = NODE_CLOSED, .space.fd = -1 }
@@ -59,9 +66,12 @@ struct reasons {
 	unsigned int n;
 	struct {
 		char cause[640];
-		const char *remedy;
+		char remedy[2048];
 	} r[MAX_REASONS];
 };
+
+/* What makes another image of one; the names of what is new are the user's choice. */
+#define QEMU_CONVERT	"qemu-img convert -f qcow2 -O qcow2 -o data_file=FILE %s NEW"
 
 void image_reasons(struct image *img, bool read_only, struct reasons *r);
 
@@ -96,19 +106,47 @@ int image_change(struct image *img, const void *buf, size_t len, uint64_t off);
 int image_sync(struct image *img);
 /* Write h.raw: one sector, and so all of it or nothing; then image_sync(). */
 int image_change_header(struct image *img);
-/* Count @n clusters from cluster @at on, which nothing uses, as used. */
-int image_take_clusters(struct image *img, uint64_t at, uint64_t n);
+/*
+ * Write the entries [@from, @to) of the refcount table that differ; @table begins
+ * with the first of them.  Durable.
+ */
+int image_name_refblocks(struct image *img, uint64_t from, uint64_t to,
+			 const __be64 *table);
 /* Take one from the refcounts of @n clusters from cluster @from on. */
 int image_put_clusters(struct image *img, uint64_t from, uint64_t n);
 int image_clear_autoclear(struct image *img);
 
 struct room {
 	uint64_t size;		/* virtual size that room is made for */
-	uint64_t more;		/* clusters besides L2 tables */
 	bool required;		/* refuse, and do not only warn, if it is not there */
+	bool quiet;		/* do not warn */
+	/* What is built now: L2 tables of those that are missing, and others */
+	uint64_t tables, more;
+	uint64_t from;		/* cluster where that goes to; 0: behind the end */
 };
 
+/* Have the space, and a refcount table that is large enough. */
 int image_make_room(struct image *img, const struct room *room);
+/*
+ * The space only: sets *@at to the cluster where what is built goes to, and
+ * *@reftable_clusters to what a new refcount table needs; 0: the old one is enough.
+ * Can be called again, and while the kernel writes.
+ */
+int image_take_room(struct image *img, const struct room *room, uint64_t *at,
+		    uint64_t *reftable_clusters);
+/* Is there space for it, and does it need a new refcount table?  Takes nothing. */
+int image_plan_room(struct image *img, const struct room *room,
+		    uint64_t *reftable_clusters, bool *fits);
+/*
+ * First cluster that a live table over this image, whose tables have just been
+ * loaded, cannot take or write, whatever it is asked to do; a whole page of it.
+ *
+ * The kernel takes the first cluster that is free, and none behind the end of the
+ * device as it was when the table was loaded, which is not behind what it is now.
+ * It takes as many as there are L2 tables missing, a refcount block for each piece
+ * of the image that has none, and others instead of those that cannot be written.
+ */
+int image_live_end(struct image *img, uint64_t *end);
 
 /* What image_grow() has to know; see grow.c. */
 struct growth {
@@ -125,6 +163,19 @@ struct growth {
  * 0.  The same size makes room only.
  */
 int image_grow(struct image *img, const struct growth *g);
+
+/*
+ * The same in two steps, for an image that is live.  image_grow_begin() takes the
+ * space and writes what is new and more than a few clusters, where the kernel does
+ * not write, and durably; image_grow_end() needs the image at rest and attached
+ * anew, to which the space that was taken then belongs, and writes a few clusters
+ * only.  In between nothing refers to what is new: to undo it, give back the space.
+ */
+struct grower;
+int image_grow_begin(struct image *img, const struct growth *g,
+		     struct grower **w);
+int image_grow_end(struct image *img, struct grower *w);
+void image_grow_free(struct grower *w);
 
 /*
  * Cut the unused end off a file that is not in use.  Does nothing if there is

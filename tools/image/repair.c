@@ -53,6 +53,17 @@ static int clear_autoclear(struct image *img)
 	return write_header(img);
 }
 
+int repair_bitmaps(struct image *img)
+{
+	const uint64_t keep = QCOW2_AUTOCLEAR_KNOWN & ~QCOW2_AUTOCLEAR_BITMAPS;
+
+	if (!(img->h.autoclear & ~keep))
+		return 0;
+	img->h.autoclear &= keep;
+	img->h.raw.autoclear_features = cpu_to_be64(img->h.autoclear);
+	return write_header(img);
+}
+
 int repair_marks(struct image *img)
 {
 	uint64_t marks = QCOW2_INCOMPAT_DIRTY | QCOW2_INCOMPAT_CORRUPT;
@@ -305,8 +316,9 @@ static int plan_rebuild(struct verify *v, struct rebuild *r)
 	} while (!r->ret && r->table_clusters + r->blocks != last);
 	if (r->ret || r->table_clusters > QCOW2_MAX_REFTABLE_BYTES / cs)
 		return fail(EX_WRONG,
-			    "%s: no refcount table could reach all of its metadata; convert the image with qemu-img",
-			    esc(v->img->node.path));
+			    "%s: no refcount table could reach all of its metadata; make another image: " QEMU_CONVERT,
+			    esc(v->img->node.path),
+			    shell_quote(v->img->node.path));
 	if (v->img->node.bdev &&
 	    r->at + r->table_clusters + r->blocks > v->img->node.size / cs)
 		return fail(EX_WRONG,

@@ -21,6 +21,12 @@
 int repair_leaks(struct verify *v);
 int repair_all(struct verify *v);
 
+/*
+ * Give up all bitmaps: the header says that they are worth nothing.  For those that
+ * are malformed, which nobody else would open the image with.
+ */
+int repair_bitmaps(struct image *img);
+
 /* The image was found to be good: it is neither dirty nor corrupt any more. */
 int repair_marks(struct image *img);
 

@@ -160,11 +160,38 @@ static int take_real(struct space *s, const struct stat *before, uint64_t real)
 	}
 }
 
+/* Some has been taken: more of the same kind, with what is known from then. */
+static int take_more(struct space *s, uint64_t size, uint64_t real)
+{
+	struct stat st;
+	int ret = 0;
+
+	if (fstat(s->fd, &st))
+		return fail_errno("%s: cannot stat it", esc(s->path));
+	if ((uint64_t)st.st_size < real) {
+		ret = fill(s->fd, st.st_size, real);
+		if (ret == -EINTR)
+			return EX_WRONG;
+	}
+	if (ret && ret != -EOPNOTSUPP && ret != -ENOSYS) {
+		errno = -ret;
+		return fail_errno("%s: cannot extend it to %s", esc(s->path),
+				  human_size(real));
+	}
+	if (((uint64_t)st.st_size < size && ftruncate(s->fd, size)) ||
+	    fsync(s->fd))
+		return fail_errno("%s: cannot extend it to %s", esc(s->path),
+				  human_size(size));
+	return 0;
+}
+
 int space_take(struct space *s, uint64_t size, uint64_t real)
 {
 	struct stat st;
 	int ret;
 
+	if (s->taken)
+		return take_more(s, size, real);
 	if (fstat(s->fd, &st))
 		return fail_errno("%s: cannot stat it", esc(s->path));
 	s->length = st.st_size;
@@ -195,7 +222,7 @@ int space_give_back(struct space *s)
 	if (!s->taken)
 		return 0;
 	s->taken = false;
-	for (i = 0; s->filled && i < s->nr_holes; i++)
+	for (i = 0; s->filled && !s->in_use && i < s->nr_holes; i++)
 		if (fallocate(s->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
 			      s->holes[i].from,
 			      s->holes[i].to - s->holes[i].from))

@@ -14,6 +14,9 @@
 struct space {
 	int fd;			/* somebody else's; -1: nothing can get longer */
 	const char *path;	/* for messages */
+	/* Somebody writes there: what was a hole may be none any more, and stays. */
+	bool in_use;
+	bool said;		/* that it stays sparse, by whoever wants that */
 	/* What was there before; valid if something was taken. */
 	bool taken, filled;
 	/* Bytes from here on are real, and read as zeros; 0: that is not known. */
@@ -31,7 +34,8 @@ struct space {
  * writes there cannot fail for want of space, unless the file system copies on
  * write.  Where a file system cannot do that, the file becomes sparse, and a
  * warning says so.  Durable when it returns 0; else it prints why, and what it has
- * done remains to be given back.  Not to be called again before that.
+ * done remains to be given back.  To be called again before that, it must want the
+ * same kind.
  */
 int space_take(struct space *s, uint64_t size, uint64_t real);
 /*

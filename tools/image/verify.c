@@ -29,7 +29,7 @@ static void say(struct verify *v, const char *fmt, ...)
 
 static void say(struct verify *v, const char *fmt, ...)
 {
-	char text[256];
+	char text[800];
 	va_list ap;
 
 	if (v->shown++ >= FINDINGS_SHOWN && !verbose) {
@@ -49,7 +49,7 @@ static void error(struct verify *v, const char *what, int err)
 {
 	v->errors++;
 	v->uncertain = true;
-	say(v, "%s cannot be read: %s", what, strerror(-err));
+	say(v, "%s cannot be read: %s", what, error_text(-err));
 }
 
 static void no_memory(struct verify *v)
@@ -140,11 +140,13 @@ static int get_geometry(struct verify *v)
 		return 0;
 	case QCOW2_FAULT_NO_DATA_FILE:
 	case QCOW2_FAULT_VERSION:
-		return fail(EX_WRONG, "%s: %s; use qemu-img check",
-			    esc(img->node.path), qcow2_fault_str(fault));
+		return fail(EX_WRONG, "%s: %s; use qemu-img check %s",
+			    esc(img->node.path), qcow2_fault_str(fault),
+			    shell_quote(img->node.path));
 	case QCOW2_FAULT_SIZE_ZERO:
-		return fail(EX_WRONG, "%s: %s; enlarge it with qemu-img resize",
-			    esc(img->node.path), qcow2_fault_str(fault));
+		return fail(EX_WRONG, "%s: %s; enlarge it with qemu-img resize -f qcow2 %s SIZE",
+			    esc(img->node.path), qcow2_fault_str(fault),
+			    shell_quote(img->node.path));
 	default:
 		return fail(EX_WRONG, "%s: %s; restore it from a backup",
 			    esc(img->node.path), qcow2_fault_str(fault));

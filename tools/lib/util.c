@@ -46,6 +46,26 @@ int errno_to_exit(int err)
 	}
 }
 
+/* No error of the kernel's */
+#define EENDSEARLY	4096
+
+static char ends_early[512];
+
+const char *error_text(int err)
+{
+	return err == EENDSEARLY ? ends_early : strerror(err);
+}
+
+int error_ends_early(const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(ends_early, sizeof(ends_early), fmt, ap);
+	va_end(ap);
+	return EENDSEARLY;
+}
+
 int fail_errno(const char *fmt, ...)
 {
 	int err = errno;
@@ -58,7 +78,7 @@ int fail_errno(const char *fmt, ...)
 	if (err == EACCES || err == EPERM)
 		return fail(EX_PERMISSION, "%s: %s; run as root, or get access to it",
 			    text, strerror(err));
-	return fail(errno_to_exit(err), "%s: %s", text, strerror(err));
+	return fail(errno_to_exit(err), "%s: %s", text, error_text(err));
 }
 
 int fail_nomem(void)
@@ -135,6 +155,94 @@ const char *escn(const char *s, size_t len)
 const char *esc(const char *s)
 {
 	return escn(s, strlen(s));
+}
+
+/* Longer than a path can be.  For what is longer still another word must do. */
+#define WORD_MAX	(4 * 4096)
+#define QUOTED_MAX	(4 * WORD_MAX + 16)
+
+/* Quote @s as one word. */
+static void quote(char *out, const char *s, size_t len)
+{
+	static const char safe[] = "%+,-./:=@_^";
+	bool ansi = false, plain = len;
+	char *p = out;
+	size_t i;
+
+	for (i = 0; i < len; i++) {
+		unsigned char c = s[i];
+
+		if (!isalnum(c) && !strchr(safe, c))
+			plain = false;
+		if (c < 0x20 || c >= 0x7f)
+			ansi = true;
+	}
+	if (plain) {
+		memcpy(out, s, len);
+		out[len] = 0;
+		return;
+	}
+	/* What a terminal could take for a command is written as bash reads it. */
+	p += sprintf(p, ansi ? "$'" : "'");
+	for (i = 0; i < len; i++) {
+		if (ansi && s[i] == '\'')
+			p += sprintf(p, "\\'");
+		else if (ansi)
+			p += escape_byte(p, s[i]);
+		else if (s[i] == '\'')
+			p += sprintf(p, "'\\''");
+		else
+			*p++ = s[i];
+	}
+	strcpy(p, "'");
+}
+
+/* Would it be taken for an option, or (by QEMU) for a protocol? */
+static bool needs_dot(const char *s, size_t len)
+{
+	const char *colon = memchr(s, ':', len), *slash = memchr(s, '/', len);
+
+	return *s == '-' || (colon && (!slash || colon < slash));
+}
+
+const char *shell_word(const char *s, size_t len)
+{
+	static char buf[6][QUOTED_MAX];
+	static unsigned int next;
+	char *out = buf[next++ % ARRAY_SIZE(buf)];
+
+	if (len > WORD_MAX)
+		return "FILE";
+	quote(out, s, len);
+	return out;
+}
+
+const char *shell_quote(const char *path)
+{
+	char word[WORD_MAX + 3];
+
+	if (strlen(path) > WORD_MAX || !needs_dot(path, strlen(path)))
+		return shell_word(path, strlen(path));
+	snprintf(word, sizeof(word), "./%s", path);
+	return shell_word(word, strlen(word));
+}
+
+const char *qemu_image_opts(const char *path, const char *more)
+{
+	char word[WORD_MAX], *p = word;
+
+	if (strlen(path) > WORD_MAX / 4)
+		path = "FILE";
+	p += sprintf(p, "driver=qcow2,file.filename=%s",
+		     needs_dot(path, strlen(path)) ? "./" : "");
+	for (; *path; path++) {
+		/* One comma would end the value. */
+		if (*path == ',')
+			*p++ = ',';
+		*p++ = *path;
+	}
+	snprintf(p, sizeof(word) - (p - word), "%s", more);
+	return shell_word(word, strlen(word));
 }
 
 void put_escaped(FILE *f, const char *s, size_t len)

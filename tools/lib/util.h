@@ -44,6 +44,13 @@ int fail_nomem(void);
 void warning(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 void note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int errno_to_exit(int err);
+/*
+ * As strerror(), and one error more: a device shows more than there is below it.
+ * error_ends_early() says where, with a remedy, and returns it.
+ */
+const char *error_text(int err);
+int error_ends_early(const char *fmt, ...)
+	__attribute__((format(printf, 1, 2)));
 
 /*
  * Names come from images and command lines and may hold anything: these make
@@ -55,6 +62,21 @@ const char *esc(const char *s);
 const char *escn(const char *s, size_t len);
 void put_escaped(FILE *f, const char *s, size_t len);
 size_t escape(char *out, size_t out_size, const char *s, size_t len);
+
+/*
+ * For commands that a message prints: a file's name as one word for a shell, which
+ * is not taken for an option or a protocol; any text as one word.  Both return one
+ * of a few static buffers.
+ */
+const char *shell_quote(const char *path);
+const char *shell_word(const char *s, size_t len);
+/*
+ * The image @path as qemu-img takes it after --image-opts, with @more options.
+ * Without its data file it can be opened wherever that is: good for what changes
+ * metadata only.
+ */
+const char *qemu_image_opts(const char *path, const char *more);
+#define QEMU_NO_DATA	",data-file.driver=null-co"
 
 /* Short reads and EINTR handled; a file that ends early gives -EIO. */
 int read_at(int fd, void *buf, size_t len, uint64_t off);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include <fcntl.h>
 #include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sysmacros.h>
@@ -9,7 +10,7 @@
 #include "lib/util.h"
 #include "stack/mapping.h"
 #include "system/claim.h"
-#include "system/dm.h"
+#include "system/device.h"
 #include "system/locks.h"
 #include "system/sysfs.h"
 
@@ -113,6 +114,8 @@ static int recorded_path(const struct mapping *m, const struct walk *w,
 static int open_data(struct mapping *m, const struct walk *w, int dir,
 		     const char *named, bool read_only)
 {
+	const char *option = m->above ? "--backing-file IMAGE,data-file=DEV|FILE" :
+					"--data-file DEV|FILE";
 	const struct node *image = &m->img.node;
 	unsigned int flags = read_only ? NODE_READ_ONLY : 0;
 	int ret;
@@ -120,13 +123,11 @@ static int open_data(struct mapping *m, const struct walk *w, int dir,
 	if (named) {
 		ret = node_open(&m->data, AT_FDCWD, named, flags);
 	} else {
-		ret = recorded_path(m, w, &m->img.h.data_file, "data",
-				    m->above ? "--backing-file IMAGE,data-file=DEV|FILE" :
-					       "--data-file DEV|FILE",
+		ret = recorded_path(m, w, &m->img.h.data_file, "data", option,
 				    &m->data_path);
 		if (!ret)
-			ret = node_open(&m->data, dir, m->data_path,
-					NODE_NOFOLLOW | flags);
+			ret = node_open_recorded(&m->data, dir, m->data_path,
+						 flags, option);
 	}
 	if (ret)
 		return ret;
@@ -162,9 +163,10 @@ static int check_data(const struct mapping *m)
 			    (unsigned long long)unit);
 	if (size % block)
 		return fail(EX_WRONG,
-			    "%s: size of %llu bytes is no multiple of the data device's blocks of %u; resize the image to %llu (qcow2setup resize --size), or put the data in a file",
+			    "%s: size of %llu bytes is no multiple of the data device's blocks of %u; resize the image (qcow2setup resize %s --size %llu), or put the data in a file",
 			    esc(m->img.node.path), (unsigned long long)size,
-			    block, (unsigned long long)align_up(size, block));
+			    block, shell_quote(m->img.node.path),
+			    (unsigned long long)align_up(size, block));
 	if (data->size >= size)
 		return 0;
 	if (data->bdev)
@@ -173,9 +175,10 @@ static int check_data(const struct mapping *m)
 			    esc(data->path), (unsigned long long)data->size,
 			    (unsigned long long)size);
 	return fail(EX_WRONG,
-		    "%s: data file has %llu bytes, the image needs %llu; enlarge it with truncate -s %llu",
+		    "%s: data file has %llu bytes, the image needs %llu; enlarge it with truncate -s %llu %s",
 		    esc(data->path), (unsigned long long)data->size,
-		    (unsigned long long)size, (unsigned long long)size);
+		    (unsigned long long)size, (unsigned long long)size,
+		    shell_quote(data->path));
 }
 
 /* Does a backing of @size bytes fit below @m? */
@@ -209,17 +212,24 @@ static int check_backing_device(const struct mapping *m,
 	return check_backing_size(m, node->path, node->size, true);
 }
 
-/* Is a device one of ours?  If so, it must not be written under an overlay. */
+/*
+ * Is a device a qcow2 one, whoever has made it?  If so, it must not be written under
+ * an overlay.
+ */
 static int check_stacked(const struct node *node, bool *ours)
 {
-	char uuid[160], ro[8];
+	char number[32], uuid[160] = "", type[64];
+	struct device d;
 
-	*ours = sysfs_read(uuid, sizeof(uuid), "/sys/dev/block/%u:%u/dm/uuid",
-			   major(node->rdev), minor(node->rdev)) &&
-		!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX));
-	if (!*ours || !sysfs_read(ro, sizeof(ro), "/sys/dev/block/%u:%u/ro",
-				  major(node->rdev), minor(node->rdev)) ||
-	    !strcmp(ro, "1"))
+	snprintf(number, sizeof(number), "%u:%u", major(node->rdev),
+		 minor(node->rdev));
+	*ours = false;
+	if (!device_look_up(number, &d) || !*d.dm_name)
+		return 0;
+	sysfs_read(uuid, sizeof(uuid), "/sys/block/%.200s/dm/uuid",
+		   d.kernel_name);
+	*ours = device_kind(d.dm_name, uuid, type, sizeof(type)) != DEVICE_OTHER;
+	if (!*ours || device_only_reads(d.kernel_name, d.dm_name, ""))
 		return 0;
 	return fail(EX_BUSY,
 		    "%s: qcow2 device that can be written, so it cannot be a backing device; close it, and open it with --readonly",
@@ -319,10 +329,10 @@ static int use_backing(struct mapping *m, struct walk *w, int dir,
 
 static int open_backing(struct mapping *m, struct walk *w, int dir)
 {
-	unsigned int flags = NODE_READ_ONLY;
+	static const char option[] = "--backing-file DEV|FILE";
 	struct backing *b;
 	char *data = NULL;
-	int ret = 0, at = AT_FDCWD;
+	int ret, at = AT_FDCWD;
 
 	if (!m->img.h.backing_file.s) {
 		if (w->next < w->chain->backing_files)
@@ -334,7 +344,7 @@ static int open_backing(struct mapping *m, struct walk *w, int dir)
 	}
 	if (++w->depth > MAX_BACKING_FILES)
 		return fail(EX_WRONG,
-			    "%s: chain has more than %d backing files; merge some with qemu-img commit or rebase",
+			    "%s: chain has more than %d backing files; merge some: qemu-img rebase -f qcow2 -F qcow2 -b BASE IMAGE",
 			    esc(m->img.node.path), MAX_BACKING_FILES);
 	b = m->backing = calloc(1, sizeof(*b));
 	if (!b)
@@ -345,14 +355,15 @@ static int open_backing(struct mapping *m, struct walk *w, int dir)
 		if (!b->arg)
 			return fail_nomem();
 		data = backing_arg_split(b->arg);
+		ret = node_open(&b->node, at, b->arg, NODE_READ_ONLY);
 	} else {
-		ret = recorded_path(m, w, &m->img.h.backing_file, "backing",
-				    "--backing-file DEV|FILE", &b->arg);
-		flags |= NODE_NOFOLLOW;
 		at = dir;
+		ret = recorded_path(m, w, &m->img.h.backing_file, "backing",
+				    option, &b->arg);
+		if (!ret)
+			ret = node_open_recorded(&b->node, at, b->arg,
+						 NODE_READ_ONLY, option);
 	}
-	if (!ret)
-		ret = node_open(&b->node, at, b->arg, flags);
 	if (ret)
 		return ret;
 	/* Names in the image below start in its own folder. */
@@ -393,8 +404,8 @@ static int open_layer(struct mapping *m, struct walk *w, int dir,
 		return ret;
 	if (m->above && !(m->img.h.incompatible & QCOW2_INCOMPAT_DATA_FILE))
 		return fail(EX_WRONG,
-			    "%s: backing image has no external data file; make it a device with qemu-nbd --read-only, and name that with --backing-file",
-			    esc(path));
+			    "%s: backing image has no external data file; make it a device (qemu-nbd --read-only -f qcow2 --connect=/dev/nbd0 %s), and give --backing-file /dev/nbd0",
+			    esc(path), shell_quote(path));
 	image_reasons(&m->img, read_only, &reasons);
 	if (reasons.n)
 		return fail(EX_WRONG, "%s: %s; %s", esc(path),

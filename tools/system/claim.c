@@ -10,61 +10,37 @@
 
 #include "lib/util.h"
 #include "system/claim.h"
+#include "system/device.h"
 #include "system/dm.h"
 #include "system/loop.h"
 #include "system/sysfs.h"
-#include "system/target.h"
 
-static bool is_number(const char *number, dev_t rdev)
+static int in_use(const struct node *node, const char *kernel_name,
+		  const char *name)
 {
-	char want[32];
+	char uuid[160];
 
-	snprintf(want, sizeof(want), "%u:%u", major(rdev), minor(rdev));
-	return number && !strcmp(number, want);
-}
-
-/*
- * Does the device-mapper device @kernel_name do no more than read @rdev?  A
- * qcow2 device does so if it cannot write, or if this is its backing device.
- */
-static bool only_reads(const char *kernel_name, const char *name, dev_t rdev)
-{
-	char uuid[160], ro[8], *type, *params;
-	struct target_table t;
-	uint64_t sectors;
-	bool reads = false;
-
-	if (!sysfs_read(uuid, sizeof(uuid), "/sys/block/%s/dm/uuid",
-			kernel_name))
-		return false;
-	/* These are always read-only. */
-	if (!strncmp(uuid, DM_UUID_TAIL_PREFIX, strlen(DM_UUID_TAIL_PREFIX)))
-		return true;
-	if (strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
-		return false;
-	if (sysfs_read(ro, sizeof(ro), "/sys/block/%s/ro", kernel_name) &&
-	    !strcmp(ro, "1"))
-		return true;
-	if (dm_params(name, false, &type, &params, &sectors))
-		return false;
-	if (!strcmp(type, DM_TARGET) && target_parse_table(params, &t))
-		reads = is_number(t.f.backing_dev, rdev) &&
-			!is_number(t.data_dev, rdev) &&
-			!is_number(t.metadata_dev, rdev);
-	free(type);
-	free(params);
-	return reads;
+	if (sysfs_read(uuid, sizeof(uuid), "/sys/block/%.200s/dm/uuid",
+		       kernel_name) &&
+	    !strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+		return fail(EX_BUSY,
+			    "%s: in use by device %s; close that first (qcow2setup close %s)",
+			    esc(node->path), esc(name), shell_quote(name));
+	return fail(EX_BUSY, "%s: in use by device %s; close that first",
+		    esc(node->path), esc(name));
 }
 
 /* Devices on top of a block device; *holders is set to their number. */
 static int check_holders(const struct node *node, bool write, int *holders)
 {
-	char path[64], name[160];
+	char path[64], name[160], number[32];
 	struct dirent *d;
 	int ret = 0;
 	DIR *dir;
 
 	*holders = 0;
+	snprintf(number, sizeof(number), "%u:%u", major(node->rdev),
+		 minor(node->rdev));
 	snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/holders",
 		 major(node->rdev), minor(node->rdev));
 	dir = opendir(path);
@@ -77,10 +53,9 @@ static int check_holders(const struct node *node, bool write, int *holders)
 		if (!sysfs_read(name, sizeof(name), "/sys/block/%s/dm/name",
 				d->d_name))
 			snprintf(name, sizeof(name), "%.100s", d->d_name);
-		if (!write && only_reads(d->d_name, name, node->rdev))
+		if (!write && device_only_reads(d->d_name, name, number))
 			continue;
-		ret = fail(EX_BUSY, "%s: in use by device %s; close that first",
-			   esc(node->path), esc(name));
+		ret = in_use(node, d->d_name, name);
 	}
 	closedir(dir);
 	return ret;

@@ -26,9 +26,67 @@ const char *device_name(const char *name)
 	return name;
 }
 
+enum device_kind device_kind(const char *name, const char *uuid, char *type,
+			     size_t size)
+{
+	char *t, *params;
+	uint64_t sectors;
+	bool qcow2;
+
+	snprintf(type, size, "%s", DM_TARGET);
+	if (!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+		return DEVICE_OURS;
+	/* What LVM has made is one of its volumes. */
+	snprintf(type, size, "%s", strncmp(uuid, "LVM-", 4) ? "none" : "LVM's");
+	if (!strncmp(uuid, "LVM-", 4))
+		return DEVICE_OTHER;
+	/* Who may not ask gets no answer, and no error. */
+	if (access("/dev/mapper/control", R_OK | W_OK) ||
+	    dm_params(name, false, &t, &params, &sectors))
+		return DEVICE_OTHER;
+	if (*t)
+		snprintf(type, size, "%s", t);
+	qcow2 = !strcmp(t, DM_TARGET);
+	free(t);
+	free(params);
+	return qcow2 ? DEVICE_FOREIGN : DEVICE_OTHER;
+}
+
+int device_not_ours(const char *name, enum device_kind kind, const char *type,
+		    const char *remedy)
+{
+	if (kind == DEVICE_FOREIGN)
+		return fail(EX_WRONG,
+			    "%s: not opened by qcow2setup, but made with dmsetup; %s",
+			    esc(name), remedy);
+	return fail(EX_WRONG,
+		    "%s: not a qcow2 device (its target is %s); qcow2setup status lists those that are open",
+		    esc(name), esc(type));
+}
+
+int device_name_taken(const char *name, const char *uuid)
+{
+	char type[64];
+
+	switch (device_kind(name, uuid, type, sizeof(type))) {
+	case DEVICE_OURS:
+		return fail(EX_BUSY,
+			    "%s: a device of that name exists; close it (qcow2setup close %s), or choose another name",
+			    esc(name), shell_quote(name));
+	case DEVICE_FOREIGN:
+		return fail(EX_BUSY,
+			    "%s: a device of that name exists, made with dmsetup; remove it (dmsetup remove %s), or choose another name",
+			    esc(name), shell_quote(name));
+	default:
+		return fail(EX_BUSY,
+			    "%s: a device of that name exists (its target is %s); choose another name",
+			    esc(name), esc(type));
+	}
+}
+
 const char *device_live_name(const char *arg, char *name, size_t size)
 {
-	char uuid[160];
+	char uuid[160] = "", type[64];
 	struct stat st;
 
 	if (stat(arg, &st)) {
@@ -36,13 +94,13 @@ const char *device_live_name(const char *arg, char *name, size_t size)
 		return !strchr(arg, '/') && !stat(name, &st) ? arg : NULL;
 	}
 	if (!S_ISBLK(st.st_mode) ||
-	    !sysfs_read(uuid, sizeof(uuid), "/sys/dev/block/%u:%u/dm/uuid",
-			major(st.st_rdev), minor(st.st_rdev)) ||
-	    strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) ||
 	    !sysfs_read(name, size, "/sys/dev/block/%u:%u/dm/name",
 			major(st.st_rdev), minor(st.st_rdev)))
 		return NULL;
-	return name;
+	sysfs_read(uuid, sizeof(uuid), "/sys/dev/block/%u:%u/dm/uuid",
+		   major(st.st_rdev), minor(st.st_rdev));
+	return device_kind(name, uuid, type, sizeof(type)) == DEVICE_OTHER ?
+	       NULL : name;
 }
 
 /* Last component of what a link in sysfs points to. */
@@ -96,6 +154,37 @@ static bool look_below_tail(const char *kernel_name, char *loop, size_t loop_siz
 	return found;
 }
 
+bool device_only_reads(const char *kernel_name, const char *name,
+		       const char *number)
+{
+	char uuid[160] = "", ro[8], *type, *params;
+	struct target_table t;
+	uint64_t sectors;
+	bool reads = false;
+
+	sysfs_read(uuid, sizeof(uuid), "/sys/block/%.200s/dm/uuid", kernel_name);
+	/* These are always read-only. */
+	if (!strncmp(uuid, DM_UUID_TAIL_PREFIX, strlen(DM_UUID_TAIL_PREFIX)))
+		return true;
+	if (!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) &&
+	    sysfs_read(ro, sizeof(ro), "/sys/block/%.200s/ro", kernel_name) &&
+	    !strcmp(ro, "1"))
+		return true;
+	if (!sysfs_read(ro, sizeof(ro), "/sys/block/%.200s/dm/suspended",
+			kernel_name) ||
+	    access("/dev/mapper/control", R_OK | W_OK) ||
+	    dm_params(name, false, &type, &params, &sectors))
+		return false;
+	if (!strcmp(type, DM_TARGET) && target_parse_table(params, &t))
+		reads = t.f.read_only ||
+			(t.f.backing_dev && !strcmp(t.f.backing_dev, number) &&
+			 strcmp(t.data_dev, number) &&
+			 strcmp(t.metadata_dev, number));
+	free(type);
+	free(params);
+	return reads;
+}
+
 bool device_look_up(const char *number, struct device *d)
 {
 	char path[64], uuid[160];
@@ -135,9 +224,12 @@ bool device_look_up(const char *number, struct device *d)
 
 bool device_made_of(const char *uuid, const struct node *node)
 {
+	const char *prefix = DM_UUID_PREFIX;
 	char want[64];
 
-	snprintf(want, sizeof(want), DM_UUID_PREFIX "%016llx-",
+	if (!strncmp(uuid, DM_UUID_HOST_PREFIX, strlen(DM_UUID_HOST_PREFIX)))
+		prefix = DM_UUID_HOST_PREFIX;
+	snprintf(want, sizeof(want), "%s%016llx-", prefix,
 		 (unsigned long long)node_hash(node));
 	return !strncmp(uuid, want, strlen(want));
 }
@@ -179,16 +271,16 @@ bool device_attached(const struct device *d)
 }
 
 /* A list of users, as it grows. */
-struct users {
+struct user_list {
 	char *out;
 	size_t size, len;
 	unsigned int n;
 };
 
-static void add_user(struct users *u, const char *fmt, ...)
+static void add_user(struct user_list *u, const char *fmt, ...)
 	__attribute__((format(printf, 2, 3)));
 
-static void add_user(struct users *u, const char *fmt, ...)
+static void add_user(struct user_list *u, const char *fmt, ...)
 {
 	va_list ap;
 	int n;
@@ -222,7 +314,7 @@ static void unescape_octal(char *s)
 	*to = 0;
 }
 
-static void find_mounts(struct users *u, dev_t rdev)
+static void each_mount(dev_t rdev, device_mount_fn *fn, void *arg)
 {
 	FILE *f = fopen("/proc/self/mountinfo", "re");
 	char *line = NULL, *save, *number, *where, want[32];
@@ -241,13 +333,13 @@ static void find_mounts(struct users *u, dev_t rdev)
 		if (!number || !where || strcmp(number, want))
 			continue;
 		unescape_octal(where);
-		add_user(u, "mounted on %s", esc(where));
+		fn("mounted on", where, arg);
 	}
 	free(line);
 	fclose(f);
 }
 
-static void find_swap(struct users *u, dev_t rdev)
+static void each_swap(dev_t rdev, device_mount_fn *fn, void *arg)
 {
 	FILE *f = fopen("/proc/swaps", "re");
 	char *line = NULL, *save, *path;
@@ -263,13 +355,24 @@ static void find_swap(struct users *u, dev_t rdev)
 		unescape_octal(path);
 		if (!stat(path, &st) && S_ISBLK(st.st_mode) &&
 		    st.st_rdev == rdev)
-			add_user(u, "used as swap");
+			fn("used as swap", "", arg);
 	}
 	free(line);
 	fclose(f);
 }
 
-static void find_holders(struct users *u, dev_t rdev)
+void device_mounts(dev_t rdev, device_mount_fn *fn, void *arg)
+{
+	each_mount(rdev, fn, arg);
+	each_swap(rdev, fn, arg);
+}
+
+static void add_mount(const char *what, const char *where, void *arg)
+{
+	add_user(arg, "%s%s%s", what, *where ? " " : "", esc(where));
+}
+
+static void find_holders(struct user_list *u, dev_t rdev)
 {
 	char path[64], name[160];
 	struct dirent *d;
@@ -313,7 +416,7 @@ static bool has_open(const char *pid, dev_t rdev)
 	return found;
 }
 
-static void find_processes(struct users *u, dev_t rdev)
+static void find_processes(struct user_list *u, dev_t rdev)
 {
 	struct dirent *d;
 	char comm[64], self[16];
@@ -341,11 +444,10 @@ static void find_processes(struct users *u, dev_t rdev)
 
 bool device_users(dev_t rdev, char *out, size_t size)
 {
-	struct users u = { .out = out, .size = size };
+	struct user_list u = { .out = out, .size = size };
 
 	*out = 0;
-	find_mounts(&u, rdev);
-	find_swap(&u, rdev);
+	device_mounts(rdev, add_mount, &u);
 	find_holders(&u, rdev);
 	find_processes(&u, rdev);
 	if (u.n > 4)

@@ -43,6 +43,40 @@ const char *device_name(const char *name);
  */
 const char *device_live_name(const char *arg, char *name, size_t size);
 
+/* What a name of device-mapper's stands for. */
+enum device_kind {
+	DEVICE_OURS,		/* what open has made, by its uuid */
+	DEVICE_FOREIGN,		/* of the target qcow2, but made with dmsetup */
+	DEVICE_OTHER,		/* anything else */
+};
+
+/*
+ * Of a device that exists, with this uuid.  Sets @type to its (first) target, if it
+ * has to be asked for: not for DEVICE_OURS.
+ */
+enum device_kind device_kind(const char *name, const char *uuid, char *type,
+			     size_t size);
+/*
+ * Refuse a device that is not ours, with what it is; @remedy: what to do with one of
+ * the target qcow2.
+ */
+int device_not_ours(const char *name, enum device_kind kind, const char *type,
+		    const char *remedy);
+/* Refuse to make a device, since there is one of that name; with what it is. */
+int device_name_taken(const char *name, const char *uuid);
+
+/*
+ * Does the device-mapper device @kernel_name, called @name, no more than read the
+ * one with that @number ("7:3")?  A qcow2 device does so if it cannot write, or if
+ * this is its backing device.
+ */
+bool device_only_reads(const char *kernel_name, const char *name,
+		       const char *number);
+
+/* Where it is mounted, and whether it is swap: @what, and @where or "" */
+typedef void device_mount_fn(const char *what, const char *where, void *arg);
+void device_mounts(dev_t rdev, device_mount_fn *fn, void *arg);
+
 /*
  * Who keeps a device busy, as a phrase: mounts, swap, other devices,
  * processes.  Returns false if nobody was found.

@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "lib/interrupt.h"
 #include "lib/util.h"
 #include "system/dm.h"
 
@@ -104,12 +105,12 @@ static int task_run_cookie(struct dm_task *dmt, uint16_t flags)
 	if (!dm_task_set_cookie(dmt, &cookie, flags))
 		return -ENOMEM;
 	ret = task_run(dmt);
-	dm_udev_wait(cookie);
+	udev_wait(cookie);
 	dm_task_update_nodes();
 	return ret;
 }
 
-#define RELOAD	"reload the module: close all devices, then modprobe -r dm-qcow2 and modprobe dm-qcow2"
+#define RELOAD	"reload the module: close all devices, then modprobe -r dm-qcow2 && modprobe dm-qcow2"
 
 int dm_check(bool need_target)
 {
@@ -126,7 +127,7 @@ int dm_check(bool need_target)
 			    "no permission to use device-mapper; run as root (CAP_SYS_ADMIN)");
 	if (ret)
 		return fail(EX_WRONG,
-			    "device-mapper is not available; load the dm_mod module");
+			    "device-mapper is not available; load the dm_mod module (modprobe dm_mod)");
 	return need_target ? dm_target_version(&version) : 0;
 }
 
@@ -352,10 +353,8 @@ static int not_resumed(int log, const char *name, int err)
 }
 
 int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
-	    unsigned int count, bool read_only, bool helper)
+	    unsigned int count, bool read_only)
 {
-	uint16_t flags = helper ? DM_UDEV_DISABLE_DISK_RULES_FLAG |
-				  DM_UDEV_DISABLE_OTHER_RULES_FLAG : 0;
 	int ret, log;
 
 	log = kmsg_open();
@@ -374,14 +373,15 @@ int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
 	if (ret) {
 		ret = refused(log, name, -ret);
 	} else {
-		ret = simple(DM_DEVICE_RESUME, name, NULL, flags);
-		if (!ret)
+		ret = simple(DM_DEVICE_RESUME, name, NULL,
+			     udev_flags(name, uuid));
+		if (!ret && !interrupted())
 			goto out;
-		ret = not_resumed(log, name, -ret);
+		ret = ret ? not_resumed(log, name, -ret) : EX_WRONG;
 	}
 	if (simple(DM_DEVICE_REMOVE, name, NULL, 0))
-		warning("%s: cannot remove the device again; try dmsetup remove",
-			esc(name));
+		warning("%s: cannot remove the device again; try dmsetup remove %s",
+			esc(name), esc(name));
 out:
 	if (log >= 0)
 		close(log);
@@ -418,9 +418,13 @@ int dm_load(const char *name, const struct dm_line *line)
 
 int dm_resume(const char *name)
 {
-	int log = kmsg_open();
-	int ret = simple(DM_DEVICE_RESUME, name, NULL, 0);
+	int log = kmsg_open(), ret;
+	struct dm_dev_info info;
 
+	/* It is resumed in any case. */
+	if (dm_query(name, &info))
+		*info.uuid = 0;
+	ret = simple(DM_DEVICE_RESUME, name, NULL, udev_flags(name, info.uuid));
 	if (ret)
 		ret = not_resumed(log, name, -ret);
 	if (log >= 0)
@@ -489,8 +493,8 @@ void dm_remove_tails(const char *name)
 			continue;
 		/* Its user has no name any more, but may not be gone yet. */
 		if (dm_remove(tail, true) || !wait_gone(tail, true))
-			warning("%s: helper device is in use; remove it with dmsetup remove",
-				esc(tail));
+			warning("%s: helper device is in use; remove it with dmsetup remove %s",
+				esc(tail), esc(tail));
 	}
 }
 

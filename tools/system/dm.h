@@ -9,15 +9,11 @@
 #include <sys/types.h>
 
 #include "system/target.h"
+#include "system/udev.h"
 
 #define DM_TARGET		"qcow2"
-#define DM_UUID_PREFIX		"QCOW2-"
-/* Helpers that vanish with the device they serve. */
-#define DM_UUID_TAIL_PREFIX	"QCOW2TAIL-"
 #define DM_TAIL_SUFFIX		"-tail"
 #define DM_BACKING_TAIL_SUFFIX	"-backing-tail"
-/* Images that were opened for those above them, and go with the last of them. */
-#define DM_BACKING_PREFIX	"qcow2-backing-"
 /* So that name, prefix, a hash and a suffix fit the kernel's limits. */
 #define DM_NAME_MAX		100
 
@@ -51,10 +47,10 @@ int dm_gone(const char *name);
 int dm_check_table(const char *name, const char *params);
 /*
  * Create a device with @lines as its table and make it live.  Leaves nothing
- * behind if it fails.
+ * behind if it fails, or if it is interrupted.
  */
 int dm_make(const char *name, const char *uuid, const struct dm_line *lines,
-	    unsigned int count, bool read_only, bool helper);
+	    unsigned int count, bool read_only);
 /*
  * Hold back all requests, and let the target write what it has in core; file
  * systems on the device are not asked to come to rest.

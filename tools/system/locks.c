@@ -46,14 +46,42 @@ static int probe_byte(int fd, off_t byte)
 	return fl.l_type == F_UNLCK ? 0 : -EAGAIN;
 }
 
+/* What one does who opens it, and what he does not let others do */
+static void permissions(bool write, unsigned int *used, unsigned int *unshared)
+{
+	*used = PERM_READ | (write ? PERM_WRITE | PERM_RESIZE : 0);
+	*unshared = PERM_WRITE | PERM_RESIZE;
+}
+
+/* Does somebody else have what conflicts?  0, -EAGAIN or -errno */
+static int probe(int fd, unsigned int used, unsigned int unshared)
+{
+	unsigned int i;
+	int ret = 0;
+
+	for (i = 0; !ret && i < PERM_BITS; i++) {
+		if (unshared & (1U << i))
+			ret = probe_byte(fd, LOCK_USED + i);
+		if (!ret && used & (1U << i))
+			ret = probe_byte(fd, LOCK_UNSHARED + i);
+	}
+	return ret;
+}
+
+bool node_locked(const struct node *node, bool write)
+{
+	unsigned int used, unshared;
+
+	permissions(write, &used, &unshared);
+	return probe(node->fd, used, unshared) == -EAGAIN;
+}
+
 static int try_lock(int fd, bool write)
 {
-	unsigned int used = PERM_READ, unshared = PERM_WRITE | PERM_RESIZE;
-	unsigned int i;
+	unsigned int used, unshared, i;
 	int ret;
 
-	if (write)
-		used |= PERM_WRITE | PERM_RESIZE;
+	permissions(write, &used, &unshared);
 	/* Lock first and look then: of two that do so, one at least sees it. */
 	for (i = 0; i < PERM_BITS; i++) {
 		if (used & (1U << i)) {
@@ -67,19 +95,7 @@ static int try_lock(int fd, bool write)
 				return ret;
 		}
 	}
-	for (i = 0; i < PERM_BITS; i++) {
-		if (unshared & (1U << i)) {
-			ret = probe_byte(fd, LOCK_USED + i);
-			if (ret)
-				return ret;
-		}
-		if (used & (1U << i)) {
-			ret = probe_byte(fd, LOCK_UNSHARED + i);
-			if (ret)
-				return ret;
-		}
-	}
-	return 0;
+	return probe(fd, used, unshared);
 }
 
 /*
@@ -143,9 +159,10 @@ int node_lock(const struct node *node, bool write)
 
 	if (ret == -EAGAIN || ret == -EACCES)
 		return fail(EX_BUSY,
-			    "%s: locked by QEMU or by another open qcow2 device%s; stop or close that first",
+			    "%s: locked by QEMU or by another open qcow2 device%s; stop or close that first (qcow2setup info %s tells who it is)",
 			    esc(node->path),
-			    write ? "" : " that writes to it");
+			    write ? "" : " that writes to it",
+			    shell_quote(node->path));
 	errno = -ret;
 	return ret ? fail_errno("%s: cannot lock it", esc(node->path)) : 0;
 }

@@ -18,6 +18,8 @@
 int node_lock(const struct node *node, bool write);
 /* The same without a word; returns 0, -EAGAIN if locked, or -errno. */
 int node_try_lock(int fd, bool write);
+/* Would it be refused?  Takes no lock. */
+bool node_locked(const struct node *node, bool write);
 
 /*
  * Wait at most @ms milliseconds for the exclusive lock of flock().  False: it is

@@ -13,11 +13,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "lib/interrupt.h"
 #include "lib/util.h"
 #include "system/loop.h"
+#include "system/mark.h"
 #include "system/sysfs.h"
 
 #define ATTACH_TRIES	64
+/* With 20 ms each: so long another program may take to attach its file. */
+#define BUSY_TRIES	1500
 /* So long the node of a new device may take that udev or the kernel makes. */
 #define NODE_TRIES	15
 
@@ -34,7 +38,10 @@ static void wait_a_little(void)
 	nanosleep(&ts, NULL);
 }
 
-/* Open a loop device that was free a moment ago; its number, or -errno. */
+/*
+ * Open a loop device that was free a moment ago; its number, or -errno.  Nobody
+ * else can attach something to it while it is open like this.
+ */
 static int open_free(int control, struct loop *loop)
 {
 	char path[32];
@@ -45,7 +52,7 @@ static int open_free(int control, struct loop *loop)
 		return -errno;
 	snprintf(loop->name, sizeof(loop->name), "loop%d", nr);
 	snprintf(path, sizeof(path), "/dev/%s", loop->name);
-	loop->fd = open(path, O_RDWR | O_CLOEXEC);
+	loop->fd = open(path, O_RDWR | O_EXCL | O_CLOEXEC);
 	if (loop->fd < 0)
 		return -errno;
 	if (fstat(loop->fd, &st))
@@ -76,6 +83,29 @@ static int make_node(const char *name)
 		    path, strerror(err), path, major_nr, minor_nr);
 }
 
+/* 0 or -errno */
+static int configure(struct loop *loop, const struct loop_config *config)
+{
+	char path[32];
+	int ret, fd;
+
+	mark_attaching(loop->name);
+	ret = ioctl(loop->fd, LOOP_CONFIGURE, config) ? -errno : 0;
+	if (!ret)
+		mark_attached(loop->name, loop->fd);
+	mark_attaching_done(loop->name);
+	if (ret)
+		return ret;
+	/* Now others shall have it, too, first of all device-mapper. */
+	snprintf(path, sizeof(path), "/dev/%s", loop->name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	close(loop->fd);
+	loop->fd = fd;
+	return 0;
+}
+
 int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 {
 	struct loop_config config = {
@@ -90,7 +120,7 @@ int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 		.info.lo_flags = LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
 	};
 	struct loop_info64 info;
-	int control, ret = -EAGAIN, i, missing = 0, code;
+	int control, ret = -EAGAIN, i, missing = 0, busy = 0, code;
 
 	*loop = (struct loop)LOOP_CLOSED;
 	if (read_only)
@@ -99,15 +129,21 @@ int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 	snprintf((char *)config.info.lo_file_name, LO_NAME_SIZE, MARK "%.*s",
 		 LO_NAME_SIZE - (int)sizeof(MARK), path);
 
+	mark_sweep();
 	control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
 	if (control < 0) {
 		if (errno == EACCES || errno == EPERM)
 			return fail_errno("loop devices");
 		return fail(EX_WRONG,
-			    "loop devices are not available: %s; load the loop module",
+			    "loop devices are not available: %s; load the loop module (modprobe loop)",
 			    strerror(errno));
 	}
-	for (i = 0; i < ATTACH_TRIES; i++) {
+	for (i = 0; i < ATTACH_TRIES && busy < BUSY_TRIES;
+	     ret == -EBUSY ? busy++ : i++) {
+		if (interrupted()) {
+			close(control);
+			return EX_WRONG;
+		}
 		ret = open_free(control, loop);
 		if (ret == -ENOENT || ret == -ENXIO || ret == -EBUSY) {
 			/* the node is not there yet, or the device just went */
@@ -123,7 +159,7 @@ int loop_attach(struct loop *loop, int fd, const char *path, bool read_only)
 		}
 		if (ret < 0)
 			break;
-		ret = ioctl(loop->fd, LOOP_CONFIGURE, &config) ? -errno : 0;
+		ret = configure(loop, &config);
 		if (!ret)
 			break;
 		close(loop->fd);
@@ -225,6 +261,60 @@ bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 	return found;
 }
 
+static bool stat_is(const char *path, const struct loop_view *v,
+		    struct stat *st)
+{
+	return !stat(path, st) && st->st_dev == v->dev && st->st_ino == v->ino;
+}
+
+/* Does process @pid have the file open, or does the name mean it to him? */
+static bool stat_through(const char *pid, const char *file,
+			 const struct loop_view *v, struct stat *st)
+{
+	char path[PATH_MAX + 64];
+	bool found = false;
+	struct dirent *d;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%.12s/root/%s", pid, file);
+	if (stat_is(path, v, st))
+		return true;
+	snprintf(path, sizeof(path), "/proc/%.12s/fd", pid);
+	dir = opendir(path);
+	if (!dir)
+		return false;
+	while (!found && (d = readdir(dir))) {
+		snprintf(path, sizeof(path), "/proc/%.12s/fd/%.12s", pid,
+			 d->d_name);
+		found = d->d_name[0] != '.' && stat_is(path, v, st);
+	}
+	closedir(dir);
+	return found;
+}
+
+/*
+ * The name of a file may mean something else here, or now: in another mount
+ * namespace it may be right, and one that has been removed may still be open.
+ */
+static bool stat_file(const char *file, const struct loop_view *v,
+		      struct stat *st)
+{
+	bool found = stat_is(file, v, st);
+	struct dirent *d;
+	DIR *dir;
+
+	if (found)
+		return true;
+	dir = opendir("/proc");
+	if (!dir)
+		return false;
+	while (!found && (d = readdir(dir)))
+		found = d->d_name[0] >= '1' && d->d_name[0] <= '9' &&
+			stat_through(d->d_name, file, v, st);
+	closedir(dir);
+	return found;
+}
+
 /* How long is what a loop device shows?  False: it is out of reach. */
 static bool file_size(const char *path, const struct loop_view *v,
 		      uint64_t *size)
@@ -232,8 +322,7 @@ static bool file_size(const char *path, const struct loop_view *v,
 	char sectors[32];
 	struct stat st;
 
-	/* The name may mean something else here, or now. */
-	if (stat(path, &st) || st.st_dev != v->dev || st.st_ino != v->ino)
+	if (!stat_file(path, v, &st))
 		return false;
 	*size = st.st_size;
 	if (!S_ISBLK(st.st_mode))
@@ -249,7 +338,7 @@ static bool file_size(const char *path, const struct loop_view *v,
 /* What loop_check_ends() looks at. */
 struct stacked {
 	const char *path;	/* the device on top; for messages */
-	bool unseen;		/* a file is out of reach */
+	char unseen[24];	/* the loop device whose file is out of reach */
 };
 
 static int check_end(struct stacked *s, const char *name, const char *file)
@@ -261,7 +350,7 @@ static int check_end(struct stacked *s, const char *name, const char *file)
 	if (!loop_look_at(name, &v) || !file_size(file, &v, &has) ||
 	    !sysfs_read(sectors, sizeof(sectors), "/sys/block/%s/size", name) ||
 	    !parse_u64(sectors, &size)) {
-		s->unseen = true;
+		snprintf(s->unseen, sizeof(s->unseen), "%.20s", name);
 		return 0;
 	}
 	size = v.offset + size * 512;
@@ -313,7 +402,7 @@ static int check_below(struct stacked *s, const char *sys, unsigned int depth)
 	return ret;
 }
 
-int loop_check_ends(const char *path, dev_t rdev, bool *unseen)
+int loop_check_ends(const char *path, dev_t rdev, char *unseen, size_t size)
 {
 	struct stacked s = { .path = path };
 	char sys[64];
@@ -322,6 +411,6 @@ int loop_check_ends(const char *path, dev_t rdev, bool *unseen)
 	snprintf(sys, sizeof(sys), "/sys/dev/block/%u:%u", major(rdev),
 		 minor(rdev));
 	ret = check_below(&s, sys, 0);
-	*unseen = s.unseen;
+	snprintf(unseen, size, "%s", s.unseen);
 	return ret;
 }

@@ -51,8 +51,9 @@ bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
 /*
  * A loop device whose file has been cut off shows zeros for what is missing,
  * and for what was read together with it.  Refuse a block device that has such a
- * one below it; @path is for messages.  Sets *@unseen if a file is out of reach.
+ * one below it; @path is for messages.  Sets @unseen to the name of one whose file is
+ * out of reach, or to "".
  */
-int loop_check_ends(const char *path, dev_t rdev, bool *unseen);
+int loop_check_ends(const char *path, dev_t rdev, char *unseen, size_t size);
 
 #endif

@@ -23,12 +23,11 @@ struct node {
 	ino_t ino;
 	dev_t rdev;		/* a block device's own number */
 	bool pieces;		/* how it is read; see node_read() */
+	char loop[24];		/* then: the loop device that may end early */
 };
 
 #define NODE_CLOSED	{ .fd = -1 }
 
-/* The name is taken from an image: no symbolic link may be in its end. */
-#define NODE_NOFOLLOW	1U
 #define NODE_READ_ONLY	2U
 
 /*
@@ -37,11 +36,19 @@ struct node {
  */
 int node_open(struct node *node, int dirfd, const char *path,
 	      unsigned int flags);
+/*
+ * The same for a name that is taken from an image: its end must not be a symbolic
+ * link, unless it is one that root has made to a device (devlink.h).  @option: how
+ * to name something else.
+ */
+int node_open_recorded(struct node *node, int dirfd, const char *path,
+		       unsigned int flags, const char *option);
 void node_close(struct node *node);
 
 /*
  * As read_at().  Where a read that crosses the end of what is below a device
- * could come back as zeros, all of it, it is not more than a page at once.
+ * could come back as zeros, all of it, it is not more than a page at once; and a
+ * page that has something in front of that end is an error (error_ends_early()).
  */
 int node_read(const struct node *node, void *buf, size_t len, uint64_t off);
 

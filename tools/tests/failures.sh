@@ -214,15 +214,16 @@ each_resize_step() {
 	done
 }
 
-# Killed at each call: what it leaves is an image without damage, and a device that
-# the same resize, or dmsetup resume if it says so, makes as it shall be.
+# Killed at each call, and its helper with it: what it leaves is an image without damage,
+# and a device that the same resize, or dmsetup resume if it says so, makes as it shall be.
 each_resize_kill() {
 	local what=$1 calls k status wrong='' left=0 ended=0
 
 	calls=$(cat calls)
 	for ((k = 1; k <= calls && !${#wrong}; k++)); do
 		"$tool" open image $name --data-file data
-		resize_step INJECT_AT=$k INJECT_SIGNAL=9 2>/dev/null
+		resize_step INJECT_AT=$k \
+			"INJECT_COMMAND=kill -9 \$(pgrep -x -P \$PPID qcow2setup-keep) \$PPID" 2>/dev/null
 		if [ "$(dmsetup info -c --noheadings -o suspended $name)" = Suspended ]; then
 			left=$((left + 1))
 			"$tool" resize $name --size 2G >said 2>&1

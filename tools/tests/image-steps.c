@@ -16,19 +16,26 @@
  *					of what was not yet made durable only a
  *					part, chosen by SEED, is kept
  *	image-steps grow IMAGE SIZE BACKING
- *					give it another size; BACKING is that of
- *					its backing file, 0 if there is none
+ *					give it another size, also a smaller one;
+ *					BACKING is that of its backing file, 0 if
+ *					there is none
  *	image-steps undo-grow IMAGE SIZE BACKING
  *	image-steps crash-grow IMAGE SIZE BACKING N SEED
  *	image-steps fail-grow IMAGE SIZE BACKING N M
  *					the write or sync after N others fails, and
  *					in the undoing of those that were made the
  *					one after M others
+ *	image-steps grow-live IMAGE SIZE BACKING COMMAND
+ *					grow as if the image were live: COMMAND is
+ *					run between what is done before the suspend,
+ *					and in it
+ *	image-steps undo-live IMAGE SIZE BACKING COMMAND
+ *	image-steps crash-live IMAGE SIZE BACKING COMMAND N SEED
  *	image-steps crash-repair IMAGE N SEED
  *					repair it as check --repair all does
  *
- * Exits with 9 if there are no N (or M) writes; crash-grow and fail-grow then print
- * how many there are.
+ * Exits with 9 if there are no N (or M) writes; crash-grow, crash-live and fail-grow
+ * then print how many there are.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -41,6 +48,7 @@
 
 #include "image/image.h"
 #include "image/repair.h"
+#include "image/shrink.h"
 #include "image/verify.h"
 #include "lib/interrupt.h"
 #include "lib/util.h"
@@ -187,7 +195,47 @@ static int grow(struct image *img, const char *size, const char *backing)
 	if (reasons.n)
 		return fail(EX_WRONG, "%s", reasons.r[0].cause);
 	ret = image_load_tables(img, true);
-	return ret ? ret : image_grow(img, &g);
+	if (ret)
+		return ret;
+	return g.size < img->geo.size ? image_shrink(img, g.size) :
+					image_grow(img, &g);
+}
+
+/* What is new must be there, and nothing that is used may have been changed. */
+static int grow_live(struct image *img, const char *size, const char *backing,
+		     const char *command)
+{
+	struct growth g = {
+		.size = strtoull(size, NULL, 10),
+		.backing_size = strtoull(backing, NULL, 10),
+	};
+	struct image before = *img;
+	struct grower *w = NULL;
+	struct reasons reasons;
+	int ret;
+
+	image_reasons(&before, false, &reasons);
+	before.space.in_use = true;
+	ret = reasons.n ? EX_WRONG : image_load_tables(&before, true);
+	if (!ret)
+		ret = image_grow_begin(&before, &g, &w);
+	if (!ret && system(command))
+		ret = fail(EX_WRONG, "command has failed");
+	*img = (struct image)IMAGE_CLOSED;
+	if (!ret)
+		ret = image_open(img, AT_FDCWD, before.node.path, 0);
+	if (!ret) {
+		img->space = before.space;
+		img->space.fd = img->node.fd;
+		before.space = (struct space){ .fd = -1 };
+		image_reasons(img, false, &reasons);
+		ret = reasons.n ? EX_WRONG : image_load_tables(img, true);
+	}
+	if (!ret)
+		ret = image_grow_end(img, w);
+	image_grow_free(w);
+	image_close(&before);
+	return ret;
 }
 
 static int repair(struct image *img)
@@ -276,6 +324,19 @@ int main(int argc, char **argv)
 		image_undo(&img);
 		if (until_failure >= 0)
 			ret = NO_SUCH_WRITE;
+	} else if (!strcmp(argv[1], "grow-live") && argc == 6) {
+		ret = grow_live(&img, argv[3], argv[4], argv[5]);
+	} else if (!strcmp(argv[1], "undo-live") && argc == 6) {
+		ret = grow_live(&img, argv[3], argv[4], argv[5]);
+		image_undo(&img);
+	} else if (!strcmp(argv[1], "crash-live") && argc == 8) {
+		set_power_cut(argv[6], argv[7]);
+		ret = grow_live(&img, argv[3], argv[4], argv[5]);
+		if (!ret) {
+			printf("%ld\n", atol(argv[6]) - writes_left);
+			ret = NO_SUCH_WRITE;
+		}
+		forget_pending();
 	} else if (!strcmp(argv[1], "crash-repair") && argc == 5) {
 		set_power_cut(argv[3], argv[4]);
 		ret = repair(&img);

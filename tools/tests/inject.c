@@ -9,8 +9,13 @@
  * INJECT_COMMAND=CMD: a shell command is run there instead.
  * INJECT_COUNT=FILE: the number of calls is written to FILE at the end.
  * INJECT_READS=1: calls that open and read files count, too.
+ * INJECT_SENDS=1: what is sent to a helper process counts, too.
  * INJECT_VERSION=A.B.C: what the kernel says to be the version of the target.
  * INJECT_STATUS="WORD...": what follows the features in the status line.
+ * INJECT_SUSPENDED=FILE: the number of bytes that were written between a suspend and
+ * the resume is written to FILE at the end.
+ *
+ * All this is for the process that was started, not for its children.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -24,8 +29,18 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 static long calls;
+static pid_t started;
+static int suspended;
+static unsigned long long written;
+
+__attribute__((constructor)) static void start(void)
+{
+	started = getpid();
+}
 
 /* Count a call; true if it shall fail. */
 static int goes_wrong(void)
@@ -33,7 +48,7 @@ static int goes_wrong(void)
 	const char *at = getenv("INJECT_AT"), *sig = getenv("INJECT_SIGNAL");
 	const char *command = getenv("INJECT_COMMAND");
 
-	if (++calls != (at ? atol(at) : 0))
+	if (getpid() != started || ++calls != (at ? atol(at) : 0))
 		return 0;
 	if (sig) {
 		raise(atoi(sig));
@@ -49,15 +64,22 @@ static int goes_wrong(void)
 	return 1;
 }
 
-__attribute__((destructor)) static void report(void)
+static void report_number(const char *name, unsigned long long n)
 {
-	const char *name = getenv("INJECT_COUNT");
 	FILE *f = name ? fopen(name, "w") : NULL;
 
 	if (!f)
 		return;
-	fprintf(f, "%ld\n", calls);
+	fprintf(f, "%llu\n", n);
 	fclose(f);
+}
+
+__attribute__((destructor)) static void report(void)
+{
+	if (getpid() != started)
+		return;
+	report_number(getenv("INJECT_COUNT"), calls);
+	report_number(getenv("INJECT_SUSPENDED"), written);
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -65,6 +87,8 @@ __attribute__((destructor)) static void report(void)
 ssize_t pwrite64(int fd, const void *buf, size_t len, off_t off);
 ssize_t pwrite64(int fd, const void *buf, size_t len, off_t off)
 {
+	if (suspended)
+		written += len;
 	return goes_wrong() ? -1 : REAL(pwrite64)(fd, buf, len, off);
 }
 
@@ -146,8 +170,12 @@ int ioctl(int fd, unsigned long request, ...)
 	     _IOC_TYPE(request) == DM_IOCTL) && goes_wrong())
 		return -1;
 	ret = REAL(ioctl)(fd, request, arg);
-	if (!ret && _IOC_TYPE(request) == DM_IOCTL)
+	if (!ret && _IOC_TYPE(request) == DM_IOCTL) {
 		other_target(request, arg);
+		/* The same request ends it, with another flag. */
+		if (_IOC_NR(request) == DM_DEV_SUSPEND_CMD)
+			suspended = !!(((struct dm_ioctl *)arg)->flags & DM_SUSPEND_FLAG);
+	}
 	return ret;
 }
 
@@ -160,6 +188,12 @@ ssize_t pread64(int fd, void *buf, size_t len, off_t off);
 ssize_t pread64(int fd, void *buf, size_t len, off_t off)
 {
 	return read_goes_wrong() ? -1 : REAL(pread64)(fd, buf, len, off);
+}
+
+ssize_t send(int fd, const void *buf, size_t len, int flags)
+{
+	return getenv("INJECT_SENDS") && goes_wrong() ? -1 :
+	       REAL(send)(fd, buf, len, flags);
 }
 
 /* The tool makes no files by them: no mode. */

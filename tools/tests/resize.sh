@@ -19,6 +19,7 @@ else
 	overlays=("" ",extended_l2=on" ",cluster_size=512" ",cluster_size=2M") thorough=1
 fi
 
+inject=$(realpath "$(dirname "$0")/inject-lib")
 # shellcheck source=tools/tests/lib.sh
 . "$(dirname "$0")/lib.sh"
 
@@ -93,7 +94,7 @@ truncate -s 20M t.raw
 [ $? -eq 4 ] && cmp t.qcow2 before.qcow2 && grep -q 'cannot extend' err &&
 	[ "$(stat -c %s t.raw)" = $((20 << 20)) ]
 ok "resize: to the same size: the data cannot get it"
-refuse 4 'qemu-img resize --shrink' resize t.qcow2 --size 39M
+refuse 4 'use --shrink' resize t.qcow2 --size 39M
 ok "resize: smaller"
 truncate -s 20M t.raw
 refuse 4 '20971520.*41943040' resize t.qcow2 --size auto --data-file t.raw
@@ -128,6 +129,44 @@ for kind in corrupt:06 dirty:05; do
 	refuse 4 ${kind%:*} resize t.qcow2 --size 50M
 	ok "resize: ${kind%:*} image"
 done
+
+# SIGINT at each call: all is as before, or it is done. Half of the calls write tables.
+rm -f t.qcow2
+truncate -s 1M t.raw
+run create t.qcow2 --data-file t.raw --data-file-raw --cluster-size 512
+cp t.qcow2 before.qcow2
+grow_raw() {
+	cp before.qcow2 t.qcow2
+	truncate -s 1M t.raw
+	env "$@" LD_PRELOAD="$inject" "${tool[-1]}" resize t.qcow2 --size 512M --data-file t.raw >out 2>err
+}
+grow_raw INJECT_COUNT=calls && check t.qcow2
+ok "resize: $(cat calls) calls"
+bad=0 taken_back=0
+for ((k = 1; k <= $(cat calls); k += 1 + k / 40)); do
+	# the shell would tell of each death
+	grow_raw INJECT_AT=$k INJECT_SIGNAL=2 2>/dev/null
+	case $? in
+	0)	check t.qcow2 && [ "$(stat -c %s t.raw)" = $((512 << 20)) ] || bad=$((bad + 1)) ;;
+	130)	taken_back=$k
+		cmp t.qcow2 before.qcow2 && [ "$(stat -c %s t.raw)" = $((1 << 20)) ] && [ ! -s err ] ||
+			bad=$((bad + 1)) ;;
+	*)	bad=$((bad + 1)) ;;
+	esac
+done
+[ $bad -eq 0 ] && [ $taken_back -ge $(($(cat calls) / 2)) ]
+ok "resize: a signal while tables are written: all is as before, up to call $taken_back"
+# How far it is: on a terminal, if it takes more than a second. Eight calls write tables,
+# the fifth is the first.
+table=8
+cp before.qcow2 t.qcow2
+INJECT_AT=$table INJECT_COMMAND="sleep 1.1" LD_PRELOAD=$inject \
+	script -qec "${tool[-1]} resize t.qcow2 --size 512M --data-file t.raw" /dev/null </dev/null >shown
+grep -q 'qcow2setup: writing tables: .* MiB of .* MiB (.*%)' shown && check t.qcow2 &&
+	[ "$(tr '\r' '\n' <shown | tail -n 1 | tr -d ' ')" = "" ]
+ok "resize: progress, on a terminal"
+grow_raw INJECT_AT=$table "INJECT_COMMAND=sleep 1.1" && [ ! -s out ] && [ ! -s err ]
+ok "resize: no progress, if it is no terminal"
 
 # The last cluster is cut by the old end, and its rest comes to be seen.
 image 1049088 ,cluster_size=64k
@@ -259,6 +298,84 @@ for kind in "1M 0 cluster_size=512" "1M 0 cluster_size=512,data_file_raw=on,refc
 	done
 	[ $bad -eq 0 ] && [ $old -ge $((8)) ] && [ $cuts -gt $old ]
 	ok "resize: $options, $cuts power cuts, $old before the switch"
+done
+
+# While the image is live.  QEMU takes the kernel's part, and allocates in the old area
+# when the new tables are written: nothing of either is lost, the old end included.
+for kind in "4199936 0 24M cluster_size=512,data_file_raw=on,preallocation=off" \
+	"4199936 0 2G cluster_size=512" "4199936 0 2G cluster_size=512,refcount_bits=64" \
+	"4199936 24M 20M cluster_size=512" "4199936 24M 20M cluster_size=512,refcount_bits=64" \
+	"4198400 64M 60M cluster_size=4k" "4M 24M 20M cluster_size=512"; do
+	read -r size backing new options <<<"$kind"
+	[ -n "$thorough" ] || [[ $options = *=64 ]] || continue
+	new=$(numfmt --from=iec "$new") backing=$(numfmt --from=iec "$backing") size=$(numfmt --from=iec "$size")
+	rm -f t.qcow2 t.raw b.raw
+	if [ "$backing" -gt 0 ]; then
+		yes base | head -c "$backing" >b.raw
+		qemu-img create -q -f qcow2 -b b.raw -F raw -o "data_file=t.raw,$options" t.qcow2 "$size"
+	else
+		image "$size" ",${options%,preallocation*}"
+	fi
+	qemu-io -c 'write -q -P 9 3K 700K' -c 'write -q -P 6 2M 512' t.qcow2
+	# Raw ones have all tables, if QEMU has made them.
+	raw=$([[ $options != *raw* ]] || echo 1)
+	prepare_steps prepare t.qcow2 && check t.qcow2
+	ok "resize: live, $kind: prepared"
+	cp t.qcow2 before.qcow2
+	cp t.raw before.raw
+	bad=0 moved=0
+	for ((n = 0; n < 12; n++)); do
+		cp before.qcow2 t.qcow2
+		cp before.raw t.raw
+		io=()
+		for ((i = 0; i < n; i++)); do
+			io+=(-c "write -q -P $((i + 20)) $((RANDOM % (size / 512 - 8) * 512)) 1536")
+		done
+		# all of it, which needs refcount blocks, too
+		[ $n -lt 10 ] || io+=(-c "write -q -P $n 0 $((size - 1024))")
+		# the last cluster: its table may have to be made by either
+		[ $((n % 3)) -ne 1 ] || io+=(-c "write -q -P 77 $((size - 512)) 512")
+		printf '%q ' qemu-io "${io[@]}" -c 'write -q -P 5 1M 64K' -c 'flush' t.qcow2 >guest
+		prepare_steps grow-live t.qcow2 "$new" "$backing" \
+			"sh guest; qemu-img convert -U -O raw t.qcow2 t.want" || bad=$((bad + 1))
+		truncate -s "$new" t.want
+		[ -z "$raw" ] || truncate -s "$new" t.raw
+		check t.qcow2 || bad=$((bad + 1))
+		same -f qcow2 -F raw t.qcow2 t.want || bad=$((bad + 1))
+		[ "$(hex -j 40 -N 8 t.qcow2)" = "$(hex -j 40 -N 8 before.qcow2)" ] || moved=$((moved + 1))
+		run check t.qcow2 || bad=$((bad + 1))
+	done
+	[ $bad -eq 0 ]
+	ok "resize: live, $kind: QEMU allocates meanwhile; L1 moved $moved times"
+	cp before.qcow2 t.qcow2
+	prepare_steps undo-live t.qcow2 "$new" "$backing" "sh guest; cp t.qcow2 t.want" && check t.qcow2 &&
+		[ "$(stat -c %s t.qcow2)" = "$(stat -c %s before.qcow2)" ] && same t.qcow2 t.want
+	ok "resize: live, $kind: undone, and what QEMU has allocated is there"
+	[ -n "$thorough" ] || continue
+	bad=0 cuts=0 old=0
+	cp before.qcow2 crash.qcow2
+	cp before.raw t.raw
+	sed -i 's/t\.qcow2 $/crash.qcow2/' guest
+	writes=$("${steps[-1]}" crash-live crash.qcow2 "$new" "$backing" 'sh guest' 1000000 1 2>err)
+	cp crash.qcow2 after.qcow2
+	[ -z "$raw" ] || truncate -s "$new" before.raw
+	for ((n = 0; n < writes; n++)); do
+		for ((seed = 1; seed <= 3; seed++)); do
+			cp before.qcow2 crash.qcow2
+			cp before.raw t.raw
+			"${steps[-1]}" crash-live crash.qcow2 "$new" "$backing" \
+				'sh guest; cp crash.qcow2 guest.qcow2' $n $seed >out 2>err || bad=$((bad + 1))
+			cuts=$((cuts + 1))
+			good_or_leaks crash.qcow2 || bad=$((bad + 1))
+			if [ "$(hex -j 24 -N 8 crash.qcow2)" = "$(hex -j 24 -N 8 before.qcow2)" ]; then
+				old=$((old + 1))
+			else
+				same crash.qcow2 after.qcow2 || bad=$((bad + 1))
+			fi
+		done
+	done
+	[ $bad -eq 0 ] && [ $old -ge 6 ] && [ $cuts -gt $old ]
+	ok "resize: live, $kind: $cuts power cuts, $old before the switch"
 done
 
 # A refcount table that must grow, and a power cut at each write of that.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -87,6 +88,57 @@ static void test_escape_cuts(void **state)
 	assert_true(strlen(escn(in, sizeof(in))) < 2048);
 }
 
+/* What a shell makes of a word is @want. */
+static void assert_word(const char *word, const char *want, size_t len)
+{
+	char cmd[64], path[] = "/tmp/test-util-XXXXXX", got[512];
+	int fd = mkstemp(path);
+	FILE *shell;
+
+	assert_true(fd >= 0);
+	snprintf(cmd, sizeof(cmd), "bash > %s", path);
+	shell = popen(cmd, "w");
+	assert_non_null(shell);
+	fprintf(shell, "printf %%s %s\n", word);
+	assert_int_equal(pclose(shell), 0);
+	assert_int_equal(read(fd, got, sizeof(got)), len);
+	assert_memory_equal(got, want, len);
+	close(fd);
+	unlink(path);
+}
+
+static void test_words_for_a_shell(void **state)
+{
+	char all[255], long_name[80000];
+	const char *word, *p;
+	size_t i;
+
+	(void)state;
+	assert_string_equal(shell_quote("/dev/vg/vm-1.qcow2"), "/dev/vg/vm-1.qcow2");
+	assert_string_equal(shell_quote("it's"), "'it'\\''s'");
+	assert_string_equal(shell_quote(""), "''");
+	assert_string_equal(shell_quote("-x"), "./-x");
+	assert_string_equal(shell_quote("nbd:x"), "./nbd:x");
+	assert_string_equal(shell_quote("/a/nbd:x"), "/a/nbd:x");
+	assert_string_equal(shell_quote("~root"), "'~root'");
+	assert_string_equal(shell_word("-x", 2), "-x");
+	for (i = 0; i < sizeof(all); i++)
+		all[i] = i + 1;
+	word = shell_word(all, sizeof(all));
+	for (p = word; *p; p++)
+		assert_in_range((unsigned char)*p, 0x20, 0x7e);
+	assert_word(word, all, sizeof(all));
+	/* without what is no text */
+	assert_word(shell_word(all + 0x1f, 0x5f), all + 0x1f, 0x5f);
+	memset(long_name, '\1', sizeof(long_name) - 1);
+	long_name[sizeof(long_name) - 1] = 0;
+	assert_string_equal(shell_quote(long_name), "FILE");
+	assert_int_equal(strlen(shell_word(long_name, 16000)), 16000 * 4 + 3);
+	assert_string_equal(qemu_image_opts("a,b:c", ",x=y"),
+			    "driver=qcow2,file.filename=./a,,b:c,x=y");
+	assert_word(qemu_image_opts("it's", ""), "driver=qcow2,file.filename=it's", 31);
+}
+
 static void test_human_size(void **state)
 {
 	(void)state;
@@ -146,6 +198,7 @@ int main(void)
 		cmocka_unit_test(test_parse_u64),
 		cmocka_unit_test(test_escape),
 		cmocka_unit_test(test_escape_cuts),
+		cmocka_unit_test(test_words_for_a_shell),
 		cmocka_unit_test(test_human_size),
 		cmocka_unit_test(test_exit_codes),
 		cmocka_unit_test(test_read_write_at),

@@ -28,7 +28,7 @@ begin()
 	local n
 
 	mkdir "$mnt/stress"
-	timeout 300 stress-ng --temp-path "$mnt/stress" --timeout "$seconds" --seed "$seed" --verify \
+	timeout 1200 stress-ng --temp-path "$mnt/stress" --timeout "$seconds" --seed "$seed" --verify \
 		--hdd 1 --hdd-bytes 8m --hdd-opts wr-rnd,rd-rnd,fsync --dentry 1 --dentries 200 \
 		--rename 1 --fallocate 1 --fallocate-bytes 16m --iomix 1 --iomix-bytes 8m --link 1 \
 		> "$dir/stress.log" 2>&1 &

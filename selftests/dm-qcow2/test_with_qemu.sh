@@ -32,15 +32,6 @@ overlay()
 	more=(--backing-file "$dir/base")
 }
 
-# poke OFFSET HEX
-poke()
-{
-	python3 -c 'import sys
-f = open(sys.argv[1], "r+b")
-f.seek(int(sys.argv[2]))
-f.write(bytes.fromhex(sys.argv[3]))' "$dir/i.qcow2" "$1" "$2"
-}
-
 # What of the header cluster the target and the tool have no business with.
 others()
 {
@@ -145,7 +136,7 @@ with_bitmaps()
 unknown_bit()
 {
 	fresh
-	poke 80 "$(printf '%016x' $((1 << 63 | 1 << 5)))"
+	poke "$dir/i.qcow2" 80 "$(printf '%016x' $((1 << 63 | 1 << 5)))"
 	works
 }
 
@@ -168,7 +159,7 @@ f.write(b"unknown header fields, 32 bytes." + struct.pack(">II", 0x12345678, 5) 
 dirty()
 {
 	fresh lazy_refcounts=on
-	poke 79 05
+	poke "$dir/i.qcow2" 79 05
 	refused 4 'dirty.*check --repair' "$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
 	"$tool" check --repair all "$dir/i.qcow2" > "$dir/out"
 	works

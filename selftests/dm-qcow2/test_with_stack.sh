@@ -15,7 +15,7 @@ load()
 	local out rc=0 ss
 
 	ss=$(blockdev --getss "$1")
-	out=$(timeout 300 fio "${@:2}" --filename="$1" --direct=1 --randseed=7 --verify=crc32c \
+	out=$(timeout 1200 fio "${@:2}" --filename="$1" --direct=1 --randseed=7 --verify=crc32c \
 		--verify_fatal=1 --allow_file_create=0 --thread --group_reporting --ioengine=io_uring \
 		--name=small --rw=randrw --bs="$ss" --size=$((256 * ss)) --iodepth=4 \
 		--name=page --rw=randrw --rwmixwrite=60 --bs=4k --offset=2m --size=1m --iodepth=8 --fsync=64 \

@@ -14,7 +14,7 @@ fio_job()
 	local target=$1 out rc=0
 
 	shift
-	out=$(timeout 400 fio --filename="$target" --direct=1 --randseed=12 --verify=crc32c \
+	out=$(timeout 1200 fio --filename="$target" --direct=1 --randseed=12 --verify=crc32c \
 		--verify_fatal=1 --allow_file_create=0 --thread --group_reporting "$@" 2>&1) || rc=$?
 	[ "$rc" = 0 ] || fault "fio: status $rc: $(tail -n 12 <<< "$out")"
 }
