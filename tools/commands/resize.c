@@ -796,6 +796,13 @@ static int change_suspended(struct live *l)
 	if (ret)
 		return ret;
 
+	/*
+	 * Tables of a resize that was given up may lie in what was zeros before, but
+	 * not where the file was not yet.
+	 */
+	if (f.zeroed_from)
+		f.zeroed_from = align_up(img->space.zeros,
+					 1ULL << img->geo.cluster_bits);
 	line.sectors = img->geo.size / SECTOR;
 	line.params = params;
 	if (!target_format_table(params, sizeof(params), l->table.metadata_dev,
