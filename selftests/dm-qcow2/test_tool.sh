@@ -259,6 +259,49 @@ guest_image()
 	done
 }
 
+# zeroed_from: where the table line says that zeros begin, or nothing
+zeroed_from()
+{
+	dmsetup table "$name" | sed -n 's/.* zeroed_from \([0-9]*\).*/\1/p'
+}
+
+# New tables are not zeroed where open has made the file longer, and only there: what
+# was behind the metadata before need not be zeros.
+zeros_known()
+{
+	local size
+
+	image i $((64 << 20)) cluster_size=4096
+	truncate -s 64M "$dir/model"
+	pattern POISON 100000 >> "$dir/i.qcow2"
+	size=$(stat -c %s "$dir/i.qcow2")
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
+	[ "$(zeroed_from)" = $(((size + 4095) / 4096 * 4096)) ] || fault "$(dmsetup table "$name")"
+	# Under each table, so that some are on each side
+	python3 - "/dev/mapper/$name" "$dir/model" <<-'END'
+		import os, sys
+		for path in sys.argv[1:]:
+		    fd = os.open(path, os.O_WRONLY)
+		    for at in range(8192, 64 << 20, 2 << 20):
+		        os.pwrite(fd, b"%4096d" % at, at)
+		    os.fsync(fd)
+	END
+	cmp "/dev/mapper/$name" "$dir/model"
+	"$tool" resize "$name" --size 96M
+	[ "$(zeroed_from)" -gt "$size" ] || fault "$(dmsetup table "$name")"
+	"$tool" close "$name"
+	truncate -s 96M "$dir/model"
+	qemu-img check -q "$dir/i.qcow2" || fault "qemu-img check: $?"
+	qemu-img compare -q -f qcow2 -F raw "$dir/i.qcow2" "$dir/model"
+
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" --sparse 2> "$dir/err"
+	[ -z "$(zeroed_from)" ] || fault "sparse, and: $(dmsetup table "$name")"
+	"$tool" close "$name"
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" --readonly
+	[ -z "$(zeroed_from)" ] || fault "read-only, and: $(dmsetup table "$name")"
+	"$tool" close "$name"
+}
+
 start cmp
 need_tool
 check "create, open, status, close" whole_cycle
@@ -269,5 +312,6 @@ check "autoclear bits" autoclear
 check "bitmaps" bitmaps
 check "--readonly changes nothing" readonly_odd
 check "the refcount table grows" refcount_table_grows
+check "where zeros are known" zeros_known
 check "a guest that has a qcow2 image on its disk" guest_image
 finish
