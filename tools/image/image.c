@@ -28,6 +28,23 @@ static uint64_t cluster_size(const struct image *img)
 	return 1ULL << img->h.cluster_bits;
 }
 
+/*
+ * Bytes of the first cluster, by what its beginning says; less if that is all there
+ * is.  What is behind need not be readable.
+ */
+static size_t first_len(const struct node *node, uint64_t size)
+{
+	unsigned int bits = 0;
+	struct qcow2_header raw;
+
+	if (size >= sizeof(raw) && !node_read(node, &raw, sizeof(raw), 0) &&
+	    be32_to_cpu(raw.magic) == QCOW2_MAGIC)
+		bits = be32_to_cpu(raw.cluster_bits);
+	if (bits < QCOW2_MIN_CLUSTER_BITS || bits > QCOW2_MAX_CLUSTER_BITS)
+		bits = QCOW2_MIN_CLUSTER_BITS;
+	return min_u64(size, 1ULL << bits);
+}
+
 int image_attach(struct image *img, const struct node *node)
 {
 	enum header_fault fault;
@@ -44,7 +61,7 @@ int image_attach(struct image *img, const struct node *node)
 		img->space.fd = node->fd;
 		img->space.path = node->path;
 	}
-	len = min_u64(img->node.size, 1U << QCOW2_MAX_CLUSTER_BITS);
+	len = first_len(node, img->node.size);
 	/* never empty, so that NULL always means out of memory */
 	img->first = malloc(len + 1);
 	if (!img->first)
