@@ -899,8 +899,17 @@ static int commit_rest(struct live *l)
 {
 	struct target_status status;
 	uint64_t unwritten;
-	int ret;
+	char path[256];
+	int fd, ret;
 
+	/* Whether it fails is seen by what is left then. */
+	snprintf(path, sizeof(path), "/dev/mapper/%s", l->name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		if (fsync(fd))
+			note("%s: %s", esc(path), strerror(errno));
+		close(fd);
+	}
 	ret = live_unwritten(l->name, &status, &unwritten);
 	if (ret || !unwritten)
 		return ret;
