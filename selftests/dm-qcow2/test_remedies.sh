@@ -520,19 +520,24 @@ recorded()
 # Modules that are missing: the kernel would load them by itself.
 modules()
 {
-	local ko=${DM_QCOW2_KO:-$here/../../driver/dm-qcow2.ko} kept
+	local ko=${DM_QCOW2_KO:-$here/../../driver/dm-qcow2.ko} kept m
 
 	image i $((4 << 20)) ''
 	# Installed, if it is not: only then can it be loaded by its name. Nothing of that
 	# stays, and a folder that cannot be written is no hindrance.
 	kept=/lib/modules/$(uname -r)
 	if ! modinfo dm-qcow2 > "$dir/out" 2>&1; then
-		mkdir "$dir/upper" "$dir/work"
-		mount -t overlay -o "lowerdir=$kept,upperdir=$dir/upper,workdir=$dir/work" overlay "$kept"
+		# Some are enough, and soon told from each other.
+		mkdir "$dir/modules"
+		cp "$ko" "$dir/modules/dm-qcow2.ko"
+		for m in loop dm-mod $(modinfo -F depends "$ko" | tr , ' '); do
+			m=$(modinfo -n "$m")
+			[ ! -e "$m" ] || cp "$m" "$dir/modules"
+		done
+		mount -t tmpfs none "$kept"
 		later umount "$kept"
-		mkdir -p "$kept/updates"
-		cp "$ko" "$kept/updates/dm-qcow2.ko"
-		depmod
+		cp "$dir"/modules/* "$kept"
+		depmod 2> "$dir/warned"
 	fi
 	rmmod dm_qcow2
 	later load_module
@@ -588,6 +593,8 @@ flush_fails()
 	works close "$name"
 	# Given up
 	"$tool" open "/dev/mapper/$prefix-meta" "$name" --data-file "$dir/i.data"
+	# What the table says can be read no more then.
+	dd if="/dev/mapper/$name" of="$dir/out" bs=64k count=1 iflag=direct status=none
 	bad_meta bad
 	dd if=/dev/urandom of="/dev/mapper/$name" bs=64k seek=8 count=1 oflag=direct status=none
 	provoked 4 'give up.*dmsetup remove' close "$name"

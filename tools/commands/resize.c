@@ -898,6 +898,38 @@ static int check_larger(const struct live *l, const struct options *opt,
 		    (unsigned long long)size);
 }
 
+/*
+ * Metadata that could not be written before is tried again first: what is wrong
+ * with the disks is better said so than by whatever else meets it.
+ */
+static int commit_rest(struct live *l)
+{
+	struct target_status status;
+	uint64_t unwritten;
+	char path[256];
+	int fd, ret;
+
+	/* Whether it fails is seen by what is left then. */
+	snprintf(path, sizeof(path), "/dev/mapper/%s", l->name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		if (fsync(fd))
+			note("%s: %s", esc(path), strerror(errno));
+		close(fd);
+	}
+	ret = live_unwritten(l->name, &status, &unwritten);
+	if (ret || !unwritten)
+		return ret;
+	ret = tell_table(l, false);
+	if (!ret)
+		ret = dm_suspend(l->name);
+	if (ret)
+		return ret;
+	ret = check_committed(l);
+	resume_as_it_is(l);
+	return ret;
+}
+
 /* All that is done beside the guest's requests; a signal ends it. */
 static int before_suspend(struct live *l, const struct options *opt,
 			  const struct growth *g)
@@ -946,12 +978,15 @@ static int resize_live(struct live *l, const struct options *opt)
 	ret = keeper_start(&l->keeper);
 	if (ret)
 		return ret;
-	if (l->left)
+	if (!l->left) {
+		ret = commit_rest(l);
+	} else {
 		ret = check_committed(l);
-	if (ret) {
-		resume_as_it_is(l);
-		goto out;
+		if (ret)
+			resume_as_it_is(l);
 	}
+	if (ret)
+		goto out;
 	ret = before_suspend(l, opt, &g);
 	if (!ret && !l->left)
 		ret = dm_suspend(l->name);

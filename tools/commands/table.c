@@ -17,11 +17,11 @@ static int need_device(const struct node *node, const char *what)
 	/* A loop device has whole sectors: what is behind the last one is lost. */
 	if (node->size % 512)
 		return fail(EX_WRONG,
-			    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (truncate -s %%512 %s && losetup --find --show --direct-io=on %s)",
+			    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (truncate -s %%512 %s && losetup --find --show %s, with --direct-io=on where its file system can)",
 			    esc(node->path), what, shell_quote(node->path),
 			    shell_quote(node->path));
 	return fail(EX_WRONG,
-		    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (losetup --find --show --direct-io=on %s)",
+		    "%s: %s is a file, and a table names block devices; use qcow2setup open, or give its loop device (losetup --find --show %s, with --direct-io=on where its file system can)",
 		    esc(node->path), what, shell_quote(node->path));
 }
 
