@@ -14,6 +14,10 @@
 
 /* What is copied at a time, if there is memory for it */
 #define QCOW2_COPY_PAGES	16
+/* Pages that are got at once, if there are such: those that CPUs keep lists of */
+#define QCOW2_COPY_ORDER	PAGE_ALLOC_COSTLY_ORDER
+/* A request of more segments is written by itself. */
+#define QCOW2_TAKE_VECS		16
 
 /*
  * A copy from the backing device.  It is read, and then written; for that it
@@ -24,55 +28,149 @@ struct qcow2_copy {
 	struct qcow2_io *io;
 	sector_t sector;
 	sector_t nr;
+	bool takes;		/* the data of io's bio: inside of it, or at an end */
+	/* Each is the first of 1 << @order; single ones may be of the reserve. */
+	unsigned int order;
+	unsigned int nr_pages;
+	struct page *pages[QCOW2_COPY_PAGES];
 	struct bio bio;
-	struct bio_vec vecs[QCOW2_COPY_PAGES];
+	/* One of the pages may be cut by the request. */
+	struct bio_vec vecs[QCOW2_COPY_PAGES + QCOW2_TAKE_VECS + 1];
 };
 
 /* A part of a unit that a first write leaves to be filled. */
 struct qcow2_gap {
 	sector_t sector;
 	sector_t nr;
-	struct bio *bio;	/* that fills it, if it was allocated already */
 };
+
+/*
+ * How a first write's gaps are filled: by one bio that takes the data of the
+ * request along; or, if that cannot be, one by one.
+ */
+struct qcow2_fill {
+	struct qcow2_gap gaps[2];	/* before and behind the request */
+	struct qcow2_copy *copy;
+	struct bio *zeros;
+};
+
+/* Segments of a request; more than QCOW2_TAKE_VECS need not be counted. */
+static unsigned int qcow2_count_vecs(struct bio *bio)
+{
+	struct bvec_iter iter;
+	struct bio_vec bv;
+	unsigned int n = 0;
+
+	bio_for_each_bvec(bv, bio, iter)
+		if (++n > QCOW2_TAKE_VECS)
+			break;
+	return n;
+}
+
+/* There is room for them in @to. */
+static void qcow2_add_vecs(struct bio *to, struct bio *bio)
+{
+	struct bvec_iter iter;
+	struct bio_vec bv;
+
+	bio_for_each_bvec(bv, bio, iter)
+		__bio_add_page(to, bv.bv_page, bv.bv_len, bv.bv_offset);
+}
+
+/* What a bio that works for another has of its flags */
+static blk_opf_t qcow2_inherited(const struct bio *bio)
+{
+	return bio->bi_opf & (REQ_SYNC | REQ_META | REQ_PRIO | REQ_IDLE |
+			      REQ_BACKGROUND);
+}
 
 /*----------------------------------------------------------------
  * Copies
  *----------------------------------------------------------------
  */
 
+static void qcow2_copy_free_pages(struct qcow2_target *q,
+				  struct qcow2_copy *copy)
+{
+	while (copy->nr_pages) {
+		struct page *page = copy->pages[--copy->nr_pages];
+
+		if (copy->order)
+			__free_pages(page, copy->order);
+		else
+			mempool_free(page, &q->copy_pages);
+	}
+}
+
+static void qcow2_copy_free(struct qcow2_target *q, struct qcow2_copy *copy)
+{
+	qcow2_copy_free_pages(q, copy);
+	mempool_free(copy, &q->copies);
+}
+
 static void qcow2_copy_end(struct qcow2_copy *copy)
 {
 	struct qcow2_io *io = copy->io;
-	struct qcow2_target *q = io->q;
-	unsigned int i;
 
 	if (copy->bio.bi_status)
 		qcow2_io_error(io, copy->bio.bi_status);
-	for (i = 0; i < copy->bio.bi_vcnt; i++)
-		mempool_free(copy->vecs[i].bv_page, &q->copy_pages);
 	bio_uninit(&copy->bio);
-	mempool_free(copy, &q->copies);
+	qcow2_copy_free(io->q, copy);
 	qcow2_io_put(io);
 }
 
-static void qcow2_copy_written(struct bio *bio)
+static void qcow2_copy_endio(struct bio *bio)
 {
 	qcow2_copy_end(container_of(bio, struct qcow2_copy, bio));
+}
+
+/* Add what has been read, from byte @from to byte @to of the copy. */
+static void qcow2_copy_add(struct qcow2_copy *copy, unsigned int from,
+			   unsigned int to)
+{
+	unsigned int shift = PAGE_SHIFT + copy->order;
+
+	while (from < to) {
+		unsigned int off = from & ((1U << shift) - 1);
+		unsigned int n = min(to - from, (1U << shift) - off);
+
+		__bio_add_page(&copy->bio, copy->pages[from >> shift], n, off);
+		from += n;
+	}
+}
+
+/* What has been read up to the data of the request, that, and what is behind it */
+static void qcow2_copy_take(struct qcow2_copy *copy)
+{
+	struct bio *data = copy->io->bio, *bio = &copy->bio;
+	sector_t end = copy->sector + copy->nr, start = copy->sector;
+	sector_t first = data->bi_iter.bi_sector, last = bio_end_sector(data);
+
+	bio->bi_iter.bi_sector = min(start, first);
+	if (start < first)
+		qcow2_copy_add(copy, 0,
+			       (min(first, end) - start) << SECTOR_SHIFT);
+	qcow2_add_vecs(bio, data);
+	if (end > last)
+		qcow2_copy_add(copy, (max(last, start) - start) << SECTOR_SHIFT,
+			       (end - start) << SECTOR_SHIFT);
 }
 
 static void qcow2_copy_write(struct work_struct *work)
 {
 	struct qcow2_copy *copy = container_of(work, struct qcow2_copy, work);
 	struct bio *origin = qcow2_io_origin(copy->io), *bio = &copy->bio;
-	unsigned short vcnt = bio->bi_vcnt, ioprio = bio->bi_ioprio;
 
-	bio_reset(bio, copy->io->q->data_bdev,
-		  REQ_OP_WRITE | (origin->bi_opf & REQ_SYNC));
-	bio->bi_ioprio = ioprio;
-	bio->bi_vcnt = vcnt;
+	bio_uninit(bio);
+	bio_init(bio, copy->io->q->data_bdev, copy->vecs,
+		 ARRAY_SIZE(copy->vecs), REQ_OP_WRITE | qcow2_inherited(origin));
+	bio->bi_ioprio = origin->bi_ioprio;
 	bio->bi_iter.bi_sector = copy->sector;
-	bio->bi_iter.bi_size = copy->nr << SECTOR_SHIFT;
-	bio->bi_end_io = qcow2_copy_written;
+	bio->bi_end_io = qcow2_copy_endio;
+	if (copy->takes)
+		qcow2_copy_take(copy);
+	else
+		qcow2_copy_add(copy, 0, copy->nr << SECTOR_SHIFT);
 	dm_submit_bio_remap(origin, bio);
 }
 
@@ -87,52 +185,87 @@ static void qcow2_copy_read(struct bio *bio)
 }
 
 /*
- * Begin to copy from the backing device.  Returns how many sectors of @nr: what
- * there is memory for.  May sleep.
+ * Get pages for @len bytes, or for as many as there is memory for; @gfp is for the
+ * first one.
  */
-static sector_t qcow2_copy_some(struct qcow2_io *io, sector_t sector,
-				sector_t nr)
+static unsigned int qcow2_copy_get_pages(struct qcow2_target *q,
+					 struct qcow2_copy *copy,
+					 unsigned int len, gfp_t gfp)
 {
-	struct bio *origin = qcow2_io_origin(io), *bio;
-	u64 left = (u64)nr << SECTOR_SHIFT;
+	const gfp_t nowait = GFP_NOWAIT | __GFP_NOWARN;
+	unsigned int size, got;
+	struct page *page;
+
+	copy->order = min_t(unsigned int, get_order(len), QCOW2_COPY_ORDER);
+	for (;;) {
+		size = PAGE_SIZE << copy->order;
+		copy->nr_pages = 0;
+		for (got = 0; got < len; got += size) {
+			/* Whoever waits for one has none that others wait for. */
+			if (copy->order || got)
+				page = alloc_pages(nowait, copy->order);
+			else
+				page = mempool_alloc(&q->copy_pages, gfp);
+			if (!page)
+				break;
+			copy->pages[copy->nr_pages++] = page;
+		}
+		if (got >= len || !copy->order)
+			return min(got, len);
+		qcow2_copy_free_pages(q, copy);
+		copy->order = 0;
+	}
+}
+
+/*
+ * Memory for a copy of up to @nr sectors; copy->nr is how many there is memory for.
+ * NULL if @gfp does not let it wait.
+ */
+static struct qcow2_copy *qcow2_copy_alloc(struct qcow2_io *io, sector_t sector,
+					   sector_t nr, gfp_t gfp)
+{
+	const sector_t most = QCOW2_COPY_PAGES << (PAGE_SHIFT - SECTOR_SHIFT);
 	struct qcow2_target *q = io->q;
 	struct qcow2_copy *copy;
 
-	copy = mempool_alloc(&q->copies, GFP_NOIO);
+	copy = mempool_alloc(&q->copies, gfp);
+	if (!copy)
+		return NULL;
 	copy->io = io;
 	copy->sector = sector;
-	INIT_WORK(&copy->work, qcow2_copy_write);
-	bio = &copy->bio;
-	bio_init(bio, q->backing_bdev, copy->vecs, QCOW2_COPY_PAGES,
-		 REQ_OP_READ | (origin->bi_opf & REQ_SYNC));
-	bio->bi_ioprio = origin->bi_ioprio;
-	bio->bi_iter.bi_sector = sector;
-	bio->bi_end_io = qcow2_copy_read;
-	while (left && bio->bi_vcnt < QCOW2_COPY_PAGES) {
-		unsigned int n = min_t(u64, left, PAGE_SIZE);
-		struct page *page;
-
-		/* Whoever waits for one has none that others wait for. */
-		page = bio->bi_vcnt ? alloc_page(GFP_NOWAIT | __GFP_NOWARN) :
-				      mempool_alloc(&q->copy_pages, GFP_NOIO);
-		if (!page)
-			break;
-		__bio_add_page(bio, page, n, 0);
-		left -= n;
+	copy->takes = false;
+	copy->nr = qcow2_copy_get_pages(q, copy,
+					min(nr, most) << SECTOR_SHIFT, gfp) >>
+		   SECTOR_SHIFT;
+	if (!copy->nr) {
+		qcow2_copy_free(q, copy);
+		return NULL;
 	}
-	nr -= left >> SECTOR_SHIFT;
-	copy->nr = nr;
-	atomic_inc(&io->pending);
+	return copy;
+}
+
+/* Begin to copy. */
+static void qcow2_copy_start(struct qcow2_copy *copy)
+{
+	struct bio *origin = qcow2_io_origin(copy->io), *bio = &copy->bio;
+
+	INIT_WORK(&copy->work, qcow2_copy_write);
+	bio_init(bio, copy->io->q->backing_bdev, copy->vecs,
+		 ARRAY_SIZE(copy->vecs), REQ_OP_READ | qcow2_inherited(origin));
+	bio->bi_ioprio = origin->bi_ioprio;
+	bio->bi_iter.bi_sector = copy->sector;
+	bio->bi_end_io = qcow2_copy_read;
+	qcow2_copy_add(copy, 0, copy->nr << SECTOR_SHIFT);
+	atomic_inc(&copy->io->pending);
 	dm_submit_bio_remap(origin, bio);
-	return nr;
 }
 
 /*----------------------------------------------------------------
- * Fills
+ * Zeros
  *----------------------------------------------------------------
  */
 
-static void qcow2_fill_endio(struct bio *bio)
+static void qcow2_zeros_endio(struct bio *bio)
 {
 	struct qcow2_io *io = bio->bi_private;
 
@@ -142,36 +275,143 @@ static void qcow2_fill_endio(struct bio *bio)
 	qcow2_io_put(io);
 }
 
-/* A bio that writes zeros on behalf of the first write @orig. */
-static struct bio *qcow2_alloc_fill(struct qcow2_target *q, struct bio *orig,
-				    sector_t sector, sector_t nr, gfp_t gfp)
+static unsigned int qcow2_zeros_vecs(sector_t nr)
+{
+	return DIV_ROUND_UP_ULL((u64)nr << SECTOR_SHIFT, QCOW2_ZERO_BYTES);
+}
+
+static void qcow2_zeros_add(struct bio *bio, sector_t nr)
 {
 	u64 len = (u64)nr << SECTOR_SHIFT;
-	struct bio *bio;
 
-	/* A cluster is 2 MiB at most: 32 vectors. */
-	bio = bio_alloc_bioset(q->data_bdev,
-			       DIV_ROUND_UP_ULL(len, QCOW2_ZERO_BYTES),
-			       REQ_OP_WRITE | (orig->bi_opf & REQ_SYNC), gfp,
-			       &q->fill_bs);
-	if (!bio)
-		return NULL;
-	bio->bi_ioprio = orig->bi_ioprio;
-	bio->bi_iter.bi_sector = sector;
-	bio->bi_end_io = qcow2_fill_endio;
 	while (len) {
 		unsigned int n = min_t(u64, len, QCOW2_ZERO_BYTES);
 
 		__bio_add_page(bio, qcow2_zeros, n, 0);
 		len -= n;
 	}
+}
+
+/* A bio for @vecs segments on behalf of a first write; NULL as @gfp has it. */
+static struct bio *qcow2_zeros_alloc(struct qcow2_io *io, sector_t sector,
+				     unsigned int vecs, gfp_t gfp)
+{
+	struct qcow2_target *q = io->q;
+	struct bio *bio;
+
+	bio = bio_alloc_bioset(q->data_bdev, vecs,
+			       REQ_OP_WRITE | qcow2_inherited(io->bio), gfp,
+			       &q->fill_bs);
+	if (!bio)
+		return NULL;
+	bio->bi_ioprio = io->bio->bi_ioprio;
+	bio->bi_iter.bi_sector = sector;
+	bio->bi_end_io = qcow2_zeros_endio;
+	bio->bi_private = io;
+	return bio;
+}
+
+static void qcow2_zeros_start(struct qcow2_io *io, struct bio *bio)
+{
+	atomic_inc(&io->pending);
+	/* On behalf of the cgroup that the request came from, as all parts */
+	dm_submit_bio_remap(qcow2_io_origin(io), bio);
+}
+
+void qcow2_write_zeros(struct qcow2_io *io, sector_t sector, unsigned int nr)
+{
+	struct bio *bio;
+
+	/* A cluster is 2 MiB at most: 32 vectors. */
+	bio = qcow2_zeros_alloc(io, sector, qcow2_zeros_vecs(nr), GFP_NOIO);
+	qcow2_zeros_add(bio, nr);
+	qcow2_zeros_start(io, bio);
+}
+
+/*----------------------------------------------------------------
+ * Fills
+ *----------------------------------------------------------------
+ */
+
+/* Zeros, the data of the request, zeros; NULL as @gfp has it. */
+static struct bio *qcow2_take_zeros(struct qcow2_io *io,
+				    const struct qcow2_gap *gaps, gfp_t gfp)
+{
+	unsigned int vecs = qcow2_zeros_vecs(gaps[0].nr) +
+			    qcow2_zeros_vecs(gaps[1].nr) + QCOW2_TAKE_VECS;
+	struct bio *bio;
+
+	bio = qcow2_zeros_alloc(io, gaps[0].sector, vecs, gfp);
+	if (!bio)
+		return NULL;
+	qcow2_zeros_add(bio, gaps[0].nr);
+	qcow2_add_vecs(bio, io->bio);
+	qcow2_zeros_add(bio, gaps[1].nr);
 	return bio;
 }
 
 /*
- * Give a gap the content that its unit has in state @state.  Sleeps, unless
- * there is a bio already.
+ * What is missing, in one go: with what lies between two gaps, that is less than
+ * another request.
  */
+static struct qcow2_copy *qcow2_take_copy(struct qcow2_io *io,
+					  const struct qcow2_gap *gaps, gfp_t gfp)
+{
+	sector_t start = gaps[0].nr ? gaps[0].sector : gaps[1].sector;
+	sector_t end = gaps[1].nr ? gaps[1].sector + gaps[1].nr :
+				    gaps[0].sector + gaps[0].nr;
+	struct qcow2_copy *copy;
+
+	if (end - start > QCOW2_COPY_PAGES << (PAGE_SHIFT - SECTOR_SHIFT))
+		return NULL;
+	copy = qcow2_copy_alloc(io, start, end - start, gfp);
+	if (!copy)
+		return NULL;
+	if (copy->nr < end - start) {
+		qcow2_copy_free(io->q, copy);
+		return NULL;
+	}
+	copy->takes = true;
+	return copy;
+}
+
+/*
+ * Get what is needed to fill gaps of units in state @state.  False if @may_block
+ * is not set and that means to wait.
+ */
+static bool qcow2_prepare_fill(struct qcow2_io *io, struct qcow2_fill *fill,
+			       enum qcow2_state state, bool may_block)
+{
+	gfp_t gfp = may_block ? GFP_NOIO : GFP_NOWAIT | __GFP_NOWARN;
+	struct qcow2_gap *gaps = fill->gaps;
+	sector_t start = gaps[0].sector, end = gaps[1].sector + gaps[1].nr;
+	struct qcow2_target *q = io->q;
+
+	if (!gaps[0].nr && !gaps[1].nr)
+		return true;
+	/* fills may have to wait for a request below */
+	if (!may_block && (io->bio->bi_opf & REQ_NOWAIT))
+		return false;
+	/* Write zeroes have no data. */
+	if (!bio_has_data(io->bio) ||
+	    qcow2_count_vecs(io->bio) > QCOW2_TAKE_VECS)
+		return may_block;
+	if (state != QCOW2_UNALLOCATED || start >= q->backing_end)
+		fill->zeros = qcow2_take_zeros(io, gaps, gfp);
+	else if (end <= q->backing_end)
+		fill->copy = qcow2_take_copy(io, gaps, gfp);
+	return may_block || fill->zeros || fill->copy;
+}
+
+static void qcow2_drop_fill(struct qcow2_target *q, struct qcow2_fill *fill)
+{
+	if (fill->zeros)
+		bio_put(fill->zeros);
+	if (fill->copy)
+		qcow2_copy_free(q, fill->copy);
+}
+
+/* Give a gap the content that its unit has in state @state.  Sleeps. */
 static void qcow2_fill_gap(struct qcow2_io *io, struct qcow2_gap *gap,
 			   enum qcow2_state state)
 {
@@ -179,57 +419,17 @@ static void qcow2_fill_gap(struct qcow2_io *io, struct qcow2_gap *gap,
 
 	while (state == QCOW2_UNALLOCATED && gap->nr &&
 	       gap->sector < q->backing_end) {
-		sector_t nr = qcow2_copy_some(io, gap->sector,
-					      min(gap->nr, q->backing_end - gap->sector));
+		struct qcow2_copy *copy;
 
-		gap->sector += nr;
-		gap->nr -= nr;
+		copy = qcow2_copy_alloc(io, gap->sector,
+					min(gap->nr, q->backing_end - gap->sector),
+					GFP_NOIO);
+		gap->sector += copy->nr;
+		gap->nr -= copy->nr;
+		qcow2_copy_start(copy);
 	}
-	if (!gap->nr)
-		return;
-	if (!gap->bio)
-		gap->bio = qcow2_alloc_fill(q, io->bio, gap->sector, gap->nr,
-					    GFP_NOIO);
-	gap->bio->bi_private = io;
-	atomic_inc(&io->pending);
-	/* On behalf of the cgroup that the request came from, as all parts */
-	dm_submit_bio_remap(qcow2_io_origin(io), gap->bio);
-}
-
-void qcow2_write_zeros(struct qcow2_io *io, sector_t sector, unsigned int nr)
-{
-	struct qcow2_gap gap = { .sector = sector, .nr = nr };
-
-	qcow2_fill_gap(io, &gap, QCOW2_ZERO);
-}
-
-/*
- * Get the bios that fill gaps without waiting for anything; false if that is
- * not possible, or not enough.
- */
-static bool qcow2_prepare_gaps(struct qcow2_io *io, struct qcow2_gap *gaps,
-			       enum qcow2_state state)
-{
-	struct qcow2_target *q = io->q;
-	struct bio *bio = io->bio;
-	unsigned int i;
-
-	if (!gaps[0].nr && !gaps[1].nr)
-		return true;
-	/* fills may have to wait for a request below */
-	if (bio->bi_opf & REQ_NOWAIT)
-		return false;
-	for (i = 0; i < 2; i++) {
-		if (!gaps[i].nr)
-			continue;
-		if (state == QCOW2_UNALLOCATED && gaps[i].sector < q->backing_end)
-			return false;
-		gaps[i].bio = qcow2_alloc_fill(q, bio, gaps[i].sector, gaps[i].nr,
-					       GFP_NOWAIT | __GFP_NOWARN);
-		if (!gaps[i].bio)
-			return false;
-	}
-	return true;
+	if (gap->nr)
+		qcow2_write_zeros(io, gap->sector, gap->nr);
 }
 
 /*----------------------------------------------------------------
@@ -273,15 +473,16 @@ out:
 	return slice;
 }
 
-bool qcow2_first_write(struct qcow2_io *io, sector_t sector, unsigned int nr,
-		       enum qcow2_state state, bool may_block)
+enum qcow2_begun qcow2_first_write(struct qcow2_io *io, sector_t sector,
+				   unsigned int nr, enum qcow2_state state,
+				   bool may_block)
 {
 	struct qcow2_target *q = io->q;
 	unsigned int shift = q->map.unit_shift;
 	sector_t end = sector + nr;
 	u64 unit = sector >> shift, last = (end - 1) >> shift;
-	struct qcow2_gap gaps[2] = {};
-	unsigned int i;
+	struct qcow2_fill fill = {};
+	struct qcow2_gap *gaps = fill.gaps;
 
 	if (!q->raw) {
 		gaps[0].sector = unit << shift;
@@ -291,22 +492,28 @@ bool qcow2_first_write(struct qcow2_io *io, sector_t sector, unsigned int nr,
 		gaps[1].nr = min_t(sector_t, (last + 1) << shift, q->ti->len) -
 			     end;
 	}
-	if ((!may_block && !qcow2_prepare_gaps(io, gaps, state)) ||
-	    !qcow2_begin_first_write(q, io, unit, last, state)) {
-		for (i = 0; i < 2; i++)
-			if (gaps[i].bio)
-				bio_put(gaps[i].bio);
-		return false;
+	if (!qcow2_prepare_fill(io, &fill, state, may_block))
+		return QCOW2_NOT_BEGUN;
+	if (!qcow2_begin_first_write(q, io, unit, last, state)) {
+		qcow2_drop_fill(q, &fill);
+		return QCOW2_NOT_BEGUN;
 	}
 	this_cpu_inc(q->stats->first_writes);
 	trace_qcow2_first_write(q->mdio.name, sector, nr, gaps[0].nr + gaps[1].nr,
 				state == QCOW2_UNALLOCATED && q->backing_bdev);
 
 	/* The bio's own reference is there; it has not been submitted. */
-	for (i = 0; i < 2; i++)
-		if (gaps[i].nr)
-			qcow2_fill_gap(io, gaps + i, state);
-	return true;
+	if (fill.copy)
+		qcow2_copy_start(fill.copy);
+	if (fill.zeros)
+		qcow2_zeros_start(io, fill.zeros);
+	if (fill.copy || fill.zeros)
+		return QCOW2_TAKEN;
+	if (gaps[0].nr)
+		qcow2_fill_gap(io, gaps, state);
+	if (gaps[1].nr)
+		qcow2_fill_gap(io, gaps + 1, state);
+	return QCOW2_BEGUN;
 }
 
 /*----------------------------------------------------------------

@@ -8,20 +8,29 @@
 
 #include "io.h"
 
+enum qcow2_begun {
+	QCOW2_NOT_BEGUN,
+	QCOW2_BEGUN,	/* the caller submits the bio */
+	QCOW2_TAKEN,	/* what fills the units writes its data, too: the caller
+			 * drops the bio's reference (qcow2_io_put())
+			 */
+};
+
 /**
  * qcow2_first_write() - begin a first write
- * @io: the io; its bio has not been submitted
+ * @io: the io; its bio has not been submitted, and is just about these sectors
+ *	(for write zeroes, which have no data, it may be about more)
  * @sector: first sector
  * @nr: sectors, in one slice and all in the same state
  * @state: that state, as it was seen
  * @may_block: process context that may sleep
  *
- * The caller submits the io's bio if the result is true; if it is false, the
- * io has not been touched, and the state has to be looked up again (or, unless
- * @may_block, the workqueue has to do it).
+ * If it is not begun, the io has not been touched, and the state has to be looked
+ * up again (or, unless @may_block, the workqueue has to do it).
  */
-bool qcow2_first_write(struct qcow2_io *io, sector_t sector, unsigned int nr,
-		       enum qcow2_state state, bool may_block);
+enum qcow2_begun qcow2_first_write(struct qcow2_io *io, sector_t sector,
+				   unsigned int nr, enum qcow2_state state,
+				   bool may_block);
 
 /*
  * Write zeroes to a part of a unit, for an io or a part of one.  Not as write

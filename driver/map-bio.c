@@ -118,12 +118,14 @@ static int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
 	return DM_MAPIO_SUBMITTED;
 }
 
-static int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
-			   struct bio *bio)
+/* A write that is not to one unit of data, or is FUA, or finds another mode than rw */
+static noinline int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
+				    struct bio *bio)
 {
 	struct qcow2_map *map = &q->map;
 	sector_t sector = bio->bi_iter.bi_sector;
 	enum qcow2_mode mode = qcow2_mode(&q->health);
+	enum qcow2_begun begun;
 	enum qcow2_state state;
 	unsigned int nr;
 
@@ -154,20 +156,24 @@ static int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 	if (!qcow2_accept(bio, nr))
 		return qcow2_would_block(bio);
 	qcow2_io_init(q, io, bio, NULL);
-	if (!qcow2_first_write(io, sector, nr, state, false)) {
+	begun = qcow2_first_write(io, sector, nr, state, false);
+	if (begun == QCOW2_NOT_BEGUN) {
 		qcow2_io_release(io);
 		return qcow2_defer(q, io, bio);
 	}
 	qcow2_fua_to_commit(io, bio);
-	return qcow2_remap(q, bio);
+	if (begun == QCOW2_BEGUN)
+		return qcow2_remap(q, bio);
+	qcow2_io_put(io);
+	return DM_MAPIO_SUBMITTED;
 }
 
 /* Slices that map() looks at for a request that may be for very many */
 #define QCOW2_MAP_SLICES	16
 
 /* Discard and write zeroes */
-static int qcow2_map_zeroes(struct qcow2_target *q, struct qcow2_io *io,
-			    struct bio *bio)
+static noinline int qcow2_map_zeroes(struct qcow2_target *q,
+				     struct qcow2_io *io, struct bio *bio)
 {
 	struct qcow2_map *map = &q->map;
 	enum qcow2_state state;

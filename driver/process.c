@@ -205,6 +205,7 @@ static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
 			    enum qcow2_state state)
 {
 	bool zeros = qcow2_zeroing(io->bio);
+	enum qcow2_begun begun;
 	enum qcow2_ready ready;
 	struct qcow2_io *part;
 
@@ -215,14 +216,19 @@ static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
 	nr = qcow2_slice_end(io->q, io->sector, nr) - io->sector;
 	if (qcow2_io_whole(io, nr) && !zeros) {
 		/* A first write's fields overwrite io->sector and the like. */
-		if (!qcow2_first_write(io, io->sector, nr, state, true))
+		begun = qcow2_first_write(io, io->sector, nr, state, true);
+		if (begun == QCOW2_NOT_BEGUN)
 			return true;
 		qcow2_fua_to_commit(io, io->bio);
-		qcow2_submit(io, io->q->data_bdev);
+		if (begun == QCOW2_BEGUN)
+			qcow2_submit(io, io->q->data_bdev);
+		else
+			qcow2_io_put(io);
 		return false;
 	}
 	part = qcow2_alloc_part(io, nr);
-	if (!qcow2_first_write(part, io->sector, nr, state, true)) {
+	begun = qcow2_first_write(part, io->sector, nr, state, true);
+	if (begun == QCOW2_NOT_BEGUN) {
 		qcow2_io_put(part);
 		return true;
 	}
@@ -234,7 +240,10 @@ static bool qcow2_write_new(struct qcow2_io *io, unsigned int nr,
 	}
 	qcow2_fua_to_commit(io, part->bio);
 	qcow2_advance(io, nr);
-	dm_submit_bio_remap(io->bio, part->bio);
+	if (begun == QCOW2_BEGUN)
+		dm_submit_bio_remap(io->bio, part->bio);
+	else
+		qcow2_io_put(part);
 	return true;
 }
 
