@@ -56,8 +56,8 @@ static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
 	return DM_MAPIO_SUBMITTED;
 }
 
-static int qcow2_map_flush(struct qcow2_target *q, struct qcow2_io *io,
-			   struct bio *bio)
+static noinline int qcow2_map_flush(struct qcow2_target *q, struct qcow2_io *io,
+				    struct bio *bio)
 {
 	if (qcow2_mode(&q->health) == QCOW2_FAIL)
 		return DM_MAPIO_KILL;
@@ -82,18 +82,14 @@ static int qcow2_map_backing(struct qcow2_target *q, struct bio *bio,
 	return DM_MAPIO_REMAPPED;
 }
 
-static int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
-			  struct bio *bio)
+/* A read that is not of one unit of data */
+static noinline int qcow2_map_read(struct qcow2_target *q, struct qcow2_io *io,
+				   struct bio *bio)
 {
 	sector_t sector = bio->bi_iter.bi_sector;
 	enum qcow2_state state;
 	unsigned int nr;
 
-	/* "External data file": with the raw bit set it reads as the guest. */
-	if (q->raw) {
-		this_cpu_inc(q->stats->hits);
-		return qcow2_remap(q, bio);
-	}
 	nr = qcow2_lookup(&q->map, sector, bio_sectors(bio), &state);
 	if (!nr)
 		return qcow2_defer(q, io, bio);
@@ -202,29 +198,42 @@ int qcow2_map_bio(struct dm_target *ti, struct bio *bio)
 {
 	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
 	struct qcow2_target *q = ti->private;
+	sector_t sector = bio->bi_iter.bi_sector;
 
 	io->kind = QCOW2_IO_PLAIN;
 	if (unlikely(bio->bi_opf & REQ_PREFLUSH))
 		return qcow2_map_flush(q, io, bio);
 	switch (bio_op(bio)) {
 	case REQ_OP_READ:
-		return qcow2_map_read(q, io, bio);
+		/* "External data file": with the raw bit set it reads as the guest. */
+		if (!q->raw && unlikely(!qcow2_is_data(&q->map, sector,
+						       bio_sectors(bio))))
+			return qcow2_map_read(q, io, bio);
+		break;
 	case REQ_OP_WRITE:
-		return qcow2_map_write(q, io, bio);
+		if (unlikely(bio->bi_opf & REQ_FUA) ||
+		    unlikely(!qcow2_mode_writes(qcow2_mode(&q->health))) ||
+		    unlikely(!qcow2_is_data(&q->map, sector, bio_sectors(bio))))
+			return qcow2_map_write(q, io, bio);
+		break;
 	case REQ_OP_DISCARD:
 	case REQ_OP_WRITE_ZEROES:
 		return qcow2_map_zeroes(q, io, bio);
 	default:
 		return DM_MAPIO_KILL;
 	}
+	this_cpu_inc(q->stats->hits);
+	return qcow2_remap(q, bio);
 }
 
-int qcow2_end_bio(struct dm_target *ti, struct bio *bio, blk_status_t *error)
+/* An end that is more than that of a request which was just passed on */
+static noinline int qcow2_end_other(struct dm_target *ti, struct bio *bio,
+				    blk_status_t *error)
 {
 	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
 
-	if (likely(io->kind == QCOW2_IO_PLAIN)) {
-		if (unlikely(*error))
+	if (io->kind == QCOW2_IO_PLAIN) {
+		if (*error)
 			qcow2_check_flush(ti->private, bio, *error);
 		return DM_ENDIO_DONE;
 	}
@@ -238,4 +247,13 @@ int qcow2_end_bio(struct dm_target *ti, struct bio *bio, blk_status_t *error)
 	*error = qcow2_error_get(&io->error);
 	qcow2_io_release(io);
 	return DM_ENDIO_DONE;
+}
+
+int qcow2_end_bio(struct dm_target *ti, struct bio *bio, blk_status_t *error)
+{
+	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
+
+	if (likely(io->kind == QCOW2_IO_PLAIN && !*error))
+		return DM_ENDIO_DONE;
+	return qcow2_end_other(ti, bio, error);
 }

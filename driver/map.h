@@ -272,6 +272,41 @@ static inline unsigned int qcow2_words_run(const unsigned long *words,
 }
 
 /**
+ * qcow2_is_data() - is all of a range within one unit that is data?
+ * @map: the map
+ * @sector: first sector, inside the device
+ * @nr: number of sectors, at least 1
+ *
+ * What most requests are about, and qcow2_lookup() would say in more words: if this
+ * says no, that one is to be asked.  Any context; takes no lock and writes nothing.
+ */
+static __always_inline bool qcow2_is_data(struct qcow2_map *map,
+					  sector_t sector, unsigned int nr)
+{
+	u64 unit = sector >> map->unit_shift;
+	enum qcow2_state state;
+	struct qcow2_slice *slot;
+
+	if ((sector + nr - 1) >> map->unit_shift != unit)
+		return false;
+	rcu_read_lock();
+	slot = rcu_dereference(map->dir[unit >> map->slice_shift]);
+	/* An empty slot is like the tag of units that are unallocated. */
+	BUILD_BUG_ON(QCOW2_UNALLOCATED);
+	if (!((unsigned long)slot & ~7UL)) {
+		state = qcow2_tag_state(slot);
+	} else {
+		unsigned int mask = (1U << map->slice_shift) - 1;
+
+		if (unlikely(!READ_ONCE(slot->referenced)))
+			WRITE_ONCE(slot->referenced, true);
+		state = qcow2_get_state(slot->words, unit & mask);
+	}
+	rcu_read_unlock();
+	return state == QCOW2_DATA;
+}
+
+/**
  * qcow2_lookup() - find the state of a range, as far as it is the same
  * @map: the map
  * @sector: first sector, inside the device
