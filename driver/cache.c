@@ -3,6 +3,9 @@
  * What of the map is in core.
  */
 #include <linux/device-mapper.h>
+#include <linux/mm.h>
+#include <linux/moduleparam.h>
+#include <linux/mutex.h>
 #include <linux/percpu.h>
 #include <linux/slab.h>
 
@@ -22,6 +25,26 @@
 #define QCOW2_DEFAULT_CACHE	(64U << 20)
 /* Slices to drop at once: the search has its cost, too. */
 #define QCOW2_DROP_BATCH	8
+
+/* Of memory, for all devices together, unless cache_limit says otherwise */
+#define QCOW2_TOTAL_SHARE	8
+
+/*
+ * Bytes of all devices, without their directories, which cannot be dropped; written
+ * and read anywhere
+ */
+static atomic_long_t qcow2_total_bytes;
+
+static unsigned long cache_limit;
+module_param(cache_limit, ulong, 0644);
+MODULE_PARM_DESC(cache_limit, "Bytes of memory for the maps of all devices (0: an eighth of memory)");
+
+/*
+ * All caches; whose turn it is comes first.  Who holds the lock may drop slices of any,
+ * and waits for nothing else.
+ */
+static LIST_HEAD(qcow2_caches);
+static DEFINE_MUTEX(qcow2_caches_lock);
 
 /* A load under way; lives on the stack of the worker that does it. */
 struct qcow2_load {
@@ -108,13 +131,49 @@ static bool qcow2_account(struct qcow2_cache *cache, bool force)
 	spin_lock_irqsave(&map->lock, flags);
 	ok = force || map->state_bytes + bytes <= cache->limit;
 	if (ok)
-		map->state_bytes += bytes;
+		qcow2_add_bytes(map, bytes);
 	spin_unlock_irqrestore(&map->lock, flags);
 	return ok;
 }
 
+static unsigned long qcow2_total_limit(void)
+{
+	unsigned long limit = READ_ONCE(cache_limit);
+
+	return limit ? limit :
+	       totalram_pages() / QCOW2_TOTAL_SHARE << PAGE_SHIFT;
+}
+
+/*
+ * All devices together have more than they should: some of them lose slices, in turn.
+ * Those that are used come back at once, and have others go then.
+ */
+static void qcow2_drop_total(void)
+{
+	unsigned long limit = qcow2_total_limit();
+	struct qcow2_cache *cache, *first = NULL;
+
+	mutex_lock(&qcow2_caches_lock);
+	while (atomic_long_read(&qcow2_total_bytes) > limit) {
+		cache = list_first_entry(&qcow2_caches, struct qcow2_cache,
+					 node);
+		/* Once around: what is dirty or in use has to stay. */
+		if (cache == first)
+			break;
+		list_move_tail(&cache->node, &qcow2_caches);
+		if (qcow2_map_droppable(cache->map) &&
+		    qcow2_map_drop(cache->map, QCOW2_DROP_BATCH))
+			first = NULL;
+		else if (!first)
+			first = cache;
+	}
+	mutex_unlock(&qcow2_caches_lock);
+}
+
 static bool qcow2_drop_for_room(struct qcow2_cache *cache)
 {
+	if (unlikely(atomic_long_read(&qcow2_total_bytes) > qcow2_total_limit()))
+		qcow2_drop_total();
 	while (!qcow2_account(cache, false))
 		if (!qcow2_cache_drop(cache, QCOW2_DROP_BATCH))
 			return false;
@@ -153,7 +212,7 @@ static void qcow2_put_room(struct qcow2_cache *cache)
 	unsigned long flags;
 
 	spin_lock_irqsave(&map->lock, flags);
-	map->state_bytes -= qcow2_slice_bytes(map);
+	qcow2_add_bytes(map, -(long)qcow2_slice_bytes(map));
 	spin_unlock_irqrestore(&map->lock, flags);
 }
 
@@ -320,11 +379,13 @@ int qcow2_cache_init(struct qcow2_cache *cache)
 	bool writer = cache->commit;
 	int r;
 
+	INIT_LIST_HEAD(&cache->node);
 	map->cache = cache;
 	map->free_slice = qcow2_cache_free_slice;
 	cache->limit = cache->limit ?
 		       max(cache->limit, map->state_bytes + QCOW2_MIN_CACHE) :
 		       map->state_bytes + QCOW2_DEFAULT_CACHE;
+	map->total_bytes = &qcow2_total_bytes;
 	cache->misses = alloc_percpu(unsigned long);
 	if (!cache->misses)
 		return -ENOMEM;
@@ -340,11 +401,22 @@ int qcow2_cache_init(struct qcow2_cache *cache)
 	cache->shrinker = qcow2_shrinker_alloc(cache, qcow2_shrink_count,
 					       qcow2_shrink_scan,
 					       cache->io->name);
-	return cache->shrinker ? 0 : -ENOMEM;
+	if (!cache->shrinker)
+		return -ENOMEM;
+	mutex_lock(&qcow2_caches_lock);
+	list_add_tail(&cache->node, &qcow2_caches);
+	mutex_unlock(&qcow2_caches_lock);
+	return 0;
 }
 
 void qcow2_cache_stop(struct qcow2_cache *cache)
 {
+	/* It is nobody's turn if it never came to be there. */
+	if (cache->node.next) {
+		mutex_lock(&qcow2_caches_lock);
+		list_del_init(&cache->node);
+		mutex_unlock(&qcow2_caches_lock);
+	}
 	if (cache->shrinker)
 		qcow2_shrinker_free(cache->shrinker);
 	cache->shrinker = NULL;
@@ -352,6 +424,12 @@ void qcow2_cache_stop(struct qcow2_cache *cache)
 
 void qcow2_cache_exit(struct qcow2_cache *cache)
 {
+	struct qcow2_map *map = cache->map;
+
+	/* hints that never came to be passed down */
+	if (map && map->total_bytes)
+		atomic_long_sub(map->state_bytes - qcow2_dir_bytes(map),
+				map->total_bytes);
 	mempool_exit(&cache->buffers);
 	mempool_exit(&cache->slices);
 	free_percpu(cache->misses);

@@ -28,6 +28,7 @@ struct qcow2_cache {
 	mempool_t slices;		/* struct qcow2_slice with their words */
 	mempool_t buffers;		/* of slice_bytes */
 	struct shrinker *shrinker;
+	struct list_head node;		/* of all caches, under their lock */
 	unsigned long __percpu *misses;
 };
 

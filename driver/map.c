@@ -298,7 +298,7 @@ bool qcow2_add_trim(struct qcow2_map *map, struct qcow2_slice *slice,
 		if (used) {
 			slice->trim = trim;
 			spin_lock(&map->lock);
-			map->state_bytes += qcow2_trim_bytes(map);
+			qcow2_add_bytes(map, qcow2_trim_bytes(map));
 			spin_unlock(&map->lock);
 		}
 	}
@@ -348,7 +348,7 @@ void qcow2_free_trim(struct qcow2_map *map, struct qcow2_trim *trim)
 		list_del(&trim->node);
 		map->nr_trims_todo--;
 	}
-	map->state_bytes -= qcow2_trim_bytes(map);
+	qcow2_add_bytes(map, -(long)qcow2_trim_bytes(map));
 	spin_unlock(&map->lock);
 	kfree(trim);
 }
@@ -436,7 +436,7 @@ static unsigned long qcow2_bucket_drop(struct qcow2_map *map,
 		spin_lock(&map->lock);
 		map->nr_cached -= dropped;
 		map->nr_slice_structs -= dropped;
-		map->state_bytes -= dropped * qcow2_slice_bytes(map);
+		qcow2_add_bytes(map, -(long)(dropped * qcow2_slice_bytes(map)));
 		map->drops += dropped;
 		spin_unlock(&map->lock);
 	}
@@ -515,7 +515,7 @@ int qcow2_map_init(struct qcow2_map *map, const struct qcow2_geometry *geo,
 		INIT_LIST_HEAD(&map->buckets[i].loads);
 		INIT_LIST_HEAD(&map->buckets[i].slices);
 	}
-	map->state_bytes = map->nr_slices * sizeof(*map->dir);
+	map->state_bytes = qcow2_dir_bytes(map);
 	return 0;
 }
 
@@ -564,7 +564,8 @@ void qcow2_map_forget(struct qcow2_map *map)
 			RCU_INIT_POINTER(map->dir[slot->index], NULL);
 		spin_lock(&map->lock);
 		map->nr_slice_structs -= bucket->nr_slices;
-		map->state_bytes -= bucket->nr_slices * qcow2_slice_bytes(map);
+		qcow2_add_bytes(map, -(long)(bucket->nr_slices *
+					   qcow2_slice_bytes(map)));
 		spin_unlock(&map->lock);
 		list_splice_init(&bucket->slices, &slices);
 		bucket->nr_slices = 0;

@@ -179,6 +179,8 @@ struct qcow2_map {
 	unsigned long nr_cached;	/* loaded slots; @lock */
 	unsigned long nr_slice_structs;	/* struct qcow2_slice among them; @lock */
 	u64 state_bytes;		/* memory for all of it; @lock */
+	/* Constant: bytes, without directories, of all maps that share a limit, or NULL */
+	atomic_long_t *total_bytes;
 	unsigned long drops;		/* slices that were dropped; @lock */
 	struct list_head trims_todo;	/* struct qcow2_trim; @lock */
 	unsigned long nr_trims_todo;	/* on that list; @lock */
@@ -457,6 +459,19 @@ static inline size_t qcow2_words_bytes(const struct qcow2_map *map)
 static inline unsigned long qcow2_slice_bytes(const struct qcow2_map *map)
 {
 	return sizeof(struct qcow2_slice) + qcow2_words_bytes(map);
+}
+
+static inline unsigned long qcow2_dir_bytes(const struct qcow2_map *map)
+{
+	return map->nr_slices * sizeof(*map->dir);
+}
+
+/* Memory of the map comes or goes; map->lock is held. */
+static inline void qcow2_add_bytes(struct qcow2_map *map, long bytes)
+{
+	map->state_bytes += bytes;
+	if (map->total_bytes)
+		atomic_long_add(bytes, map->total_bytes);
 }
 
 /*

@@ -286,6 +286,76 @@ def reload_limit(bench):
     image.check()
 
 
+class TotalLimit:
+    """The limit for all devices together."""
+    path = "/sys/module/dm_qcow2/parameters/cache_limit"
+
+    def __init__(self):
+        self.before = self.get()
+
+    def get(self):
+        with open(self.path, encoding="ascii") as f:
+            return int(f.read())
+
+    def set(self, value):
+        with open(self.path, "w", encoding="ascii") as f:
+            f.write(str(value))
+
+    def close(self):
+        self.set(self.before)
+
+
+@test("all devices together: some lose what they do not use to those that do")
+def total_limit(bench):
+    size, count = 16 * GIB, 128
+    limit = bench.add(TotalLimit())
+    expect(limit.get() == 0, f"{limit.get()} instead of the default")
+    devices = []
+    for n in range(4):
+        image = bench.image(size, f"image{n}", cluster=16 * KIB, extended=True)
+        image.attach()
+        dm = image.open(name=f"q{n}")
+        disk = bench.io(dm)
+        devices.append((image, dm, disk, dm.status().state_bytes, Places(size, count, random.Random(n))))
+
+    def slices():
+        """What the limit is about: without the directories."""
+        return [dm.status().state_bytes - directory for _, dm, _, directory, _ in devices]
+    for _, _, disk, _, places in devices[:-1]:
+        for n in range(count):
+            places.write(disk, n)
+        disk.fsync()
+    full = slices()
+    expect(min(full[:-1]) > 0 and not full[-1], f"{full}")
+    most = sum(full) * 2 // 3
+    limit.set(most)
+    # Only the last one is used: it gets what it needs, from all others.
+    _, _, disk, _, places = devices[-1]
+    for n in range(count):
+        places.write(disk, n)
+        # A batch of them goes at a time, and one more slice comes.
+        expect(sum(slices()) <= most + full[0] // count * 2, f"{slices()} of {most}")
+    disk.fsync()
+    now = slices()
+    expect(now[-1] >= full[0] // 2, f"the one that is used has {now} of {most}")
+    expect(all(a < b for a, b in zip(now[:-1], full)), f"{now} of {full}: one has lost nothing")
+    # One that has nothing clean does not hang the others, nor itself.
+    limit.set(1)
+    for _, dm, disk, _, places in devices:
+        for n in range(count):
+            places.check(disk, n)
+            places.write(disk, n)
+        disk.fsync()
+        expect(dm.status().drops, f"{dm.status()}")
+    limit.set(0)
+    for image, dm, disk, _, places in devices:
+        for n in range(count):
+            places.check(disk, n)
+        bench.drop(disk)
+        bench.drop(dm)
+        image.check()
+
+
 @test("the smallest limit, and more first writers than slices: all get on")
 def crowd(bench):
     # 62 slices of 4 KiB; each write needs another one, and most a new L2 table.
