@@ -955,16 +955,18 @@ def device_sectors(path):
 
 
 class NullBlk:
-    """A RAM disk of null_blk: it discards, if wanted, but does not write zeroes."""
+    """A RAM disk of null_blk: it discards, if wanted, but does not write zeroes. Without
+    memory it keeps nothing, and reads as nobody knows what."""
     folder = "/sys/kernel/config/nullb/qcow2test"
 
-    def __init__(self, size, discard=True):
+    def __init__(self, size, discard=True, memory=True):
         run("modprobe", "null_blk", "nr_devices=0")
         self.mounted = not os.path.isdir("/sys/kernel/config/nullb")
         if self.mounted:
             run("mount", "-t", "configfs", "none", "/sys/kernel/config")
         os.mkdir(self.folder)
-        for name, value in (("size", size // MIB), ("memory_backed", 1), ("discard", int(discard)), ("power", 1)):
+        for name, value in (("size", size // MIB), ("memory_backed", int(memory)), ("discard", int(discard)),
+                            ("power", 1)):
             self.set(name, value)
         # Named by its folder or by its number, depending on the kernel.
         with open(f"{self.folder}/index", encoding="ascii") as f:
