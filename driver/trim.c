@@ -93,9 +93,13 @@ static enum qcow2_next qcow2_next_run(struct qcow2_trims *t,
 {
 	struct qcow2_map *map = t->map;
 	struct qcow2_bucket *bucket = qcow2_bucket(map, index);
-	/* One request below, so that their number is what is waited for */
-	unsigned int max = max(bdev_max_discard_sectors(t->data_bdev) >>
-			       map->unit_shift, 1U);
+	/*
+	 * One request below, so that their number is what is waited for.  A device
+	 * may say that it takes as much as can be said.
+	 */
+	unsigned int max = clamp_t(unsigned int,
+				   bdev_max_discard_sectors(t->data_bdev) >>
+				   map->unit_shift, 1, BIT(map->slice_shift));
 	enum qcow2_next next = QCOW2_NEXT_NONE;
 	struct qcow2_slice *slot;
 	struct qcow2_trim *trim;

@@ -33,7 +33,8 @@ static const struct option_row {
 	const char *help;
 	parse_fn *parse;
 	size_t at;			/* of its field in struct options */
-	/* parse_bytes, parse_power: what is possible */
+	/* parse_bytes, parse_power: how it is written, and what is possible */
+	bool (*number)(const char *s, uint64_t *v);
 	uint64_t min, max;
 	/* parse_word: the words, each of which stands for its place, from @first on */
 	const char *const *words;
@@ -59,12 +60,13 @@ static const struct option_row {
 	    "the data file is a raw image: keep its content", parse_flag,
 	    data_file_raw),
 	ROW("cluster-size", "SIZE", "create measure", "512 to 2M (default: 64K)",
-	    parse_power, cluster_size, .min = 512, .max = 2 * MIB,
+	    parse_power, cluster_size, .number = parse_size,
+	    .min = 512, .max = 2 * MIB,
 	    .wrong = "is not possible; use a power of two from 512 to 2M"),
 	ROW("extended-l2", NULL, "create measure",
 	    "divide each cluster into 32 subclusters", parse_flag, extended_l2),
 	ROW("refcount-bits", "N", "create measure", "1 to 64 (default: 16)",
-	    parse_power, refcount_bits, .min = 1, .max = 64,
+	    parse_power, refcount_bits, .number = parse_u64, .min = 1, .max = 64,
 	    .wrong = "is not possible; use 1, 2, 4, 8, 16, 32 or 64"),
 	ROW("preallocation", "MODE", "create",
 	    "off, or metadata: make all L2 tables now", parse_word, preallocate,
@@ -94,7 +96,7 @@ static const struct option_row {
 	    no_discard_passdown),
 	ROW("cache-limit", "SIZE", "open table",
 	    "memory for the map (default: 64M)", parse_bytes, cache_limit,
-	    .min = 1, .max = UINT64_MAX,
+	    .number = parse_size, .min = 1, .max = UINT64_MAX,
 	    .wrong = "is not a size; use a number such as 64M"),
 	ROW("sparse", NULL, "open resize",
 	    "take no space for metadata before it is needed", parse_flag, sparse),
@@ -160,7 +162,7 @@ static int parse_bytes(const struct option_row *o, const char *arg,
 {
 	uint64_t *v = field(o, opt);
 
-	return parse_size(arg, v) && *v >= o->min && *v <= o->max ?
+	return o->number(arg, v) && *v >= o->min && *v <= o->max ?
 		0 : wrong_value(o, arg);
 }
 
@@ -180,10 +182,10 @@ static int parse_length(const struct option_row *o, const char *arg,
 static int parse_power(const struct option_row *o, const char *arg,
 		       struct options *opt)
 {
-	uint64_t *v = field(o, opt);
+	const uint64_t *v = field(o, opt);
+	int ret = parse_bytes(o, arg, opt);
 
-	return parse_size(arg, v) && *v >= o->min && *v <= o->max &&
-		!(*v & (*v - 1)) ? 0 : wrong_value(o, arg);
+	return ret || !(*v & (*v - 1)) ? ret : wrong_value(o, arg);
 }
 
 static int parse_word(const struct option_row *o, const char *arg,
@@ -228,6 +230,7 @@ bool action_takes(const struct action *action, const char *option)
 	return find_row(action, option);
 }
 
+/* An action by its name; NULL if there is none. */
 static const struct action *find_action(const char *name)
 {
 	const struct action *a;
@@ -236,6 +239,12 @@ static const struct action *find_action(const char *name)
 		if (!strcmp(a->name, name))
 			return a;
 	return NULL;
+}
+
+static int no_action(const char *name)
+{
+	return fail(EX_PARAMETER, "action %s is not known; see qcow2setup --help",
+		    esc(name));
 }
 
 #define HELP_WIDTH	28
@@ -292,22 +301,19 @@ static void help_action(const struct action *action)
 /* "help", or "help ACTION" */
 static int help(char **args, int n)
 {
-	const struct action *action = NULL;
+	const struct action *action;
 
 	if (n > 1)
 		return fail(EX_PARAMETER,
 			    "wrong number of arguments; usage: qcow2setup help [ACTION]");
-	if (n) {
-		action = find_action(args[0]);
-		if (!action)
-			return fail(EX_PARAMETER,
-				    "action %s is not known; see qcow2setup --help",
-				    esc(args[0]));
-	}
-	if (action)
-		help_action(action);
-	else
+	if (!n) {
 		help_all();
+		return EX_DONE;
+	}
+	action = find_action(args[0]);
+	if (!action)
+		return no_action(args[0]);
+	help_action(action);
 	return EX_DONE;
 }
 
@@ -402,8 +408,7 @@ static int parse(int argc, char **argv, struct options *opt,
 		return fail(EX_PARAMETER, "no action is given; see qcow2setup --help");
 	*action = find_action(argv[optind]);
 	if (!*action)
-		return fail(EX_PARAMETER, "action %s is not known; see qcow2setup --help",
-			    esc(argv[optind]));
+		return no_action(argv[optind]);
 	ret = apply(*action, given, options, opt);
 	if (ret)
 		return ret;

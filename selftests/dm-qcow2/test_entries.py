@@ -531,7 +531,58 @@ def tries(bench):
     expect(rig.image.state(20 * unit) == "data", "the entry is lost")
 
 
+PASSDOWNS = 16          # at a time
+
+
+def early(bench, options):
+    """What is passed down is durable, also beside what is not."""
+    rig = Rig(bench, **options)
+    rig.reset()
+    disk, script, unit = Disk(bench, rig), rig.script, rig.unit
+    script.name = lambda request: rig.what(request, ())
+
+    def discarded():
+        with script.lock:
+            return [(r.offset // unit, r.length // unit) for r in script.trace if r.op == "discard"]
+    script.begin(None, None)
+    odd = range(1, 2 * PASSDOWNS, 2)
+    zero, data = 2 * PASSDOWNS + 2, 2 * PASSDOWNS + 3
+    disk.io.write(0, b"o" * (data + 1) * unit)
+    for n in (*odd, zero):
+        disk.io.discard(n * unit, unit)
+    disk.io.fsync()
+    wait_for("all discards", HANG, lambda: sorted(discarded()) == [(n, 1) for n in (*odd, zero)])
+    # A discard of units that are being discarded waits; and what has been passed down is
+    # remembered until then.
+    disk.dm.cycle()
+    disk.look(False, 0)
+
+    script.begin(None, None)
+    script.hold = lambda request: request.op == "discard"
+    script.refuse = lambda request: request.device == "metadata" and request.op == "write"
+    # As many as are passed down at a time: the next one is to wait until it has company.
+    for n in odd:
+        disk.io.discard(n * unit, unit)
+    wait_for("as many discards as there can be", HANG, lambda: len(rig.data.held) == PASSDOWNS)
+    disk.io.discard(zero * unit, 2 * unit)
+    script.hold = None
+    rig.data.release()
+    wait_for("the last discard", HANG, lambda: len(discarded()) > PASSDOWNS)
+    with fails_with(errno.EIO):
+        disk.io.fsync()
+    expect(discarded()[-1] == (zero, 1), f"{discarded()[-1]} has been passed down, and {(data, 1)} is not durable")
+    script.refuse = None
+    disk.io.fsync()
+    wait_for("the rest", HANG, lambda: discarded()[-1] == (data, 1))
+    disk.look(False, 1)
+    disk.close()
+    script.rest()
+    rig.check(leaks=False)
+
+
 def register():
+    test("a discard beside another that is not durable: clusters of 512 bytes", {**SMALL, "covers": 4, "tables": 1})(early)
+    test("a discard beside another that is not durable: clusters of 2 KiB", {})(early)
     for name, options, places, fails in COMMITS:
         for what in fails.split(", "):
             test(f"{name}: {FAILS[what]}", options, places, what)(one_by_one)

@@ -183,25 +183,38 @@ class Mount:
         run("umount", self.path)
 
 
-# Writes a file with content that can be told, in pieces of any size; prints its
-# checksum. Dirty pages come to far more than the memory that there is.
+# Writes files at the same time with content that can be told, in pieces of any size;
+# prints their checksums. Dirty pages come to far more than the memory that there is.
+# Threads of one process: four interpreters alone would fill a group of 24 MiB with
+# memory that no writeback gives back.
 WRITER = r'''
-import hashlib, os, random, sys
-path, size, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-rng = random.Random(seed)
-block = rng.randbytes(1 << 20)
-digest = hashlib.sha256()
-with open(path, "wb", buffering=0) as f:
-    done = 0
-    while done < size:
-        n = min(size - done, rng.choice((1000, 4096, 70000, 500000)))
-        at = rng.randrange((1 << 20) - n)
-        f.write(block[at:at + n])
-        digest.update(block[at:at + n])
-        done += n
-    if seed % 2:
-        os.fsync(f.fileno())
-print(digest.hexdigest())
+import hashlib, os, random, sys, threading
+size = int(sys.argv[1])
+sums = {}
+def write(path, seed):
+    rng = random.Random(seed)
+    block = rng.randbytes(1 << 20)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as f:
+        done = 0
+        while done < size:
+            n = min(size - done, rng.choice((1000, 4096, 70000, 500000)))
+            at = rng.randrange((1 << 20) - n)
+            put = f.write(block[at:at + n])
+            assert put == n, f"{put} of {n} bytes written"
+            digest.update(block[at:at + n])
+            done += n
+        if seed % 2:
+            os.fsync(f.fileno())
+    sums[path] = digest.hexdigest()
+files = [(path, int(seed)) for path, seed in zip(sys.argv[2::2], sys.argv[3::2])]
+threads = [threading.Thread(target=write, args=file) for file in files]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+for path, seed in files:
+    print(sums[path])
 '''
 
 
@@ -218,8 +231,10 @@ def writeback(bench, memory, small, options):
     group = bench.add(Cgroup(memory if small else "max"))
     hog = None if small else bench.add(Hog(memory))
     begun = time.monotonic()
-    writers = [group.run(sys.executable, "-c", WRITER, path, str(size), str(seed)) for path, seed in files]
-    sums = [finished(w, "a writer").strip() for w in writers]
+    writer = group.run(sys.executable, "-c", WRITER, str(size),
+                       *(str(word) for path, seed in files for word in (path, seed)))
+    sums = finished(writer, "the writer").split()
+    expect(len(sums) == len(files), f"{sums}")
     run("sync", timeout=HANG)
     took = time.monotonic() - begun
     if small:

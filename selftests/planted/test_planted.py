@@ -15,9 +15,9 @@ from powercut import Recording
 PLAIN = {"size": 2 * MIB, "cluster": 4 * KIB}, ()
 TABLES = {"size": 2 * MIB, "cluster": KIB}, ("-w", "70,0,0,10,10")
 DISCARDS = {"size": 512 * KIB, "cluster": 4 * KIB}, ("-w", "40,0,0,50,10")
+REFTABLE = {"size": 16 * MIB, "cluster": 512, "refcount_bits": 64}, ("-w", "70,0,0,10,10")
 # Small requests in large units, few of which make others durable: many that meet
 # units which are not
-REFTABLE = {"size": 16 * MIB, "cluster": 512, "refcount_bits": 64}, ("-w", "70,0,0,10,10")
 FUA = {"size": 4 * MIB, "cluster": 64 * KIB}, ("-w", "90,10,0,0,1", "-u", 4)
 # How many requests are what a bug may need on a slow machine, where the timer of the
 # commit makes most units durable before they are met again

@@ -823,6 +823,7 @@ refuse 1 'needs a value' create x --data-file ; ok "option without value"
 refuse 1 'number of arguments' info ; ok "too few arguments"
 refuse 1 'number of arguments' info a b ; ok "too many arguments"
 refuse 1 'takes no option --json' create --json x ; ok "option of another action"
+refuse 1 'is not possible' measure --size 1G --refcount-bits 16B ; ok "bits are no size"
 refuse 1 'cannot be the name' open t.qcow2 a/b --data-file t.raw
 ok "open: impossible name"
 refuse 1 'too long' open t.qcow2 "$long" --data-file t.raw

@@ -138,7 +138,8 @@ cp t.qcow2 before.qcow2
 grow_raw() {
 	cp before.qcow2 t.qcow2
 	truncate -s 1M t.raw
-	env "$@" LD_PRELOAD="$inject" "${tool[-1]}" resize t.qcow2 --size 512M --data-file t.raw >out 2>err
+	# Whoever runs this in the background may have had it ignored.
+	env --default-signal=INT "$@" LD_PRELOAD="$inject" "${tool[-1]}" resize t.qcow2 --size 512M --data-file t.raw >out 2>err
 }
 grow_raw INJECT_COUNT=calls && check t.qcow2
 ok "resize: $(cat calls) calls"
