@@ -66,8 +66,9 @@ struct qcow2_alloc {
 
 /*
  * For a writer.  @zeroed_from: from this byte on, what no refcount counts has space
- * below it, and reads as zeros; 0 = nowhere.  @geo is checked with qcow2_geometry_check().  0 or -ENOMEM;
- * qcow2_alloc_exit() is right after both.  Process context.
+ * below it, and reads as zeros; 0 = nowhere.  @geo is checked with
+ * qcow2_geometry_check().  0 or -ENOMEM; qcow2_alloc_exit() is right after both.
+ * Process context.
  */
 int qcow2_alloc_init(struct qcow2_alloc *a, struct qcow2_mdio *io,
 		     struct qcow2_l1 *l1, struct qcow2_health *health,
