@@ -61,6 +61,7 @@ help:
 	@echo '  make seeds       what has random requests with SEEDS=$(SEEDS) seeds from FIRST_SEED= on; TESTS='
 	@echo 'Parts of make check:'
 	@echo '  make deps        install what make check needs'
+	@echo '  make bench       instructions per request, beside other targets; ROWS=, BASE=revision, CLOCK=1'
 	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
@@ -215,6 +216,12 @@ seeds:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/run --load --timeout 86400 --cmd 'selftests/vm/guest-seeds $(FIRST_SEED) $(SEEDS) $(or $(TESTS),$(RANDOM_TESTS))'
 
+# ROWS= which, BASE= a revision to compare with, CLOCK=1 by the clock
+bench:
+	@selftests/vm/deps bench
+	@$(MAKE) --no-print-directory vm-build
+	@selftests/bench/bench $(if $(BASE),--base $(BASE)) $(if $(CLOCK),--clock) $(ROWS)
+
 # The kernels are built once, which takes a quarter of an hour.
 check-debug: export MORE_TESTS ?= backing backing_devices extl2 corrupt fail fail_places fail_discard reload
 check-debug:
@@ -226,5 +233,5 @@ demo:
 	@selftests/vm/demo
 
 .PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint quick unit fuzz \
-	check check-debug check-kernels check-planted planted-build test-programs soak seeds demo \
+	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench demo \
 	preflight-cc preflight-module preflight-tool preflight-unit preflight-install

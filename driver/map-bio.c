@@ -56,8 +56,8 @@ static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
 	return DM_MAPIO_SUBMITTED;
 }
 
-static noinline int qcow2_map_flush(struct qcow2_target *q, struct qcow2_io *io,
-				    struct bio *bio)
+static int qcow2_map_flush(struct qcow2_target *q, struct qcow2_io *io,
+			   struct bio *bio)
 {
 	if (qcow2_mode(&q->health) == QCOW2_FAIL)
 		return DM_MAPIO_KILL;
@@ -168,8 +168,8 @@ static noinline int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 #define QCOW2_MAP_SLICES	16
 
 /* Discard and write zeroes */
-static noinline int qcow2_map_zeroes(struct qcow2_target *q,
-				     struct qcow2_io *io, struct bio *bio)
+static int qcow2_map_zeroes(struct qcow2_target *q, struct qcow2_io *io,
+			    struct bio *bio)
 {
 	struct qcow2_map *map = &q->map;
 	enum qcow2_state state;
@@ -194,6 +194,22 @@ static noinline int qcow2_map_zeroes(struct qcow2_target *q,
 	return DM_MAPIO_SUBMITTED;
 }
 
+static noinline int qcow2_map_other(struct qcow2_target *q, struct qcow2_io *io,
+				    struct bio *bio)
+{
+	if (bio->bi_opf & REQ_PREFLUSH)
+		return qcow2_map_flush(q, io, bio);
+	switch (bio_op(bio)) {
+	case REQ_OP_WRITE:
+		return qcow2_map_write(q, io, bio);
+	case REQ_OP_DISCARD:
+	case REQ_OP_WRITE_ZEROES:
+		return qcow2_map_zeroes(q, io, bio);
+	default:
+		return DM_MAPIO_KILL;
+	}
+}
+
 int qcow2_map_bio(struct dm_target *ti, struct bio *bio)
 {
 	struct qcow2_io *io = dm_per_bio_data(bio, sizeof(*io));
@@ -201,26 +217,21 @@ int qcow2_map_bio(struct dm_target *ti, struct bio *bio)
 	sector_t sector = bio->bi_iter.bi_sector;
 
 	io->kind = QCOW2_IO_PLAIN;
-	if (unlikely(bio->bi_opf & REQ_PREFLUSH))
-		return qcow2_map_flush(q, io, bio);
-	switch (bio_op(bio)) {
-	case REQ_OP_READ:
+	switch ((__force u32)(bio->bi_opf & (REQ_OP_MASK | REQ_PREFLUSH |
+					     REQ_FUA))) {
+	case (__force u32)REQ_OP_READ:
 		/* "External data file": with the raw bit set it reads as the guest. */
 		if (!q->raw && unlikely(!qcow2_is_data(&q->map, sector,
 						       bio_sectors(bio))))
 			return qcow2_map_read(q, io, bio);
 		break;
-	case REQ_OP_WRITE:
-		if (unlikely(bio->bi_opf & REQ_FUA) ||
-		    unlikely(!qcow2_mode_writes(qcow2_mode(&q->health))) ||
+	case (__force u32)REQ_OP_WRITE:
+		if (unlikely(!qcow2_mode_writes(qcow2_mode(&q->health))) ||
 		    unlikely(!qcow2_is_data(&q->map, sector, bio_sectors(bio))))
 			return qcow2_map_write(q, io, bio);
 		break;
-	case REQ_OP_DISCARD:
-	case REQ_OP_WRITE_ZEROES:
-		return qcow2_map_zeroes(q, io, bio);
 	default:
-		return DM_MAPIO_KILL;
+		return qcow2_map_other(q, io, bio);
 	}
 	this_cpu_inc(q->stats->hits);
 	return qcow2_remap(q, bio);

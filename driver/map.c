@@ -494,6 +494,7 @@ int qcow2_map_init(struct qcow2_map *map, const struct qcow2_geometry *geo,
 	map->entry_shift = geo->cluster_bits - unit_bits;
 	map->slice_bytes = 1U << slice_bits;
 	map->slice_shift = slice_bits - entry_bits + map->entry_shift;
+	map->slice_mask = BIT(map->slice_shift) - 1;
 	map->slices_per_l2_shift = geo->cluster_bits - slice_bits;
 	map->nr_slices = ((geo->size - 1) >> (map->slice_shift + unit_bits)) + 1;
 	map->block_bytes = block_bytes;

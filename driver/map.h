@@ -159,6 +159,7 @@ struct qcow2_map {
 	/* Constant after qcow2_map_init(): the hot path reads these. */
 	unsigned int unit_shift;	/* log2 of sectors per unit */
 	unsigned int slice_shift;	/* log2 of units per slice */
+	unsigned int slice_mask;	/* units per slice - 1 */
 	unsigned int block_shift;	/* log2 of units per block */
 	unsigned long nr_slices;
 	struct qcow2_slice __rcu **dir;
@@ -298,11 +299,9 @@ static __always_inline bool qcow2_is_data(struct qcow2_map *map,
 	if (!((unsigned long)slot & ~7UL)) {
 		state = qcow2_tag_state(slot);
 	} else {
-		unsigned int mask = (1U << map->slice_shift) - 1;
-
 		if (unlikely(!READ_ONCE(slot->referenced)))
 			WRITE_ONCE(slot->referenced, true);
-		state = qcow2_get_state(slot->words, unit & mask);
+		state = qcow2_get_state(slot->words, unit & map->slice_mask);
 	}
 	rcu_read_unlock();
 	return state == QCOW2_DATA;
