@@ -98,6 +98,7 @@ static struct qcow2_slice *qcow2_slice_alloc(struct qcow2_cache *cache,
 	slice->bad = false;
 	slice->dirty = 0;
 	slice->failed = 0;
+	slice->exact = 0;
 	slice->pins = 0;
 	slice->trim = NULL;
 	INIT_LIST_HEAD(&slice->node);
@@ -356,6 +357,9 @@ void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index)
 	if (slot && qcow2_is_tag(slot)) {
 		qcow2_set_states(slice, 0, BIT(map->slice_shift) - 1,
 				 qcow2_tag_state(slot));
+		/* There is no table, or it has nothing but zeros there. */
+		if (qcow2_tag_state(slot) == QCOW2_UNALLOCATED)
+			slice->exact = qcow2_exact_blocks(map, index);
 		slice->ready = qcow2_slice_ready(cache, index);
 		qcow2_slot_publish(map, index, slice);
 		slice = NULL;

@@ -38,6 +38,7 @@ struct qcow2_entry {
 	unsigned int block;		/* of the slice */
 	u64 offset;			/* on the metadata device */
 	void *buf;			/* while it is in a wave */
+	bool exact;			/* need not be read: slice->exact */
 	struct qcow2_error error;
 
 	/* The first entry of the same table, if that is not linked; or NULL */
@@ -152,6 +153,7 @@ static bool qcow2_take_slice(struct qcow2_commit *c, struct qcow2_slice *slice)
 		if (blocks) {
 			e->slice = slice;
 			e->block = __ffs(blocks);
+			e->exact = slice->exact & BIT(e->block);
 			qcow2_block_take(map, slice, e->block, e->words);
 			list_add_tail(&e->node, &c->entries);
 			c->nr_entries++;
@@ -376,7 +378,8 @@ static void qcow2_read_wave(struct qcow2_commit *c, struct qcow2_ios *ios)
 	for (i = 0; i < c->nr_wave; i++) {
 		struct qcow2_entry *e = c->wave[i];
 
-		qcow2_read_block(c, ios, &e->error, e->offset, e->buf);
+		if (!e->exact)
+			qcow2_read_block(c, ios, &e->error, e->offset, e->buf);
 	}
 	blk_finish_plug(&plug);
 }
@@ -398,7 +401,7 @@ static bool qcow2_write_wave(struct qcow2_commit *c, bool new)
 	for (i = 0; i < c->nr_wave; i++) {
 		struct qcow2_entry *e = c->wave[i];
 
-		if (new)
+		if (new || e->exact)
 			memset(e->buf, 0, map->block_bytes);
 		else if (qcow2_entry_failed(e))
 			goto cannot_read;

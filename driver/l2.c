@@ -39,6 +39,18 @@ static enum qcow2_fault qcow2_check_entry(struct qcow2_map *map,
 	return fault;
 }
 
+/* Is an entry what qcow2_l2_encode_block() would make of its units' states? */
+static bool qcow2_entry_exact(struct qcow2_map *map,
+			      const struct qcow2_ext_entry *e, u64 guest,
+			      enum qcow2_state state)
+{
+	if (map->geo.ext_l2)
+		return e->entry == (e->alloc ? qcow2_l2_data_entry(guest) : 0);
+	if (state == QCOW2_DATA)
+		return e->entry == qcow2_l2_data_entry(guest);
+	return e->entry == (state == QCOW2_ZERO ? QCOW2_OFLAG_ZERO : 0);
+}
+
 bool qcow2_l2_decode_slice(struct qcow2_map *map, const char *name,
 			   struct qcow2_slice *slice, const __be64 *buf,
 			   enum qcow2_state *state)
@@ -51,6 +63,7 @@ bool qcow2_l2_decode_slice(struct qcow2_map *map, const char *name,
 	enum qcow2_fault fault = QCOW2_OK;
 	struct qcow2_ext_entry e;
 
+	slice->exact = qcow2_exact_blocks(map, slice->index);
 	for (i = 0; i < n; i++, guest += 1ULL << unit_bits) {
 		/*
 		 * Entries beyond the virtual size are not ours; giving them
@@ -61,6 +74,8 @@ bool qcow2_l2_decode_slice(struct qcow2_map *map, const char *name,
 		if (!(i & sub_mask)) {
 			e = qcow2_get_entry(map, buf, i >> map->entry_shift);
 			fault = qcow2_check_entry(map, name, &e, guest, &seen);
+			if (fault || !qcow2_entry_exact(map, &e, guest, seen))
+				slice->exact &= ~BIT(i >> map->block_shift);
 		}
 		if (fault) {
 			seen = QCOW2_BUSY;
@@ -79,7 +94,10 @@ bool qcow2_l2_decode_slice(struct qcow2_map *map, const char *name,
 		}
 	}
 	*state = first;
-	if (!begin && !slice->bad)
+	/* A tag of unallocated units is exact: qcow2_cache_expand(). */
+	if (!begin && !slice->bad &&
+	    (first != QCOW2_UNALLOCATED ||
+	     slice->exact == qcow2_exact_blocks(map, slice->index)))
 		return true;
 	qcow2_set_states(slice, begin, i - 1, run);
 	if (i < n)

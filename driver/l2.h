@@ -11,12 +11,13 @@
  * qcow2_l2_decode_slice() - read the entries of a slice
  * @map: the map
  * @name: for messages
- * @slice: its states are set; impossible entries become busy units, and are
- *	logged, and the slice is marked bad
+ * @slice: its states, and which blocks are exact, are set; impossible entries become
+ *	busy units, and are logged, and the slice is marked bad
  * @buf: the slice as it is on disk
  * @state: set to the state of all units if the result is true
  *
- * Returns true if all units are in one state, and none is bad.  Any context.
+ * Returns true if all units are in one state, and none is bad; if they are
+ * unallocated, only if all blocks are exact that can be.  Any context.
  */
 bool qcow2_l2_decode_slice(struct qcow2_map *map, const char *name,
 			   struct qcow2_slice *slice, const __be64 *buf,
@@ -29,7 +30,7 @@ bool qcow2_l2_decode_slice(struct qcow2_map *map, const char *name,
  * @index: of the slice
  * @block: of the slice
  * @words: states of the block's units
- * @buf: the block as it is on disk; changed
+ * @buf: the block as it is on disk, or zeros if it is exact; changed
  *
  * Changes the entries of those units that are data or zero and are not so on
  * disk.  All other entries, and all other bits, stay as they are.  Returns 0, or

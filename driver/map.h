@@ -96,6 +96,12 @@ struct qcow2_slice {
 	 */
 	u32 dirty;
 	u16 failed;			/* dirty blocks that have failed; bucket lock */
+	/*
+	 * Blocks whose entries on disk are just what qcow2_l2_encode_block() makes
+	 * of their states, so that they need not be read for a change; constant,
+	 * for what it makes of them then is so, too.
+	 */
+	u16 exact;
 	unsigned int pins;		/* struct qcow2_write that name it; bucket lock */
 	struct qcow2_trim *trim;	/* that of map->trims, or NULL; bucket lock */
 	union {
@@ -384,6 +390,23 @@ static inline u32 qcow2_blocks(struct qcow2_map *map, unsigned int first,
 			       unsigned int last)
 {
 	return GENMASK(last >> map->block_shift, first >> map->block_shift);
+}
+
+/*
+ * The blocks of a slice that can be exact: not the one in which the device ends, for
+ * the entries behind that are not ours.
+ */
+static inline u16 qcow2_exact_blocks(const struct qcow2_map *map,
+				     unsigned long index)
+{
+	u64 first = (u64)index << map->slice_shift;
+	u64 end = map->geo.size >> (map->unit_shift + SECTOR_SHIFT);
+	unsigned int n = BIT(map->slice_shift - map->block_shift);
+	u16 blocks = GENMASK(n - 1, 0);
+
+	if (end < first + BIT(map->slice_shift))
+		blocks &= BIT((end - first) >> map->block_shift) - 1;
+	return blocks;
 }
 
 /**

@@ -10,7 +10,8 @@ import os
 import time
 
 from powercut import FlushTrace
-from qcow2test import GIB, KIB, MIB, Dm, Io, Lower, Task, expect, main, run, same, test, wait_for
+from qcow2image import COPIED, ZERO
+from qcow2test import GIB, KIB, MIB, Dm, Io, Lower, Stat, Task, expect, main, run, same, test, wait_for
 from heldimage import Setup
 
 HANG = 60       # seconds; far more than anything here can take
@@ -301,6 +302,77 @@ def zeroed(bench):
         want = b"n" * 512 + bytes(image.cover - 512) if t in tables else bytes(image.cover)
         same(s.disk.read(t * image.cover, image.cover), want, t * image.cover)
     s.shut()
+
+
+def place(image, guest, first, second=None):
+    """Put the words of an entry where they are."""
+    image.set_u64(image.l2_pos(guest), first)
+    if second is not None:
+        image.set_u64(image.l2_pos(guest) + 8, second)
+
+
+@test("an L2 block is read before it is changed if it has entries that would not be made like that", False)
+@test("an L2 block is read before it is changed if it has entries that would not be made like that: extended", True)
+def exact(bench, extended):
+    # One block of 4 KiB in each table, or several of them; the last one is cut by the end.
+    cluster = 16 * KIB if extended else 4 * KIB
+    per = cluster // (16 if extended else 8)
+    cover = per * cluster
+    image = bench.image(5 * cover + (per // 2 + 3) * cluster, "exact", cluster=cluster, extended=extended)
+    image.qemu_io(*(f"write -q -P 97 {at} {cluster}" for at in range(0, 5 * cover + 1, cover)))
+    image.trim()
+    strange = {}
+
+    def odd(t, n, *words):
+        guest = t * cover + n * cluster
+        place(image, guest, *words)
+        strange[t] = guest
+    at = cover + 5 * cluster
+    if extended:
+        odd(1, 5, at | COPIED, 0)                           # a place, and nothing in it
+        odd(2, 5, (2 * cover + 5 * cluster) | COPIED, 1 << 32)      # likewise, and a zero
+        odd(3, 5, (3 * cover + 5 * cluster), 1)             # without the copied bit
+    else:
+        odd(1, 5, at | COPIED | ZERO)                       # a place, and zeros
+        odd(2, 5, (2 * cover + 5 * cluster) | ZERO)
+        odd(3, 5, 3 * cover + 5 * cluster)                  # without the copied bit
+    # Behind the end anything may be.
+    last = 5 * cover + (per // 2 + 5) * cluster
+    with open(image.path, "r+b") as f:
+        f.seek(image.l2_pos(5 * cover) + (per // 2 + 5) * image.entry_size)
+        f.write(bytes([0xA5]) * image.entry_size)
+    strange[5] = last
+    before = {t: image.read(image.l2_pos(t * cover) + (guest - t * cover) // cluster * image.entry_size,
+                            image.entry_size) for t, guest in strange.items()}
+    image.attach()
+    dm = image.open()
+    disk = bench.io(dm)
+    places = [t * cover + 9 * cluster for t in range(5)] + [5 * cover + (per // 2 + 1) * cluster]
+    for at in places:
+        disk.read(at, 512)
+    # The first one of all has the refcounts read.
+    disk.write(4 * cover + 10 * cluster, b"n" * cluster)
+    disk.fsync()
+    reads = {}
+    for t, at in enumerate(places):
+        stat = Stat(image.meta_loop.path)
+        disk.write(at, b"n" * cluster)
+        disk.fsync()
+        reads[t] = stat.read_sectors * 512
+    # What has been written by us is known as well as before.
+    stat = Stat(image.meta_loop.path)
+    disk.write(10 * cluster, b"n" * cluster)
+    disk.fsync()
+    expect(not stat.reads, "the block was read after it had been written")
+    expect(reads == {t: 4 * KIB if t in strange else 0 for t in range(6)}, f"bytes read for each table: {reads}")
+    bench.drop(disk)
+    bench.drop(dm)
+    image.detach()
+    for t, guest in strange.items():
+        same(image.read(image.l2_pos(t * cover) + (guest - t * cover) // cluster * image.entry_size,
+                        image.entry_size), before[t], 0, f"the entry in table {t}")
+    for t, at in enumerate(places):
+        expect(image.state(t * cover) == image.state(at) == "data", f"table {t}: not on disk")
 
 
 for _device in ("data", "metadata"):

@@ -9,6 +9,7 @@ from planted import plant
 # pylint: disable=wrong-import-order
 import qcow2test
 from qcow2test import Failure, forget_tests, note, test
+from test_commit import exact
 from test_entries import COMMITS, one_by_one
 from test_faults import SCENARIOS
 from faultrig import sweep
@@ -33,6 +34,8 @@ HOSTILE = (
 LATER = (
     (18, "an entry that has failed is taken for durable", one_by_one, *COMMITS[0][1:3], "all"),
     (19, "a reservation does not reach the disk", first_write),
+    (21, "a block is not read that has what would not be made like that", exact, False),
+    (21, "likewise, extended L2 entries", exact, True),
 )
 # Damage is random: some of it needs to be of the kind that a bug is about.
 IMAGES = 300
