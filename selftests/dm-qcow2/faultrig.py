@@ -393,8 +393,8 @@ class Attempt:
             # Its own commit; the file layer adds a flush when that is over.
             made = self.script.steps[number]
             before_it = self.names(made[:next(i for i, r in enumerate(made) if r is failed[0])])
-            commit = "write data" in before_it and "flush metadata" not in before_it and \
-                not {"write data", "write fill"} & set(names)
+            data = {"write data", "write fill"}
+            commit = bool(data & set(before_it)) and "flush metadata" not in before_it and not data & set(names)
         lost = commit and bool({"flush data", "flush metadata"} & set(names))
         if lost:
             # Whatever else has failed may have been told, too.

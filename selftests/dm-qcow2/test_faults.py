@@ -14,9 +14,9 @@ from faultrig import SMALL, sweep
 
 COMMIT = "flush data, read L2 table, write L2 table, flush metadata"
 FIRST = f"read refcount table, write data, {COMMIT}"
-PART = f"{FIRST}, write fill"
-NEW = ("read refcount table, read refcount block, write data, flush data, write new cluster, flush metadata, "
-       "write L1 table")
+# What fills the unit has the data of the request in it.
+PART = f"read refcount table, write fill, {COMMIT}"
+NEW = "read refcount table, read refcount block, flush data, write new cluster, flush metadata, write L1 table"
 RESUME = "read header, flush metadata, read L1 table"
 EXTENDED = {"cluster": 64 * KIB, "extended": True, "tables": 1}
 FUSED = {"fused": True}
@@ -43,9 +43,9 @@ SCENARIOS = (
     ("a first write that needs an L2 table, out of space", "full, refused", FUSED, NEW_PART,
      f"{NEW}, write refcount block, write fill"),
     ("a first write that needs a refcount block", "once, dead, protected", SMALL, NEW_WHOLE,
-     f"{NEW}, write refcount table"),
+     f"{NEW}, write data, write refcount table"),
     ("a first write that needs a refcount block, out of space", "full, refused", {**SMALL, **FUSED}, NEW_WHOLE,
-     f"{NEW}, write refcount table"),
+     f"{NEW}, write data, write refcount table"),
     ("a first write with a copy, out of space", "full, refused", {"backing": True, **FUSED},
      (ONE_PART, ("fsync",)), f"{PART}, read backing"),
     ("a FUA first write", "once, dead, protected", {}, (("fua", (0, 9, 1024), 512),), PART),
