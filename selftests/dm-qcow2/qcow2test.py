@@ -864,6 +864,14 @@ class Bench:
     def io(self, dm, **options):
         return self.add(Io(getattr(dm, "path", dm), **options))
 
+    def judge(self, disk, dm, image, model, name="model"):
+        """Take a device down: what it leaves is sound, and just what the Units say."""
+        self.drop(disk)
+        self.drop(dm)
+        model.check_states(image)
+        image.check()
+        image.compare(model.save(self.path(name)))
+
     def linear(self, name, device):
         """A pass-through device: counts what reaches it, and can be replaced
         while in use by one that fails."""

@@ -144,11 +144,7 @@ def shared(bench):
     in_parallel(work, *((n,) for n in range(3)))
     for n, (image, model, dm, disk) in enumerate(overlays):
         model.check(disk)
-        bench.drop(disk)
-        bench.drop(dm)
-        model.check_states(image)
-        image.check()
-        image.compare(model.save(bench.path(f"model{n}")))
+        bench.judge(disk, dm, image, model, f"model{n}")
     expect(sha(path) == before, "the backing file was changed")
 
 

@@ -194,11 +194,7 @@ def cells(bench, warm, cluster, options):
         disk.write(i * unit + (512 if unit > 512 else 0), b"W" * 512)
         model.write(i * unit + (512 if unit > 512 else 0), b"W" * 512)
     model.check(disk)
-    bench.drop(disk)
-    bench.drop(dm)
-    model.check_states(image)
-    image.check()
-    image.compare(model.save(bench.path("model")))
+    bench.judge(disk, dm, image, model)
 
 
 for _title, _cluster, _options in (

@@ -63,11 +63,7 @@ class Setup:
 
     def finish(self):
         self.model.check(self.disk)
-        self.bench.drop(self.disk)
-        self.bench.drop(self.dm)
-        self.model.check_states(self.image)
-        self.image.check()
-        self.image.compare(self.model.save(self.bench.path("model")))
+        self.bench.judge(self.disk, self.dm, self.image, self.model)
 
     def poison_there(self, *units):
         """The data file still has the old bytes of these."""

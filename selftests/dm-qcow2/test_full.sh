@@ -33,6 +33,15 @@ write_all()
 	END
 }
 
+# All is there, and QEMU finds nothing wrong.
+closed_right()
+{
+	"$tool" close "$name"
+	rm "$dir/mnt/fill"
+	qemu-img check -q -f qcow2 "$dir/mnt/i.qcow2" || fault "qemu-img check: $?"
+	qemu-img compare -q -f qcow2 -F raw "$dir/mnt/i.qcow2" "$dir/model"
+}
+
 # The file system is full when the device is used: all that was promised is there.
 full_later()
 {
@@ -43,10 +52,7 @@ full_later()
 	fill
 	write_all
 	[ "$(mode i)" = rw ] || fault "mode $(mode i)"
-	"$tool" close "$name"
-	rm "$dir/mnt/fill"
-	qemu-img check -q -f qcow2 "$dir/mnt/i.qcow2" || fault "qemu-img check: $?"
-	qemu-img compare -q -f qcow2 -F raw "$dir/mnt/i.qcow2" "$dir/model"
+	closed_right
 }
 
 # It is full before: what is needed is told, and nothing is taken.
@@ -81,10 +87,7 @@ full_before()
 	"$tool" resize "$name" --size 1G
 	fill
 	write_all
-	"$tool" close "$name"
-	rm "$dir/mnt/fill"
-	qemu-img check -q -f qcow2 "$dir/mnt/i.qcow2" || fault "qemu-img check: $?"
-	qemu-img compare -q -f qcow2 -F raw "$dir/mnt/i.qcow2" "$dir/model"
+	closed_right
 }
 
 nothing_left_but_fs()

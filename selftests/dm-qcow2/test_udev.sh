@@ -292,16 +292,22 @@ by_name()
 	esac > /dev/null || fault "$1: something else than the device is used"
 }
 
-# overlay [OPTION]: over an image whose disk has the same label
-overlay()
+# An image i over another one, base, with an ext4 that has the label
+disk_with_base()
 {
-	rm -f "$dir"/*.qcow2
 	disk ext4
 	mv "$dir/i.qcow2" "$dir/base.qcow2"
 	mv "$dir/i.data" "$dir/base.data"
 	truncate -s 48M "$dir/i.data"
 	"$tool" create "$dir/i.qcow2" --data-file "$dir/i.data" \
 		--backing-file "$dir/base.qcow2" --backing-format qcow2
+}
+
+# overlay [OPTION]: over an image whose disk has the same label
+overlay()
+{
+	rm -f "$dir"/*.qcow2
+	disk_with_base
 	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" \
 		--backing-file "$dir/base.qcow2,data-file=$dir/base.data" "$@"
 	later "$tool" close "$name"
@@ -588,12 +594,7 @@ stopped_for_a_while()
 # A chain needs many cookies, and is held up once.
 stopped_chain()
 {
-	disk ext4
-	mv "$dir/i.qcow2" "$dir/base.qcow2"
-	mv "$dir/i.data" "$dir/base.data"
-	truncate -s 48M "$dir/i.data"
-	"$tool" create "$dir/i.qcow2" --data-file "$dir/i.data" \
-		--backing-file "$dir/base.qcow2" --backing-format qcow2
+	disk_with_base
 	halt_udevd
 	unanswered "$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" \
 		--backing-file "$dir/base.qcow2,data-file=$dir/base.data"

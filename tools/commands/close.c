@@ -219,8 +219,7 @@ static void wait_for_layers(const struct below *b)
 		const struct layer *l = &b->layer[i];
 
 		if (i) {
-			if (strncmp(l->name, DM_BACKING_PREFIX,
-				    strlen(DM_BACKING_PREFIX)))
+			if (!starts_with(l->name, DM_BACKING_PREFIX))
 				return;
 			dm_wait_gone(l->name);
 			if (dm_query(l->name, &info) || info.exists)

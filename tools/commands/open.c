@@ -403,11 +403,8 @@ static int activate(struct mapping *m, const char *name,
  */
 static int serialize(const struct node *node)
 {
-	char self[40];
-	int fd;
+	int fd = reopen(node->fd, O_RDONLY | O_CLOEXEC);
 
-	snprintf(self, sizeof(self), "/proc/self/fd/%d", node->fd);
-	fd = open(self, O_RDONLY | O_CLOEXEC);
 	/*
 	 * Where it is not supported, or somebody else has it for something else,
 	 * two at once may fail.
@@ -437,8 +434,7 @@ static int find_or_make(struct mapping *m, struct parts *p, struct lower *l)
 		return ret;
 
 	snprintf(l->name, sizeof(l->name), "%s", s.name);
-	l->goes = !strncmp(l->name, DM_BACKING_PREFIX,
-			   strlen(DM_BACKING_PREFIX));
+	l->goes = starts_with(l->name, DM_BACKING_PREFIX);
 	ret = lower_hold(l);
 	if (!made)
 		return ret;

@@ -43,25 +43,25 @@ static int write_header(struct image *img)
 	return ret ? failed(img, -ret) : sync_image(img);
 }
 
-/* Whoever writes to an image must clear what he does not know. */
-static int clear_autoclear(struct image *img)
+static int keep_autoclear(struct image *img, uint64_t keep)
 {
-	if (!(img->h.autoclear & ~QCOW2_AUTOCLEAR_KNOWN))
-		return 0;
-	img->h.autoclear &= QCOW2_AUTOCLEAR_KNOWN;
-	img->h.raw.autoclear_features = cpu_to_be64(img->h.autoclear);
-	return write_header(img);
-}
-
-int repair_bitmaps(struct image *img)
-{
-	const uint64_t keep = QCOW2_AUTOCLEAR_KNOWN & ~QCOW2_AUTOCLEAR_BITMAPS;
-
 	if (!(img->h.autoclear & ~keep))
 		return 0;
 	img->h.autoclear &= keep;
 	img->h.raw.autoclear_features = cpu_to_be64(img->h.autoclear);
 	return write_header(img);
+}
+
+/* Whoever writes to an image must clear what he does not know. */
+static int clear_autoclear(struct image *img)
+{
+	return keep_autoclear(img, QCOW2_AUTOCLEAR_KNOWN);
+}
+
+int repair_bitmaps(struct image *img)
+{
+	return keep_autoclear(img, QCOW2_AUTOCLEAR_KNOWN &
+				   ~QCOW2_AUTOCLEAR_BITMAPS);
 }
 
 int repair_marks(struct image *img)

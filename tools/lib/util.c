@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include <ctype.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -252,6 +253,14 @@ void put_escaped(FILE *f, const char *s, size_t len)
 
 	for (i = 0; i < len; i++)
 		fwrite(one, 1, escape_byte(one, s[i]), f);
+}
+
+int reopen(int fd, int mode)
+{
+	char self[40];
+
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", fd);
+	return open(self, mode);
 }
 
 int read_at(int fd, void *buf, size_t len, uint64_t off)

@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/types.h>
 
 #define ARRAY_SIZE(a)	(sizeof(a) / sizeof((a)[0]))
@@ -78,6 +79,9 @@ const char *shell_word(const char *s, size_t len);
 const char *qemu_image_opts(const char *path, const char *more);
 #define QEMU_NO_DATA	",data-file.driver=null-co"
 
+/* The file that @fd is, once more, and with @mode as for open(); or -1, errno. */
+int reopen(int fd, int mode);
+
 /* Short reads and EINTR handled; a file that ends early gives -EIO. */
 int read_at(int fd, void *buf, size_t len, uint64_t off);
 int write_at(int fd, const void *buf, size_t len, uint64_t off);
@@ -86,6 +90,12 @@ int write_at(int fd, const void *buf, size_t len, uint64_t off);
 bool parse_size(const char *s, uint64_t *size);
 /* Plain decimal number. */
 bool parse_u64(const char *s, uint64_t *v);
+
+static inline bool starts_with(const char *s, const char *prefix)
+{
+	return !strncmp(s, prefix, strlen(prefix));
+}
+
 /* "1.5 GiB"; returns one of a few static buffers. */
 const char *human_size(uint64_t size);
 

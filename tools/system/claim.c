@@ -22,7 +22,7 @@ static int in_use(const struct node *node, const char *kernel_name,
 
 	if (sysfs_read(uuid, sizeof(uuid), "/sys/block/%.200s/dm/uuid",
 		       kernel_name) &&
-	    !strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+	    starts_with(uuid, DM_UUID_PREFIX))
 		return fail(EX_BUSY,
 			    "%s: in use by device %s; close that first (qcow2setup close %s)",
 			    esc(node->path), esc(name), shell_quote(name));
@@ -63,15 +63,13 @@ static int check_holders(const struct node *node, bool write, int *holders)
 
 static int check_bdev_unused(const struct node *node, bool write)
 {
-	char self[40];
 	int holders, fd, ret;
 
 	ret = check_holders(node, write, &holders);
 	/* The kernel lets only one kind of user claim a device. */
 	if (ret || holders)
 		return ret;
-	snprintf(self, sizeof(self), "/proc/self/fd/%d", node->fd);
-	fd = open(self, O_RDONLY | O_EXCL | O_CLOEXEC | O_NONBLOCK);
+	fd = reopen(node->fd, O_RDONLY | O_EXCL | O_CLOEXEC | O_NONBLOCK);
 	if (fd >= 0) {
 		close(fd);
 		return 0;

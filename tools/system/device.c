@@ -34,7 +34,7 @@ enum device_kind device_kind(const char *name, const char *uuid, char *type,
 	bool qcow2;
 
 	snprintf(type, size, "%s", DM_TARGET);
-	if (!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+	if (starts_with(uuid, DM_UUID_PREFIX))
 		return DEVICE_OURS;
 	/* What LVM has made is one of its volumes. */
 	snprintf(type, size, "%s", strncmp(uuid, "LVM-", 4) ? "none" : "LVM's");
@@ -132,7 +132,7 @@ static bool look_below_tail(const char *kernel_name, char *loop, size_t loop_siz
 
 	if (!sysfs_read(uuid, sizeof(uuid), "/sys/block/%s/dm/uuid",
 			kernel_name) ||
-	    strncmp(uuid, DM_UUID_TAIL_PREFIX, strlen(DM_UUID_TAIL_PREFIX)))
+	    !starts_with(uuid, DM_UUID_TAIL_PREFIX))
 		return false;
 	snprintf(path, sizeof(path), "/sys/block/%s/slaves", kernel_name);
 	dir = opendir(path);
@@ -164,9 +164,9 @@ bool device_only_reads(const char *kernel_name, const char *name,
 
 	sysfs_read(uuid, sizeof(uuid), "/sys/block/%.200s/dm/uuid", kernel_name);
 	/* These are always read-only. */
-	if (!strncmp(uuid, DM_UUID_TAIL_PREFIX, strlen(DM_UUID_TAIL_PREFIX)))
+	if (starts_with(uuid, DM_UUID_TAIL_PREFIX))
 		return true;
-	if (!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) &&
+	if (starts_with(uuid, DM_UUID_PREFIX) &&
 	    sysfs_read(ro, sizeof(ro), "/sys/block/%.200s/ro", kernel_name) &&
 	    !strcmp(ro, "1"))
 		return true;
@@ -227,11 +227,11 @@ bool device_made_of(const char *uuid, const struct node *node)
 	const char *prefix = DM_UUID_PREFIX;
 	char want[64];
 
-	if (!strncmp(uuid, DM_UUID_HOST_PREFIX, strlen(DM_UUID_HOST_PREFIX)))
+	if (starts_with(uuid, DM_UUID_HOST_PREFIX))
 		prefix = DM_UUID_HOST_PREFIX;
 	snprintf(want, sizeof(want), "%s%016llx-", prefix,
 		 (unsigned long long)node_hash(node));
-	return !strncmp(uuid, want, strlen(want));
+	return starts_with(uuid, want);
 }
 
 /* Does the loop device show the file that @node has open, and all of it? */

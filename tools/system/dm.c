@@ -488,8 +488,7 @@ void dm_remove_tails(const char *name)
 	for (i = 0; i < ARRAY_SIZE(suffixes); i++) {
 		snprintf(tail, sizeof(tail), "%s%s", name, suffixes[i]);
 		if (dm_query(tail, &info) || !info.exists ||
-		    strncmp(info.uuid, DM_UUID_TAIL_PREFIX,
-			    strlen(DM_UUID_TAIL_PREFIX)))
+		    !starts_with(info.uuid, DM_UUID_TAIL_PREFIX))
 			continue;
 		/* Its user has no name any more, but may not be gone yet. */
 		if (dm_remove(tail, true) || !wait_gone(tail, true))

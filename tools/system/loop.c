@@ -213,7 +213,7 @@ bool loop_look(int fd, struct loop_view *v)
 	v->read_only = info.lo_flags & LO_FLAGS_READ_ONLY;
 	v->whole = !v->offset && !v->limit;
 	v->ours = v->whole && info.lo_flags & LO_FLAGS_AUTOCLEAR &&
-		  !strncmp((char *)info.lo_file_name, MARK, strlen(MARK));
+		  starts_with((char *)info.lo_file_name, MARK);
 	return true;
 }
 
@@ -232,33 +232,58 @@ bool loop_look_at(const char *name, struct loop_view *v)
 	return found;
 }
 
-bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
-	       size_t size)
+void loop_each(loop_fn *fn, void *arg)
 {
-	struct dirent *d;
-	bool found = false;
 	DIR *dir = opendir("/sys/block");
+	struct dirent *d;
+	bool more = true;
+	char path[300];
 
 	if (!dir)
-		return false;
-	while (!found && (d = readdir(dir))) {
-		char path[300];
-		struct loop_view v;
-
-		if (strncmp(d->d_name, "loop", 4))
+		return;
+	while (more && (d = readdir(dir))) {
+		if (!starts_with(d->d_name, "loop"))
 			continue;
 		snprintf(path, sizeof(path), "/sys/block/%s/loop/backing_file",
 			 d->d_name);
-		if (access(path, F_OK))
-			continue;
-		if (loop_look_at(d->d_name, &v) && v.dev == dev &&
-		    v.ino == ino && !(v.read_only && skip_read_only)) {
-			snprintf(name, size, "%.20s", d->d_name);
-			found = true;
-		}
+		if (!access(path, F_OK))
+			more = fn(d->d_name, arg);
 	}
 	closedir(dir);
-	return found;
+}
+
+struct wanted {
+	dev_t dev;
+	ino_t ino;
+	bool skip_read_only;
+	char *name;
+	size_t size;
+	bool found;
+};
+
+static bool is_wanted(const char *name, void *arg)
+{
+	struct wanted *w = arg;
+	struct loop_view v;
+
+	if (!loop_look_at(name, &v) || v.dev != w->dev || v.ino != w->ino ||
+	    (v.read_only && w->skip_read_only))
+		return true;
+	snprintf(w->name, w->size, "%.20s", name);
+	w->found = true;
+	return false;
+}
+
+bool loop_find(dev_t dev, ino_t ino, bool skip_read_only, char *name,
+	       size_t size)
+{
+	struct wanted w = {
+		.dev = dev, .ino = ino, .skip_read_only = skip_read_only,
+		.name = name, .size = size,
+	};
+
+	loop_each(is_wanted, &w);
+	return w.found;
 }
 
 static bool stat_is(const char *path, const struct loop_view *v,

@@ -41,6 +41,10 @@ bool loop_look(int fd, struct loop_view *v);
 /* The same for a device by its name, "loop3". */
 bool loop_look_at(const char *name, struct loop_view *v);
 
+/* Call @fn for each loop device with a file, by names such as "loop3", while it returns true. */
+typedef bool loop_fn(const char *name, void *arg);
+void loop_each(loop_fn *fn, void *arg);
+
 /*
  * Is a file attached to some loop device?  @skip_read_only: those that cannot
  * write do not count.  @name is set to "loopN".

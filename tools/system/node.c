@@ -99,7 +99,6 @@ int node_open(struct node *node, int dirfd, const char *path,
 /* A device by one of the names that links of the system's give it; or -1, errno. */
 static int open_devlink(const char *path, int mode)
 {
-	char self[40];
 	int found = devlink_find(path), fd, err;
 
 	if (found < 0) {
@@ -107,8 +106,7 @@ static int open_devlink(const char *path, int mode)
 		return -1;
 	}
 	/* What was found, whatever the name may mean by now */
-	snprintf(self, sizeof(self), "/proc/self/fd/%d", found);
-	fd = open(self, mode);
+	fd = reopen(found, mode);
 	err = errno;
 	close(found);
 	errno = err;
@@ -182,11 +180,9 @@ static int check_page(const struct node *node, uint64_t off, int err)
 	uint8_t buf[2 * SECTOR], *sector = buf + SECTOR - (uintptr_t)buf % SECTOR;
 	uint64_t at, end = min_u64(off + PIECE, node->size);
 	bool something = false, ended = false;
-	char self[40];
 	int fd, ret;
 
-	snprintf(self, sizeof(self), "/proc/self/fd/%d", node->fd);
-	fd = open(self, O_RDONLY | O_DIRECT | O_CLOEXEC);
+	fd = reopen(node->fd, O_RDONLY | O_DIRECT | O_CLOEXEC);
 	if (fd < 0)
 		return err;
 	for (at = off; at < end; at += SECTOR) {

@@ -8,17 +8,12 @@
 #include "lib/util.h"
 #include "system/udev.h"
 
-static bool begins(const char *s, const char *prefix)
-{
-	return !strncmp(s, prefix, strlen(prefix));
-}
-
 /* tools/udev has the same for those who resume a device without us. */
 uint16_t udev_flags(const char *name, const char *uuid)
 {
-	if (begins(uuid, DM_UUID_HOST_PREFIX))
+	if (starts_with(uuid, DM_UUID_HOST_PREFIX))
 		return 0;
-	if (begins(uuid, DM_UUID_TAIL_PREFIX) || begins(name, DM_BACKING_PREFIX))
+	if (starts_with(uuid, DM_UUID_TAIL_PREFIX) || starts_with(name, DM_BACKING_PREFIX))
 		return DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG |
 		       DM_UDEV_DISABLE_DISK_RULES_FLAG |
 		       DM_UDEV_DISABLE_OTHER_RULES_FLAG;

@@ -51,10 +51,9 @@ static bool listed(const struct users *users, enum user_kind kind,
  */
 static bool is_helper(const char *name, const char *uuid)
 {
-	return !strncmp(uuid, DM_UUID_TAIL_PREFIX,
-			strlen(DM_UUID_TAIL_PREFIX)) ||
-	       (!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)) &&
-		!strncmp(name, DM_BACKING_PREFIX, strlen(DM_BACKING_PREFIX)));
+	return starts_with(uuid, DM_UUID_TAIL_PREFIX) ||
+	       (starts_with(uuid, DM_UUID_PREFIX) &&
+		starts_with(name, DM_BACKING_PREFIX));
 }
 
 static unsigned int add_holders(struct users *users, const char *kernel_name,
@@ -73,7 +72,7 @@ static void add_holder(struct users *users, const char *holder,
 			holder))
 		snprintf(name, sizeof(name), "%.150s", holder);
 	sysfs_read(uuid, sizeof(uuid), "/sys/block/%.200s/dm/uuid", holder);
-	if (!strncmp(uuid, DM_UUID_PREFIX, strlen(DM_UUID_PREFIX)))
+	if (starts_with(uuid, DM_UUID_PREFIX))
 		kind = USER_QCOW2;
 	sysfs_read(number, sizeof(number), "/sys/block/%.200s/dev",
 		   kernel_name);
@@ -131,31 +130,27 @@ static bool loop_shows(const char *name, const struct node *node)
 	       st.st_ino == node->ino;
 }
 
-static void add_loops(struct users *users, const struct node *node)
-{
-	DIR *dir = opendir("/sys/block");
-	struct dirent *d;
-	struct user *u;
-	char ro[8], path[300];
+struct file_users {
+	struct users *users;
+	const struct node *node;
+};
 
-	if (!dir)
-		return;
-	while ((d = readdir(dir))) {
-		if (strncmp(d->d_name, "loop", 4))
-			continue;
-		snprintf(path, sizeof(path), "/sys/block/%s/loop/backing_file",
-			 d->d_name);
-		if (access(path, F_OK) || !loop_shows(d->d_name, node) ||
-		    add_holders(users, d->d_name, d->d_name, false, 0))
-			continue;
-		u = add(users, USER_LOOP);
-		if (!u)
-			continue;
-		snprintf(u->name, sizeof(u->name), "/dev/%.100s", d->d_name);
-		u->reads = sysfs_read(ro, sizeof(ro), "/sys/block/%s/ro",
-				      d->d_name) && !strcmp(ro, "1");
-	}
-	closedir(dir);
+static bool add_loop(const char *name, void *arg)
+{
+	const struct file_users *f = arg;
+	struct user *u;
+	char ro[8];
+
+	if (!loop_shows(name, f->node) ||
+	    add_holders(f->users, name, name, false, 0))
+		return true;
+	u = add(f->users, USER_LOOP);
+	if (!u)
+		return true;
+	snprintf(u->name, sizeof(u->name), "/dev/%.100s", name);
+	u->reads = sysfs_read(ro, sizeof(ro), "/sys/block/%.200s/ro", name) &&
+		   !strcmp(ro, "1");
+	return true;
 }
 
 /* How does a descriptor of a process see it?  False: not at all. */
@@ -280,7 +275,7 @@ void users_find(const struct node *node, struct users *users)
 		device_mounts(node->rdev, add_mount, users);
 		name_swap(users, node->path);
 	} else {
-		add_loops(users, node);
+		loop_each(add_loop, &(struct file_users){ users, node });
 	}
 	/* Who has a file without a lock is in nobody's way. */
 	if (node->bdev || users->locked_write || users->locked_read)
