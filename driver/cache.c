@@ -82,20 +82,24 @@ static void qcow2_slice_pool_free(void *element, void *pool_data)
 }
 
 /*
- * Cannot fail: what the pool's reserve was used for gets clean by commits, which
+ * @gfp: GFP_NOIO, for writeback may be waiting for the bio that needs it; or GFP_NOWAIT.
+ *
+ * The former cannot fail: what the pool's reserve was used for gets clean by commits, which
  * need no slices, and no worker of those who do; then it is dropped by the shrinker,
  * or by the next one who looks for room.
  */
 static struct qcow2_slice *qcow2_slice_alloc(struct qcow2_cache *cache,
-					     unsigned long index)
+					     unsigned long index, gfp_t gfp)
 {
-	/* GFP_NOIO because writeback may be waiting for the bio that needs it */
-	struct qcow2_slice *slice = mempool_alloc(&cache->slices, GFP_NOIO);
+	struct qcow2_slice *slice = mempool_alloc(&cache->slices, gfp);
 
+	if (!slice)
+		return NULL;
 	slice->index = index;
 	slice->referenced = true;
 	slice->ready = false;
 	slice->bad = false;
+	slice->ahead = false;
 	slice->dirty = 0;
 	slice->failed = 0;
 	slice->exact = 0;
@@ -251,7 +255,7 @@ static bool qcow2_slice_ready(struct qcow2_cache *cache, unsigned long index)
  * become busy units of a slice that is marked bad; the result is still 0.
  */
 static int qcow2_read_slice(struct qcow2_cache *cache, unsigned long index,
-			    struct qcow2_slice **slot)
+			    gfp_t gfp, struct qcow2_slice **slot)
 {
 	struct qcow2_map *map = cache->map;
 	unsigned long sub = index & (BIT(map->slices_per_l2_shift) - 1);
@@ -276,69 +280,147 @@ static int qcow2_read_slice(struct qcow2_cache *cache, unsigned long index,
 		return 0;
 	}
 
-	buf = mempool_alloc(&cache->buffers, GFP_NOIO);
+	*slot = qcow2_slice_alloc(cache, index, gfp);
+	if (!*slot)
+		return -ENOMEM;
+	buf = mempool_alloc(&cache->buffers, gfp);
+	if (!buf) {
+		mempool_free(*slot, &cache->slices);
+		return -ENOMEM;
+	}
 	offset += (u64)sub * map->slice_bytes;
 	r = qcow2_mdio_rw(cache->io, REQ_OP_READ, offset, buf, map->slice_bytes);
 	if (r) {
 		DMERR_LIMIT("%s: cannot read the L2 table at %#llx: %d",
 			    cache->io->name, (unsigned long long)offset, r);
+		mempool_free(*slot, &cache->slices);
+	} else if (qcow2_l2_decode_slice(map, cache->io->name, *slot, buf, &state)) {
+		mempool_free(*slot, &cache->slices);
+		*slot = qcow2_tag(state);
 	} else {
-		*slot = qcow2_slice_alloc(cache, index);
-		if (qcow2_l2_decode_slice(map, cache->io->name, *slot, buf, &state)) {
-			mempool_free(*slot, &cache->slices);
-			*slot = qcow2_tag(state);
-		} else {
-			(*slot)->ready = qcow2_slice_ready(cache, index);
-		}
+		(*slot)->ready = qcow2_slice_ready(cache, index);
 	}
 	mempool_free(buf, &cache->buffers);
 	trace_qcow2_load(cache->io->name, index, offset, r);
 	return r;
 }
 
+/*
+ * 0: the caller is to load it.  Else it is there already (-EEXIST), or somebody else loads it:
+ * 1 if @waiter has been left there, -EBUSY without one.
+ */
+static int qcow2_load_begin(struct qcow2_cache *cache, struct qcow2_load *load,
+			    struct list_head *waiter)
+{
+	struct qcow2_map *map = cache->map;
+	struct qcow2_bucket *bucket = qcow2_bucket(map, load->index);
+	struct qcow2_load *other;
+	int r = 0;
+
+	INIT_LIST_HEAD(&load->waiters);
+	spin_lock_irq(&bucket->lock);
+	if (rcu_access_pointer(map->dir[load->index]))
+		r = -EEXIST;
+	list_for_each_entry(other, &bucket->loads, node) {
+		if (r || other->index != load->index)
+			continue;
+		if (waiter)
+			list_add_tail(waiter, &other->waiters);
+		r = waiter ? 1 : -EBUSY;
+	}
+	if (!r)
+		list_add_tail(&load->node, &bucket->loads);
+	spin_unlock_irq(&bucket->lock);
+	return r;
+}
+
+/* @slot: what has come of it, or NULL; @r: for those who wait for it */
+static void qcow2_load_end(struct qcow2_cache *cache, struct qcow2_load *load,
+			   struct qcow2_slice *slot, int r)
+{
+	struct qcow2_map *map = cache->map;
+	struct qcow2_bucket *bucket = qcow2_bucket(map, load->index);
+
+	spin_lock_irq(&bucket->lock);
+	if (slot)
+		qcow2_slot_publish(map, load->index, slot);
+	list_del(&load->node);
+	spin_unlock_irq(&bucket->lock);
+	map->wake(&load->waiters, r);
+}
+
 int qcow2_cache_load(struct qcow2_cache *cache, unsigned long index,
 		     struct list_head *waiter)
 {
-	struct qcow2_map *map = cache->map;
-	struct qcow2_bucket *bucket = qcow2_bucket(map, index);
-	struct qcow2_load load = { .index = index }, *other;
+	struct qcow2_load load = { .index = index };
 	struct qcow2_slice *slot = NULL;
 	int r;
 
-	INIT_LIST_HEAD(&load.waiters);
-	spin_lock_irq(&bucket->lock);
-	if (rcu_access_pointer(map->dir[index])) {
-		spin_unlock_irq(&bucket->lock);
-		return 0;
-	}
-	list_for_each_entry(other, &bucket->loads, node) {
-		if (other->index == index) {
-			if (waiter)
-				list_add_tail(waiter, &other->waiters);
-			spin_unlock_irq(&bucket->lock);
-			return waiter ? 1 : -EBUSY;
-		}
-	}
-	list_add_tail(&load.node, &bucket->loads);
-	spin_unlock_irq(&bucket->lock);
-
+	r = qcow2_load_begin(cache, &load, waiter);
+	if (r)
+		return r == -EEXIST ? 0 : r;
 	this_cpu_inc(*cache->misses);
 	qcow2_get_room(cache);
-	r = qcow2_read_slice(cache, index, &slot);
+	r = qcow2_read_slice(cache, index, GFP_NOIO, &slot);
 	if (r || qcow2_is_tag(slot))
 		qcow2_put_room(cache);
 	/* Before anyone can see the slice: no first write goes into it. */
 	if (r == -EUCLEAN || (!r && !qcow2_is_tag(slot) && slot->bad))
 		qcow2_mode_corrupt(cache->health);
-
-	spin_lock_irq(&bucket->lock);
-	if (!r)
-		qcow2_slot_publish(map, index, slot);
-	list_del(&load.node);
-	spin_unlock_irq(&bucket->lock);
-
-	map->wake(&load.waiters, r);
+	qcow2_load_end(cache, &load, r ? NULL : slot, r);
 	return r;
+}
+
+/* Nobody waits for it yet, so it is worth neither memory that is short nor a commit. */
+static void qcow2_ahead_worker(struct work_struct *work)
+{
+	struct qcow2_cache *cache = container_of(work, struct qcow2_cache,
+						 ahead);
+	struct qcow2_load load = { .index = READ_ONCE(cache->ahead_index) };
+	struct qcow2_slice *slot = NULL;
+
+	if (load.index >= cache->map->nr_slices ||
+	    qcow2_load_begin(cache, &load, NULL))
+		return;
+	if (qcow2_drop_for_room(cache)) {
+		if (qcow2_read_slice(cache, load.index,
+				     GFP_NOWAIT | __GFP_NOWARN, &slot))
+			slot = NULL;
+		if (slot && !qcow2_is_tag(slot)) {
+			slot->referenced = false;
+			slot->ahead = true;
+			/* When it is used it is found, and is said. */
+			if (slot->bad) {
+				mempool_free(slot, &cache->slices);
+				slot = NULL;
+			}
+		}
+		if (!slot || qcow2_is_tag(slot))
+			qcow2_put_room(cache);
+	}
+	/* Who has come meanwhile looks for himself. */
+	qcow2_load_end(cache, &load, slot, 0);
+}
+
+static void qcow2_load_ahead(struct qcow2_map *map, unsigned long index)
+{
+	struct qcow2_cache *cache = map->cache;
+
+	WRITE_ONCE(cache->ahead_index, index);
+	queue_work(cache->wq, &cache->ahead);
+}
+
+/* Who comes from the slice before does not begin far behind its start. */
+#define QCOW2_FOLLOW_SHARE	16
+
+void qcow2_cache_follow(struct qcow2_cache *cache, unsigned long index,
+			unsigned int unit)
+{
+	struct qcow2_map *map = cache->map;
+
+	if (index && rcu_access_pointer(map->dir[index - 1]) &&
+	    unit <= map->slice_mask / QCOW2_FOLLOW_SHARE)
+		qcow2_load_ahead(map, index + 1);
 }
 
 void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index)
@@ -351,7 +433,7 @@ void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index)
 	if (!slot || !qcow2_is_tag(slot))
 		return;
 	qcow2_get_room(cache);
-	slice = qcow2_slice_alloc(cache, index);
+	slice = qcow2_slice_alloc(cache, index, GFP_NOIO);
 	spin_lock_irq(&bucket->lock);
 	slot = qcow2_slot(map, index);
 	if (slot && qcow2_is_tag(slot)) {
@@ -386,6 +468,8 @@ int qcow2_cache_init(struct qcow2_cache *cache)
 	INIT_LIST_HEAD(&cache->node);
 	map->cache = cache;
 	map->free_slice = qcow2_cache_free_slice;
+	map->load_ahead = qcow2_load_ahead;
+	INIT_WORK(&cache->ahead, qcow2_ahead_worker);
 	cache->limit = cache->limit ?
 		       max(cache->limit, map->state_bytes + QCOW2_MIN_CACHE) :
 		       map->state_bytes + QCOW2_DEFAULT_CACHE;

@@ -23,12 +23,16 @@ struct qcow2_cache {
 	struct qcow2_alloc *alloc;	/* NULL: read-only */
 	struct qcow2_commit *commit;	/* NULL: read-only */
 	struct qcow2_health *health;
+	struct workqueue_struct *wq;	/* for @ahead */
 	u64 limit;			/* of map->state_bytes */
 
 	mempool_t slices;		/* struct qcow2_slice with their words */
 	mempool_t buffers;		/* of slice_bytes */
 	struct shrinker *shrinker;
 	struct list_head node;		/* of all caches, under their lock */
+	struct work_struct ahead;
+	/* What it is to load.  A hint: who comes last is heard (WRITE_ONCE). */
+	unsigned long ahead_index;
 	unsigned long __percpu *misses;
 };
 
@@ -59,6 +63,18 @@ void qcow2_cache_exit(struct qcow2_cache *cache);
  */
 int qcow2_cache_load(struct qcow2_cache *cache, unsigned long index,
 		     struct list_head *waiter);
+
+/**
+ * qcow2_cache_follow() - somebody had to wait for a slice: should the next one be loaded?
+ * @cache: the cache
+ * @index: the slice
+ * @unit: the first unit of it that is wanted
+ *
+ * It should if somebody comes from the slice before.  From then on each of them has the next
+ * one loaded when it is used for the first time.  Any context.
+ */
+void qcow2_cache_follow(struct qcow2_cache *cache, unsigned long index,
+			unsigned int unit);
 
 /* Make a struct qcow2_slice of a tagged slot, if it still is one.  Workqueue. */
 void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index);

@@ -49,6 +49,15 @@ struct qcow2_slice *qcow2_ready_slice(struct qcow2_map *map, u64 unit, u64 last,
 	return slice;
 }
 
+void qcow2_touch(struct qcow2_map *map, struct qcow2_slice *slice)
+{
+	WRITE_ONCE(slice->referenced, true);
+	if (READ_ONCE(slice->ahead)) {
+		WRITE_ONCE(slice->ahead, false);
+		map->load_ahead(map, slice->index + 1);
+	}
+}
+
 void qcow2_slot_publish(struct qcow2_map *map, unsigned long index,
 			struct qcow2_slice *slot)
 {

@@ -90,6 +90,11 @@ struct qcow2_slice {
 	/* Some busy units are corrupt entries on disk; constant. */
 	bool bad;
 	/*
+	 * Loaded before anyone asked for it: when somebody does, it is the next one's
+	 * turn.  Cleared (WRITE_ONCE) by whoever that is, or by two of them.
+	 */
+	bool ahead;
+	/*
 	 * Low half: blocks that are dirty.  High half: blocks that are taken.
 	 * Written under the bucket lock, before a unit's state becomes data;
 	 * read without it after that state was seen (qcow2_range_durable()).
@@ -209,6 +214,8 @@ struct qcow2_map {
 	/* Who has its memory, and gives back what has been taken out */
 	void *cache;
 	void (*free_slice)(struct qcow2_map *map, struct qcow2_slice *slice);
+	/* Has slice @index loaded some time.  Any context. */
+	void (*load_ahead)(struct qcow2_map *map, unsigned long index);
 	/*
 	 * Lets those go on who have waited for something: 0, or a negative
 	 * errno if it has failed.  Any context.
@@ -280,37 +287,47 @@ static inline unsigned int qcow2_words_run(const unsigned long *words,
 	}
 }
 
+/* A slice is used that has not been for some time.  Under RCU; any context. */
+void qcow2_touch(struct qcow2_map *map, struct qcow2_slice *slice);
+
 /**
- * qcow2_is_data() - is all of a range within one unit that is data?
+ * qcow2_is_data() - is all of a range data, and at hand?
  * @map: the map
  * @sector: first sector, inside the device
  * @nr: number of sectors, at least 1
  *
  * What most requests are about, and qcow2_lookup() would say in more words: if this
  * says no, that one is to be asked.  Any context; takes no lock and writes nothing.
+ *
+ * It is short enough not to be preempted, which is cheaper than rcu_read_lock(), and
+ * what call_rcu() and synchronize_rcu() wait for just as well.
  */
 static __always_inline bool qcow2_is_data(struct qcow2_map *map,
 					  sector_t sector, unsigned int nr)
 {
+	const unsigned long pattern = (~0UL / 3) * QCOW2_DATA;
 	u64 unit = sector >> map->unit_shift;
-	enum qcow2_state state;
+	unsigned int more = ((sector + nr - 1) >> map->unit_shift) - unit;
+	unsigned int i = unit % QCOW2_UNITS_PER_WORD;
+	unsigned long word = 0;
 	struct qcow2_slice *slot;
 
-	if ((sector + nr - 1) >> map->unit_shift != unit)
+	/* A slice has whole words. */
+	if (i + more >= QCOW2_UNITS_PER_WORD)
 		return false;
-	rcu_read_lock();
-	slot = rcu_dereference(map->dir[unit >> map->slice_shift]);
+	rcu_read_lock_sched();
+	slot = rcu_dereference_sched(map->dir[unit >> map->slice_shift]);
 	/* An empty slot is like the tag of units that are unallocated. */
 	BUILD_BUG_ON(QCOW2_UNALLOCATED);
 	if (!((unsigned long)slot & ~7UL)) {
-		state = qcow2_tag_state(slot);
-	} else {
-		if (unlikely(!READ_ONCE(slot->referenced)))
-			WRITE_ONCE(slot->referenced, true);
-		state = qcow2_get_state(slot->words, unit & map->slice_mask);
+		if (qcow2_tag_state(slot) == QCOW2_DATA)
+			word = pattern;
+	} else if (likely(READ_ONCE(slot->referenced))) {
+		word = READ_ONCE(slot->words[(unit & map->slice_mask) /
+					     QCOW2_UNITS_PER_WORD]);
 	}
-	rcu_read_unlock();
-	return state == QCOW2_DATA;
+	rcu_read_unlock_sched();
+	return !((word ^ pattern) >> 2 * i << (BITS_PER_LONG - 2 - 2 * more));
 }
 
 /**
@@ -349,7 +366,7 @@ static inline unsigned int qcow2_lookup(struct qcow2_map *map, sector_t sector,
 			run = end - unit + 1;
 		} else {
 			if (unlikely(!READ_ONCE(slot->referenced)))
-				WRITE_ONCE(slot->referenced, true);
+				qcow2_touch(map, slot);
 			run = qcow2_words_run(slot->words, unit & mask,
 					      end & mask, &s);
 		}

@@ -20,15 +20,21 @@ static int qcow2_load_all(struct qcow2_io *io)
 	unsigned int shift = map->unit_shift + map->slice_shift;
 	unsigned long index = io->sector >> shift;
 	unsigned long last = (io->sector + io->left - 1) >> shift;
+	u64 first = io->sector >> map->unit_shift;
 	int r = 0;
 
 	if (qcow2_zeroing(io->bio))
 		last = index;
 
-	for (; !r && index <= last; index++)
-		if (!rcu_access_pointer(map->dir[index]))
-			r = qcow2_cache_load(&io->q->cache, index,
-					     &io->wait.node);
+	for (; !r && index <= last; index++) {
+		if (rcu_access_pointer(map->dir[index]))
+			continue;
+		r = qcow2_cache_load(&io->q->cache, index, &io->wait.node);
+		if (!r)
+			qcow2_cache_follow(&io->q->cache, index,
+					   (u64)index << map->slice_shift < first ?
+					   first & map->slice_mask : 0);
+	}
 	return r;
 }
 

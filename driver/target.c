@@ -390,6 +390,7 @@ static int qcow2_create(struct qcow2_target *q)
 	q->cache.io = &q->mdio;
 	q->cache.l1 = &q->l1;
 	q->cache.health = &q->health;
+	q->cache.wq = q->io_wq;
 	q->cache.limit = q->cache_limit;
 	r = qcow2_cache_init(&q->cache);
 	if (!r && q->passdown)

@@ -155,22 +155,24 @@ def settled(dm):
 @test("counters: a second look is a hit; after a drop it is a miss again")
 def counters(bench):
     image = bench.image(8 * GIB)        # 16 slices
-    image.qemu_io(*(f"write -q -P 1 {i * 512 * MIB} 64k" for i in range(16)))
+    # In the middle of each, where nobody comes from the one before
+    places = [i * 512 * MIB + 256 * MIB for i in range(16)]
+    image.qemu_io(*(f"write -q -P 1 {at} 64k" for at in places))
     data = b"\1" * 4096
     dm = image.open()
     disk = bench.io(dm)
     empty = dm.status()
     expect((empty.slices, empty.hits, empty.misses, empty.drops) == (0, 0, 0, 0), f"{empty}")
-    for i in range(16):
-        same(disk.read(i * 512 * MIB, 4096), data)
+    for i, at in enumerate(places):
+        same(disk.read(at, 4096), data)
         expect(dm.status().misses == i + 1, f"read {i}: {dm.status()}")
     first = dm.status()
     expect(first.slices == 16 and first.state_bytes > empty.state_bytes, f"{first}")
-    for i in range(16):
-        same(disk.read(i * 512 * MIB, 4096), data)
+    for at in places:
+        same(disk.read(at, 4096), data)
     second = dm.status()
     expect(second.misses == 16 and second.hits == first.hits + 16, f"{first}, then {second}")
-    disk.write(0, data)
+    disk.write(places[0], data)
     expect(dm.status().hits == second.hits + 1, f"an overwrite is no hit: {dm.status()}")
 
     drop_caches()
@@ -178,11 +180,65 @@ def counters(bench):
     dropped = dm.status()
     expect(dropped.state_bytes == empty.state_bytes, f"{dropped}")
     expect(dropped.drops == 16, f"{dropped}")
-    for i in range(16):
-        same(disk.read(i * 512 * MIB, 4096), data)
+    for at in places:
+        same(disk.read(at, 4096), data)
     last = dm.status()
     expect(last.misses == 32 and last.slices == 16, f"{last}")
     expect(last.state_bytes == first.state_bytes, f"{last}")
+
+
+@test("who comes from one slice into the next has the one after it loaded")
+def ahead(bench):
+    image = bench.image(8 * GIB)
+    image.qemu_io(*(f"write -q -P 1 {i * 512 * MIB} 64k" for i in range(12)))
+    dm = image.open()
+    disk = bench.io(dm)
+
+    def look(at, slices, misses):
+        same(disk.read(at, 4096), b"\1" * 4096, at)
+        wait_for(f"{slices} slices", 30, lambda: dm.status().slices >= slices)
+        time.sleep(0.3)
+        status = dm.status()
+        expect((status.slices, status.misses) == (slices, misses), f"{at // MIB} MiB: {slices}, {misses}: {status}")
+    # The first one is nobody's next. From the second on somebody else loads them.
+    look(0, 1, 1)
+    look(512 * MIB, 3, 2)
+    for i in range(2, 10):
+        look(i * 512 * MIB, i + 2, 2)
+        look(i * 512 * MIB + 4096, i + 2, 2)
+    # Behind the last one there is no table: that is known, too, and nobody's next.
+    look(10 * 512 * MIB, 12, 2)
+    look(11 * 512 * MIB, 13, 2)
+    same(disk.read(12 * 512 * MIB, 4096), bytes(4096))
+    time.sleep(0.3)
+    expect((dm.status().slices, dm.status().misses) == (13, 2), f"{dm.status()}")
+    bench.drop(disk)
+    bench.drop(dm)
+
+    # Nobody's next: not from the one before, or not at its beginning
+    dm = image.open()
+    disk = bench.io(dm)
+    for n, at in enumerate((5, 0, 9, 3, 7)):
+        look(at * 512 * MIB, n + 1, n + 1)
+    same(disk.read(1 * 512 * MIB + 256 * MIB, 4096), bytes(4096))
+    time.sleep(0.3)
+    expect((dm.status().slices, dm.status().misses) == (6, 6), f"{dm.status()}")
+    bench.drop(disk)
+    bench.drop(dm)
+
+    # A table that is corrupt is that of who uses it, not of who uses the one before it.
+    image.set_u64(image.l2_pos(2 * 512 * MIB), 0x1234 << 16)
+    dm = image.open()
+    disk = bench.io(dm)
+    same(disk.read(0, 4096), b"\1" * 4096)
+    same(disk.read(512 * MIB, 4096), b"\1" * 4096)
+    time.sleep(0.3)
+    expect(dm.mode() == "rw" and dm.status().slices == 2, f"{dm.status()}")
+    disk.write(512 * MIB + 8 * MIB, b"w" * 4096)
+    disk.fsync()
+    with fails_with(errno.EIO):
+        disk.read(2 * 512 * MIB, 4096)
+    wait_for("mode ro", 30, lambda: dm.mode() == "ro")
 
 
 @test("dirty slices stay until they are on disk")
