@@ -51,37 +51,65 @@ static bool qcow2_entry_exact(struct qcow2_map *map,
 	return e->entry == (state == QCOW2_ZERO ? QCOW2_OFLAG_ZERO : 0);
 }
 
+/*
+ * How many standard entries from @i on, up to @end, are what is made of units in that
+ * state?  Most tables are long runs of these.
+ */
+static unsigned int qcow2_exact_run(struct qcow2_map *map, const __be64 *buf,
+				    unsigned int i, unsigned int end, u64 guest,
+				    enum qcow2_state state)
+{
+	u64 want = 0, step = 0;
+	unsigned int n = i;
+
+	if (state == QCOW2_DATA) {
+		want = qcow2_l2_data_entry(guest);
+		step = 1ULL << map->geo.cluster_bits;
+	} else if (state == QCOW2_ZERO) {
+		want = QCOW2_OFLAG_ZERO;
+	}
+	for (; n < end && be64_to_cpu(buf[n]) == want; n++)
+		want += step;
+	return n - i;
+}
+
 bool qcow2_l2_decode_slice(struct qcow2_map *map, const char *name,
 			   struct qcow2_slice *slice, const __be64 *buf,
 			   enum qcow2_state *state)
 {
 	unsigned int unit_bits = map->unit_shift + SECTOR_SHIFT;
-	unsigned int i, n = 1U << map->slice_shift, begin = 0;
+	u64 start = (u64)slice->index << (map->slice_shift + unit_bits);
+	unsigned int n = 1U << map->slice_shift, begin = 0, i, len;
+	/*
+	 * Entries beyond the virtual size are not ours; giving them the first one's
+	 * state lets the slice be a tag.
+	 */
+	unsigned int end = min_t(u64, n, ((map->geo.size - 1 - start) >> unit_bits) + 1);
 	unsigned int sub_mask = (1U << map->entry_shift) - 1;
-	u64 guest = (u64)slice->index << (map->slice_shift + unit_bits);
 	enum qcow2_state seen = QCOW2_UNALLOCATED, run = seen, first = seen;
 	enum qcow2_fault fault = QCOW2_OK;
 	struct qcow2_ext_entry e;
 
 	slice->exact = qcow2_exact_blocks(map, slice->index);
-	for (i = 0; i < n; i++, guest += 1ULL << unit_bits) {
-		/*
-		 * Entries beyond the virtual size are not ours; giving them
-		 * the first one's state lets the slice be a tag.
-		 */
-		if (guest >= map->geo.size)
-			break;
+	for (i = 0; i < end; i += len) {
+		u64 guest = start + ((u64)i << unit_bits);
+		bool exact = false;
+
 		if (!(i & sub_mask)) {
 			e = qcow2_get_entry(map, buf, i >> map->entry_shift);
 			fault = qcow2_check_entry(map, name, &e, guest, &seen);
-			if (fault || !qcow2_entry_exact(map, &e, guest, seen))
+			exact = !fault && qcow2_entry_exact(map, &e, guest, seen);
+			if (!exact)
 				slice->exact &= ~BIT(i >> map->block_shift);
 		}
+		len = 1;
 		if (fault) {
 			seen = QCOW2_BUSY;
 			slice->bad = true;
 		} else if (map->geo.ext_l2) {
 			seen = qcow2_ext_state(&e, i & sub_mask);
+		} else if (exact) {
+			len = qcow2_exact_run(map, buf, i, end, guest, seen);
 		}
 		if (!i) {
 			first = seen;
@@ -99,9 +127,9 @@ bool qcow2_l2_decode_slice(struct qcow2_map *map, const char *name,
 	    (first != QCOW2_UNALLOCATED ||
 	     slice->exact == qcow2_exact_blocks(map, slice->index)))
 		return true;
-	qcow2_set_states(slice, begin, i - 1, run);
-	if (i < n)
-		qcow2_set_states(slice, i, n - 1, first);
+	qcow2_set_states(slice, begin, end - 1, run);
+	if (end < n)
+		qcow2_set_states(slice, end, n - 1, first);
 	return false;
 }
 
