@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.join(HERE, "../dm-qcow2"))
 
 # pylint: disable=wrong-import-position
 import qcow2test                                                              # noqa: E402
-from qcow2image import OFFSET_MASK                                            # noqa: E402
+from qcow2image import COPIED, OFFSET_MASK, ZERO                                            # noqa: E402
 from qcow2test import (KIB, MIB, Dm, Failure, device_sectors, expect, fails_with, main,  # noqa: E402
                        run, same, test)
 
@@ -50,7 +50,7 @@ class Dust(Dm):
 class Setup:
     """Two of three tables exist; all devices can have bad sectors."""
 
-    def __init__(self, bench, backing=False):
+    def __init__(self, bench, backing=False, odd=None):
         self.bench = bench
         path = None
         if backing:
@@ -61,6 +61,9 @@ class Setup:
         image.qemu_io(f"write -q -P 0x61 0 {4 * CLUSTER}", f"write -q -P 0x61 {COVER} {CLUSTER}")
         image.poison_unused()
         image.trim()
+        if odd is not None:
+            # Zeros that have a place: a block with such an entry is read before it is changed.
+            image.set_u64(image.l2_pos(odd), odd | COPIED | ZERO)
         image.attach()
         self.meta = bench.add(Dust("meta", image.meta_loop.path))
         self.data = bench.add(Dust("data", image.data_loop.path))
@@ -153,7 +156,7 @@ def l2_table(bench):
 
 @test("bad sectors in an L2 table that a commit reads: the flush fails, and the next is tried anew")
 def commit(bench):
-    s = Setup(bench)
+    s = Setup(bench, odd=9 * CLUSTER)
     s.open()
     table = s.image.l1_entries()[0] & OFFSET_MASK
     s.read(8 * CLUSTER, b"\0")

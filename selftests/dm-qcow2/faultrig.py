@@ -14,7 +14,7 @@ import time
 
 from qcow2test import (DM_TABLE_LOAD, KIB, LIBC, Dm, Failure, Io, Task, dm_ioctl, expect, fails_with, note, run, same,
                        wait_for)
-from qcow2image import CORRUPT, RAW
+from qcow2image import COPIED, CORRUPT, RAW, ZERO
 from served import HANG, Fused, Request, Script, Served
 
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
@@ -27,11 +27,12 @@ class Rig:
     """An image on served devices, and the state that each attempt starts from."""
 
     def __init__(self, bench, cluster=2 * KIB, covers=2.5, tables=2, corrupt=False, fua=True, fused=False,
-                 **options):
+                 odd=False, **options):
         """Table 0: 8 units of data, one zero; then one with one unit of data up to
         "tables" (0: as many as one refcount block has room for, less "spare"); the
         others are not there. fused: of the kind whose errors keep their kind, else
-        network block devices. fua: these have FUA writes."""
+        network block devices. fua: these have FUA writes. odd: a commit has to read
+        the block of table 0 that it changes, for it has an entry that is not just the unit's state."""
         self.bench = bench
         spare = options.pop("spare", 0)
         if fused:
@@ -60,6 +61,8 @@ class Rig:
                 image.put(n * self.unit, "unallocated")
         else:
             image.put(12 * self.unit, "zero")
+        if odd:
+            image.set_u64(image.l2_pos(12 * self.unit), (12 * self.unit) | COPIED | ZERO)
         if corrupt:
             image.set_u64(image.l2_pos(self.cover), image.l2(self.cover) + cluster)
         if not self.raw:

@@ -369,7 +369,7 @@ options()
 {
 	three '' '' extended_l2=on
 	open_top top "$name" --no-discard-passdown --cache-limit 8M
-	dmsetup table "$name" | grep -q 'extended_l2 backing_dev [0-9:]* no_discard_passdown cache_limit 8388608$'
+	dmsetup table "$name" | grep -q 'extended_l2 backing_dev [0-9:]* no_discard_passdown cache_limit 8388608 zeroed_from [0-9]*$'
 	dmsetup table | grep qcow2-backing | not grep -q cache_limit
 	"$tool" status "$name" --json | jq -e '."cache-limit" == 8388608 and ."no-discard-passdown" and
 		."extended-l2" and (.features | index("backing_dev"))' > "$dir/out"

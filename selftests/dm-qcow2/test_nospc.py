@@ -338,12 +338,14 @@ def data(bench):
         same(disk.read(at // unit * unit, unit), model.read(at // unit * unit, unit), at)
     with fails_with(errno.ENOSPC):
         disk.zero_range(7 * unit + 4096, 4096)
-    # One copy cannot be read, the other one not be written: want of space is told.
+    # What cannot be read is not written, so that nothing is known of the space for it.
     below.bad(8 * unit, 4096)
-    full(8 * unit + 32 * KIB, 512)
+    with fails_with(errno.EIO):
+        disk.write(8 * unit + 32 * KIB, b"f" * 512)
     with fails_with(errno.EIO):
         disk.read(8 * unit, 4096)
     below.good()
+    full(8 * unit + 32 * KIB, 512)
     same(disk.read(8 * unit, unit), model.read(8 * unit, unit), 8 * unit)
     expect(dm.mode() == "rw" and not dm.status().dirty, f"{dm.status()}")
     fs.make_room()

@@ -103,7 +103,7 @@ def waiting(bench, what, fail):
 
 def slow_last_tries(bench):
     """Suspend tries a commit again, and the second read takes longer than the timer."""
-    s = Lost(bench)
+    s = Lost(bench, odd=True)
     rig, script, unit, dm, disk = s.rig, s.script, s.unit, s.dm, s.disk
     reads = []
 

@@ -105,7 +105,7 @@ links_of_roots()
 	# So for what is behind.
 	qemu-img create -q -f qcow2 -u -b "$links/v" -F raw -o "data_file=$dir/i.data" "$dir/top.qcow2" 4M
 	"$tool" open "$dir/top.qcow2" "$name" --trust-image-paths
-	dmsetup table "$name" | grep -q " backing_dev $(number "$lower")\$"
+	dmsetup table "$name" | grep -q " backing_dev $(number "$lower") zeroed_from [0-9]*\$"
 	"$tool" close "$name"
 }
 

@@ -764,6 +764,18 @@ static int tell_change(struct image *img, uint64_t off, const void *old,
 	return ret;
 }
 
+/* Is there anything in the table that is loaded that the image has not any more? */
+static bool is_changed(const struct live *l)
+{
+	const struct qcow2_geometry *g = &l->img.geo;
+	const struct target_table *t = &l->table;
+
+	return g->size / SECTOR != l->sectors || g->l1_offset != t->l1_offset ||
+	       g->l1_entries != t->l1_entries ||
+	       g->reftable_offset != t->reftable_offset ||
+	       g->reftable_clusters != t->reftable_clusters;
+}
+
 /* Everything that is done while nothing can be read or written. */
 static int change_suspended(struct live *l)
 {
@@ -800,7 +812,7 @@ static int change_suspended(struct live *l)
 	 * Tables of a resize that was given up may lie in what was zeros before, but
 	 * not where the file was not yet.
 	 */
-	if (f.zeroed_from)
+	if (f.zeroed_from && is_changed(l))
 		f.zeroed_from = align_up(img->space.zeros,
 					 1ULL << img->geo.cluster_bits);
 	line.sectors = img->geo.size / SECTOR;

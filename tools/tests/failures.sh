@@ -295,17 +295,17 @@ keys() {
 "$tool" open image $name --data-file data
 wrong=
 says_no 5 "$name: metadata could not be written.*see dmesg.*$work/image.*try again" \
-	1.1.0 "$(keys 3) rw" resize $name --size 2G
+	1.2.0 "$(keys 3) rw" resize $name --size 2G
 says_no 5 "$name: there is no space for metadata.*free some where $work/image is" \
-	1.1.0 "$(keys 3) nospc" resize $name --size 2G
-says_no 4 'is in mode fail' 1.1.0 "$(keys 0) fail" resize $name --size 2G
-says_no 4 'is in mode ro' 1.1.0 "$(keys 0) ro" resize $name --size 2G
+	1.2.0 "$(keys 3) nospc" resize $name --size 2G
+says_no 4 'is in mode fail' 1.2.0 "$(keys 0) fail" resize $name --size 2G
+says_no 4 'is in mode ro' 1.2.0 "$(keys 0) ro" resize $name --size 2G
 says_no 4 'does not tell whether all metadata is written; use the qcow2setup that' \
-	1.1.0 "2 trims 0 rw" resize $name --size 2G
+	1.2.0 "2 trims 0 rw" resize $name --size 2G
 # What is left of it is not known here: no room for a guess.
 for end in "rw" "0" "5 unwritten 0 trims 0 rw" "2 unwritten x rw" "2 unwritten 0 xy"; do
-	says_no 4 'version 1.1.0, is not understood' 1.1.0 "$end" resize $name --size 2G
-	says_no 4 'version 1.1.0, is not understood' 1.1.0 "$end" status $name
+	says_no 4 'version 1.2.0, is not understood' 1.2.0 "$end" resize $name --size 2G
+	says_no 4 'version 1.2.0, is not understood' 1.2.0 "$end" status $name
 done
 for action in "resize $name --size 2G" "status $name"; do
 	# shellcheck disable=SC2086 # words are wanted
@@ -315,26 +315,26 @@ for action in "resize $name --size 2G" "status $name"; do
 done
 dmsetup suspend $name
 for action in close map; do
-	says_no 4 'is suspended, and.*could not be written.*dmsetup resume' 1.1.0 "$(keys 1) rw" $action $name
+	says_no 4 'is suspended, and.*could not be written.*dmsetup resume' 1.2.0 "$(keys 1) rw" $action $name
 done
 dmsetup resume $name
 report "status with keys: refusals" "$wrong"
 
 wrong=
-says 1.1.0 "10 shiny new unwritten 4 free_clusters 12 more than trims 7 nospc" status $name --json || wrong="exit code $?"
+says 1.2.0 "10 shiny new unwritten 4 free_clusters 12 more than trims 7 nospc" status $name --json || wrong="exit code $?"
 jq -e '.mode == "nospc" and (.statistics | .unwritten == 4 and ."free-clusters" == 12 and .trims == 7)' out >said ||
 	wrong="$(cat out)"
-says 1.1.0 "$(keys 4) nospc" status $name || wrong="exit code $?"
+says 1.2.0 "$(keys 4) nospc" status $name || wrong="exit code $?"
 grep -q '^  mode:  *nospc$' out && grep -q '^  unwritten:  *4$' out && grep -q '^  free clusters:  *12$' out &&
 	grep -q '^  trims:  *7$' out && grep -q "no space.*free some where $work/image is" out || wrong="$(cat out)"
-says 1.1.0 "$(keys 4) rw" status $name || wrong="exit code $?"
+says 1.2.0 "$(keys 4) rw" status $name || wrong="exit code $?"
 grep -q "could not be written.*see dmesg" out || wrong="$(cat out)"
-says 1.1.0 "$(keys 0) rw" status $name || wrong="exit code $?"
+says 1.2.0 "$(keys 0) rw" status $name || wrong="exit code $?"
 ! grep -q "could not be written\|no space" out || wrong="$(cat out)"
 # In a list it keeps none from being shown.
-says 1.1.0 "nonsense" status
+says 1.2.0 "nonsense" status
 [ $? -eq 4 ] && grep -q "^$name .*unknown" out && grep -q 'not understood' said || wrong="$(cat out said)"
-says 1.1.0 "$(keys 0) rw" resize $name --size 2G || wrong="$(cat said)"
+says 1.2.0 "$(keys 0) rw" resize $name --size 2G || wrong="$(cat said)"
 [ "$(blockdev --getsize64 /dev/mapper/$name)" -eq $((2 << 30)) ] || wrong="not resized"
 "$tool" close $name
 cp original image
