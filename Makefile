@@ -216,11 +216,11 @@ seeds:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/run --load --timeout 86400 --cmd 'selftests/vm/guest-seeds $(FIRST_SEED) $(SEEDS) $(or $(TESTS),$(RANDOM_TESTS))'
 
-# ROWS= which, BASE= a revision to compare with, CLOCK=1 by the clock
+# ROWS= which, BASE= a revision to compare with, CLOCK=vm (or uml, at native speed) by the clock
 bench:
-	@selftests/vm/deps bench
+	@selftests/vm/deps bench $(if $(filter uml,$(CLOCK)),debug)
 	@$(MAKE) --no-print-directory vm-build
-	@selftests/bench/bench $(if $(BASE),--base $(BASE)) $(if $(CLOCK),--clock) $(ROWS)
+	@selftests/bench/bench $(if $(BASE),--base $(BASE)) $(if $(CLOCK),--clock) $(if $(filter uml,$(CLOCK)),--uml) $(ROWS)
 
 # The kernels are built once, which takes a quarter of an hour.
 check-debug: export MORE_TESTS ?= backing backing_devices extl2 corrupt fail fail_places fail_discard reload

@@ -187,6 +187,43 @@ def counters(bench):
     expect(last.state_bytes == first.state_bytes, f"{last}")
 
 
+def slab_bytes():
+    """What kmalloc() has given out, as /proc/slabinfo has it"""
+    with open("/proc/slabinfo", encoding="ascii") as f:
+        words = [line.split() for line in f if line.startswith("kmalloc-")]
+    return sum(int(w[1]) * int(w[3]) for w in words)
+
+
+@test("memory: 4.5 MiB for a TiB of mixed states, which slabinfo confirms; eight bytes for a table of one")
+def memory(bench):
+    image = bench.image(TIB)
+    cover = 512 * MIB
+    dm = image.open()
+    disk = bench.io(dm)
+    empty, slabs = dm.status().state_bytes, slab_bytes()
+    for at in range(0, TIB, cover):
+        disk.write(at + 64 * KIB, b"m" * 4096)
+    disk.fsync()
+    status = dm.status()
+    said, found = status.state_bytes - empty, slab_bytes() - slabs
+    note(f"{said / MIB:.2f} MiB in {status.slices} slices; slabinfo: {found / MIB:.2f} MiB")
+    expect(status.slices == TIB // cover and said <= 4.5 * MIB, f"{status}")
+    expect(abs(found - said) < 0.06 * said, f"{said} bytes by status, {found} by slabinfo")
+    bench.drop(disk)
+    bench.drop(dm)
+
+    # As many slots, and nothing but these
+    image = bench.image(TIB)
+    dm = image.open()
+    disk = bench.io(dm)
+    before = slab_bytes()
+    for at in range(0, TIB, cover):
+        same(disk.read(at, 4096), bytes(4096))
+    status = dm.status()
+    expect(status.slices == TIB // cover and status.state_bytes == empty == 8 * (TIB // cover), f"{status}")
+    expect(slab_bytes() - before < MIB, f"{slab_bytes() - before} bytes")
+
+
 @test("who comes from one slice into the next has the one after it loaded")
 def ahead(bench):
     image = bench.image(8 * GIB)
