@@ -465,11 +465,11 @@ int qcow2_cache_init(struct qcow2_cache *cache)
 	bool writer = cache->commit;
 	int r;
 
-	INIT_LIST_HEAD(&cache->node);
 	map->cache = cache;
 	map->free_slice = qcow2_cache_free_slice;
 	map->load_ahead = qcow2_load_ahead;
 	INIT_WORK(&cache->ahead, qcow2_ahead_worker);
+	INIT_LIST_HEAD(&cache->node);
 	cache->limit = cache->limit ?
 		       max(cache->limit, map->state_bytes + QCOW2_MIN_CACHE) :
 		       map->state_bytes + QCOW2_DEFAULT_CACHE;
@@ -497,10 +497,16 @@ int qcow2_cache_init(struct qcow2_cache *cache)
 	return 0;
 }
 
+void qcow2_cache_settle(struct qcow2_cache *cache)
+{
+	cancel_work_sync(&cache->ahead);
+}
+
 void qcow2_cache_stop(struct qcow2_cache *cache)
 {
-	/* It is nobody's turn if it never came to be there. */
+	/* Nobody knows of it if it never came to be there. */
 	if (cache->node.next) {
+		qcow2_cache_settle(cache);
 		mutex_lock(&qcow2_caches_lock);
 		list_del_init(&cache->node);
 		mutex_unlock(&qcow2_caches_lock);

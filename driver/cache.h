@@ -45,6 +45,9 @@ struct qcow2_cache {
  */
 int qcow2_cache_init(struct qcow2_cache *cache);
 
+/* Nothing is being loaded ahead any more.  Process context. */
+void qcow2_cache_settle(struct qcow2_cache *cache);
+
 /* Ends what calls from outside; to be called first. */
 void qcow2_cache_stop(struct qcow2_cache *cache);
 

@@ -86,6 +86,7 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	}
 	qcow2_trims_last(&q->trims);
 	qcow2_wait_slow(q);
+	qcow2_cache_settle(&q->cache);
 
 	/* What could not be written is in core only. */
 	failed = qcow2_mode(&q->health) == QCOW2_FAIL;
