@@ -87,6 +87,44 @@ struct qcow2_header {
 	__u8 padding[7];
 };
 
+/* "Bitmaps extension", "Bitmaps"; limits are QEMU's */
+#define QCOW2_MAX_BITMAPS		65535U
+#define QCOW2_MAX_BITMAP_DIR_BYTES	(1024ULL * QCOW2_MAX_BITMAPS)
+#define QCOW2_MAX_BITMAP_NAME		1023U	/* bytes */
+#define QCOW2_MAX_BITMAP_TABLE		0x8000000U	/* entries */
+#define QCOW2_MIN_GRANULARITY_BITS	9
+#define QCOW2_MAX_GRANULARITY_BITS	31
+#define QCOW2_BITMAP_TYPE_DIRTY		1
+
+struct qcow2_bitmaps_ext {
+	__be32 nb_bitmaps;
+	__be32 reserved;
+	__be64 directory_size;		/* bytes */
+	__be64 directory_offset;
+};
+
+/* "Bitmap directory entry": extra data, the name, and padding to 8 follow. */
+struct qcow2_bitmap_head {
+	__be64 table_offset;
+	__be32 table_size;		/* entries */
+	__be32 flags;
+	__u8 type;
+	__u8 granularity_bits;
+	__be16 name_size;
+	__be32 extra_size;
+};
+
+#define QCOW2_BITMAP_IN_USE		(1U << 0)	/* not up to date */
+#define QCOW2_BITMAP_AUTO		(1U << 1)	/* records what is written */
+#define QCOW2_BITMAP_EXTRA_COMPAT	(1U << 2)
+#define QCOW2_BITMAP_KNOWN		(QCOW2_BITMAP_IN_USE | \
+					 QCOW2_BITMAP_AUTO | \
+					 QCOW2_BITMAP_EXTRA_COMPAT)
+
+/* "Bitmap table entry" */
+#define QCOW2_BITMAP_ENTRY_ONES		BIT_ULL(0)	/* if there is no offset */
+#define QCOW2_BITMAP_ENTRY_RESERVED	0xff000000000001feULL
+
 /* "Header extensions" */
 #define QCOW2_EXT_END			0x00000000U
 #define QCOW2_EXT_BACKING_FORMAT	0xe2792acaU
@@ -176,6 +214,27 @@ enum qcow2_fault {
 	QCOW2_FAULT_SUBCLUSTER_BOTH,
 	QCOW2_FAULT_SUBCLUSTER_NONE,
 	QCOW2_FAULT_REFCOUNT_ZERO,
+	/* header extensions */
+	QCOW2_FAULT_EXT_LEN,
+	QCOW2_FAULT_EXT_TWICE,
+	QCOW2_FAULT_BITMAPS_LEN,
+	QCOW2_FAULT_BITMAPS_RESERVED,
+	QCOW2_FAULT_BITMAPS_COUNT,
+	QCOW2_FAULT_BITMAPS_DIR_SIZE,
+	QCOW2_FAULT_BITMAPS_DIR_OFFSET,
+	/* bitmaps */
+	QCOW2_FAULT_BITMAP_CUT,
+	QCOW2_FAULT_BITMAP_NAME,
+	QCOW2_FAULT_BITMAP_GRANULARITY,
+	QCOW2_FAULT_BITMAP_TABLE_OFFSET,
+	QCOW2_FAULT_BITMAP_TABLE_BIG,
+	QCOW2_FAULT_BITMAP_TABLE_BEYOND,
+	QCOW2_FAULT_BITMAP_LEFT,
+	QCOW2_FAULT_BITMAP_TYPE,
+	QCOW2_FAULT_BITMAP_FLAGS,
+	QCOW2_FAULT_BITMAP_EXTRA,
+	QCOW2_FAULT_BITMAP_TABLE_SIZE,
+	QCOW2_FAULT_BITMAP_NONE,
 	QCOW2_FAULT_LAST
 };
 
@@ -266,6 +325,44 @@ static inline const char *qcow2_fault_str(enum qcow2_fault fault)
 		return "a subcluster is allocated in a cluster that is not";
 	case QCOW2_FAULT_REFCOUNT_ZERO:
 		return "cluster is in use but its refcount is 0";
+	case QCOW2_FAULT_EXT_LEN:
+		return "header extension is longer than the room for it";
+	case QCOW2_FAULT_EXT_TWICE:
+		return "header extension is there twice";
+	case QCOW2_FAULT_BITMAPS_LEN:
+		return "bitmaps extension is not 24 bytes long";
+	case QCOW2_FAULT_BITMAPS_RESERVED:
+		return "reserved field of the bitmaps extension is not zero";
+	case QCOW2_FAULT_BITMAPS_COUNT:
+		return "bitmaps extension counts no bitmap, or more than 65535";
+	case QCOW2_FAULT_BITMAPS_DIR_SIZE:
+		return "size of the bitmap directory is impossible";
+	case QCOW2_FAULT_BITMAPS_DIR_OFFSET:
+		return "bitmap directory is not at a cluster of its own";
+	case QCOW2_FAULT_BITMAP_CUT:
+		return "bitmap directory ends in the middle of an entry";
+	case QCOW2_FAULT_BITMAP_NAME:
+		return "bitmap name is empty, too long or contains a NUL byte";
+	case QCOW2_FAULT_BITMAP_GRANULARITY:
+		return "bitmap granularity is not in 512..2G";
+	case QCOW2_FAULT_BITMAP_TABLE_OFFSET:
+		return "bitmap table is not at a cluster of its own";
+	case QCOW2_FAULT_BITMAP_TABLE_BIG:
+		return "bitmap table is too large";
+	case QCOW2_FAULT_BITMAP_TABLE_BEYOND:
+		return "bitmap table lies beyond the end of the metadata";
+	case QCOW2_FAULT_BITMAP_LEFT:
+		return "bitmap directory is longer than its entries";
+	case QCOW2_FAULT_BITMAP_TYPE:
+		return "bitmap is of an unknown type";
+	case QCOW2_FAULT_BITMAP_FLAGS:
+		return "bitmap has unknown flags";
+	case QCOW2_FAULT_BITMAP_EXTRA:
+		return "bitmap has extra data";
+	case QCOW2_FAULT_BITMAP_TABLE_SIZE:
+		return "bitmap table does not fit the virtual size";
+	case QCOW2_FAULT_BITMAP_NONE:
+		return "bitmap table has an entry without a cluster";
 	case QCOW2_FAULT_LAST:
 		break;
 	}
@@ -665,6 +762,178 @@ static inline void qcow2_refcount_set(void *block, __u64 i, unsigned int order,
 	p += i * width;
 	for (n = width; n-- > 0; v >>= 8)
 		p[n] = v;
+}
+
+/*----------------------------------------------------------------
+ * Bitmaps
+ *----------------------------------------------------------------
+ */
+
+/* Where the bitmap directory is */
+struct qcow2_bitmap_dir {
+	__u64 offset;			/* bytes */
+	__u64 size;			/* bytes */
+	__u32 count;			/* of bitmaps */
+};
+
+/* An entry of it, without its name */
+struct qcow2_bitmap {
+	__u64 table_offset;		/* bytes */
+	__u32 table_size;		/* entries */
+	__u32 flags;
+	__u32 extra_size;		/* bytes, between the entry and its name */
+	__u16 name_size;
+	__u8 type;
+	__u8 granularity_bits;
+};
+
+/**
+ * qcow2_bitmaps_ext_check() - validate and decode the bitmaps extension
+ * @ext: its data; looked at only if @len is right
+ * @len: the extension's length, bytes
+ * @cluster_bits: of the image
+ * @dir: filled in if the result is QCOW2_OK
+ */
+static inline enum qcow2_fault
+qcow2_bitmaps_ext_check(const struct qcow2_bitmaps_ext *ext, __u32 len,
+			unsigned int cluster_bits, struct qcow2_bitmap_dir *dir)
+{
+	if (len != sizeof(*ext))
+		return QCOW2_FAULT_BITMAPS_LEN;
+	dir->count = be32_to_cpu(ext->nb_bitmaps);
+	dir->size = be64_to_cpu(ext->directory_size);
+	dir->offset = be64_to_cpu(ext->directory_offset);
+	if (ext->reserved)
+		return QCOW2_FAULT_BITMAPS_RESERVED;
+	if (!dir->count || dir->count > QCOW2_MAX_BITMAPS)
+		return QCOW2_FAULT_BITMAPS_COUNT;
+	/* an entry without a name still has its head */
+	if (dir->size > QCOW2_MAX_BITMAP_DIR_BYTES ||
+	    dir->size < (__u64)dir->count * sizeof(struct qcow2_bitmap_head))
+		return QCOW2_FAULT_BITMAPS_DIR_SIZE;
+	if (!dir->offset || dir->offset > QCOW2_MAX_OFFSET ||
+	    dir->offset & ((1ULL << cluster_bits) - 1))
+		return QCOW2_FAULT_BITMAPS_DIR_OFFSET;
+	return QCOW2_OK;
+}
+
+/* Bytes of a directory entry, from its head to the next one's */
+static inline __u64 qcow2_bitmap_bytes(const struct qcow2_bitmap *b)
+{
+	return (sizeof(struct qcow2_bitmap_head) + (__u64)b->extra_size +
+		b->name_size + 7) & ~7ULL;
+}
+
+/**
+ * qcow2_bitmap_decode() - validate and decode an entry of the bitmap directory
+ * @h: its head
+ * @left: bytes from @h to the end of the directory
+ * @cluster_bits: of the image
+ * @b: filled in, unless the directory ends before the head does
+ *
+ * The caller looks at the name, which lies within @left if the result is QCOW2_OK.
+ * Type, flags and extra data can be any: see qcow2_bitmap_record_check().
+ */
+static inline enum qcow2_fault
+qcow2_bitmap_decode(const struct qcow2_bitmap_head *h, __u64 left,
+		    unsigned int cluster_bits, struct qcow2_bitmap *b)
+{
+	if (left < sizeof(*h))
+		return QCOW2_FAULT_BITMAP_CUT;
+	b->table_offset = be64_to_cpu(h->table_offset);
+	b->table_size = be32_to_cpu(h->table_size);
+	b->flags = be32_to_cpu(h->flags);
+	b->type = h->type;
+	b->granularity_bits = h->granularity_bits;
+	b->name_size = be16_to_cpu(h->name_size);
+	b->extra_size = be32_to_cpu(h->extra_size);
+	if (qcow2_bitmap_bytes(b) > left)
+		return QCOW2_FAULT_BITMAP_CUT;
+	if (!b->name_size || b->name_size > QCOW2_MAX_BITMAP_NAME)
+		return QCOW2_FAULT_BITMAP_NAME;
+	if (b->granularity_bits < QCOW2_MIN_GRANULARITY_BITS ||
+	    b->granularity_bits > QCOW2_MAX_GRANULARITY_BITS)
+		return QCOW2_FAULT_BITMAP_GRANULARITY;
+	if (!b->table_offset || b->table_offset > QCOW2_MAX_OFFSET ||
+	    b->table_offset & ((1ULL << cluster_bits) - 1))
+		return QCOW2_FAULT_BITMAP_TABLE_OFFSET;
+	if (b->table_size > QCOW2_MAX_BITMAP_TABLE)
+		return QCOW2_FAULT_BITMAP_TABLE_BIG;
+	return QCOW2_OK;
+}
+
+/* Does a bitmap ask whoever writes to the image to record that? */
+static inline bool qcow2_bitmap_records(const struct qcow2_bitmap *b)
+{
+	return (b->flags & (QCOW2_BITMAP_AUTO | QCOW2_BITMAP_IN_USE)) ==
+	       QCOW2_BITMAP_AUTO;
+}
+
+/* Bits of a bitmap of a disk of @size bytes, at least 1 */
+static inline __u64 qcow2_bitmap_bits(__u64 size, unsigned int granularity_bits)
+{
+	return ((size - 1) >> granularity_bits) + 1;
+}
+
+/* Entries that its table has to have: one for each cluster of bits */
+static inline __u64 qcow2_bitmap_entries(__u64 size,
+					 unsigned int granularity_bits,
+					 unsigned int cluster_bits)
+{
+	return ((qcow2_bitmap_bits(size, granularity_bits) - 1) >>
+		(cluster_bits + 3)) + 1;
+}
+
+/**
+ * qcow2_bitmap_record_check() - can a bitmap be kept up to date?
+ * @b: it has been decoded without a fault
+ * @size: virtual size of the image, bytes
+ * @cluster_bits: of the image
+ * @meta_size: of the device that has the image's metadata, bytes
+ */
+static inline enum qcow2_fault
+qcow2_bitmap_record_check(const struct qcow2_bitmap *b, __u64 size,
+			  unsigned int cluster_bits, __u64 meta_size)
+{
+	__u64 bytes = (__u64)b->table_size * 8;
+
+	if (b->type != QCOW2_BITMAP_TYPE_DIRTY)
+		return QCOW2_FAULT_BITMAP_TYPE;
+	if (b->flags & ~QCOW2_BITMAP_KNOWN)
+		return QCOW2_FAULT_BITMAP_FLAGS;
+	if (b->extra_size)
+		return QCOW2_FAULT_BITMAP_EXTRA;
+	if (b->table_size != qcow2_bitmap_entries(size, b->granularity_bits,
+						  cluster_bits))
+		return QCOW2_FAULT_BITMAP_TABLE_SIZE;
+	if (b->table_offset > meta_size || bytes > meta_size - b->table_offset)
+		return QCOW2_FAULT_BITMAP_TABLE_BEYOND;
+	return QCOW2_OK;
+}
+
+/**
+ * qcow2_bitmap_entry_check() - validate an entry of a bitmap's table
+ * @entry: in CPU byte order
+ * @cluster_bits: of the image
+ * @meta_size: of the device that has the image's metadata, bytes
+ * @offset: set to where the cluster is, bytes; 0 = there is none, and the bits are all
+ *	those of QCOW2_BITMAP_ENTRY_ONES
+ */
+static inline enum qcow2_fault
+qcow2_bitmap_entry_check(__u64 entry, unsigned int cluster_bits,
+			 __u64 meta_size, __u64 *offset)
+{
+	__u64 off = entry & QCOW2_OFFSET_MASK, cluster = 1ULL << cluster_bits;
+
+	if (entry & QCOW2_BITMAP_ENTRY_RESERVED ||
+	    (off && entry & QCOW2_BITMAP_ENTRY_ONES))
+		return QCOW2_FAULT_ENTRY_RESERVED;
+	if (off & (cluster - 1))
+		return QCOW2_FAULT_ENTRY_UNALIGNED;
+	if (off && (off > meta_size || cluster > meta_size - off))
+		return QCOW2_FAULT_ENTRY_BEYOND;
+	*offset = off;
+	return QCOW2_OK;
 }
 
 #endif /* DM_QCOW2_FORMAT_H */

@@ -85,13 +85,13 @@ static int json_bitmap(const struct bitmap *b, void *arg)
 
 	json_object(j, NULL);
 	json_array(j, "flags");
-	if (b->flags & BITMAP_IN_USE)
+	if (b->head.flags & QCOW2_BITMAP_IN_USE)
 		json_string(j, NULL, "in-use");
-	if (b->flags & BITMAP_AUTO)
+	if (b->head.flags & QCOW2_BITMAP_AUTO)
 		json_string(j, NULL, "auto");
 	json_array_end(j);
 	json_stringn(j, "name", b->name.s, b->name.len);
-	json_number(j, "granularity", 1ULL << b->granularity_bits);
+	json_number(j, "granularity", 1ULL << b->head.granularity_bits);
 	json_object_end(j);
 	return 0;
 }
@@ -223,9 +223,9 @@ static int print_bitmap(const struct bitmap *b, void *arg)
 	(void)arg;
 	printf("bitmap: ");
 	put_escaped(stdout, b->name.s, b->name.len);
-	printf(" (granularity %llu%s%s)\n", 1ULL << b->granularity_bits,
-	       b->flags & BITMAP_AUTO ? ", auto" : "",
-	       b->flags & BITMAP_IN_USE ? ", in use" : "");
+	printf(" (granularity %llu%s%s)\n", 1ULL << b->head.granularity_bits,
+	       b->head.flags & QCOW2_BITMAP_AUTO ? ", auto" : "",
+	       b->head.flags & QCOW2_BITMAP_IN_USE ? ", in use" : "");
 	return 0;
 }
 

@@ -18,7 +18,7 @@ static int see_bitmap(const struct bitmap *b, void *arg)
 	const uint8_t *name = (const uint8_t *)b->name.s;
 
 	MUST(name >= w->dir && name + b->name.len <= w->dir + w->len);
-	MUST(b->flags_at + 4 <= w->len);
+	MUST(b->at + sizeof(struct qcow2_bitmap_head) <= w->len);
 	MUST(b->name.len && b->name.len < 1024);
 	w->n++;
 	return 0;

@@ -70,10 +70,11 @@ static uint64_t end_of(uint64_t v, uint64_t unit)
 static int check_bitmap(const struct bitmap *b, void *arg)
 {
 	const struct grower *w = arg;
-	uint64_t bits = div_up(w->geo.size, 1ULL << b->granularity_bits);
 
-	if (b->flags & BITMAP_IN_USE ||
-	    div_up(div_up(bits, 8), w->cs) == b->table_size)
+	if (b->head.flags & QCOW2_BITMAP_IN_USE ||
+	    b->head.table_size == qcow2_bitmap_entries(w->geo.size,
+						       b->head.granularity_bits,
+						       w->geo.cluster_bits))
 		return 0;
 	return fail(EX_WRONG,
 		    "%s: bitmap %s would have to grow, too, which is not supported; remove it: qemu-img bitmap --remove --image-opts %s %s, and add it again then",

@@ -62,15 +62,12 @@ const char *header_fault_str(enum header_fault fault)
 	case HEADER_LUKS_LEN:
 		return "encryption header extension is not 16 bytes long";
 	case HEADER_BITMAPS_LEN:
-		return "bitmaps extension is not 24 bytes long";
 	case HEADER_BITMAPS_RESERVED:
-		return "reserved field of the bitmaps extension is not zero";
 	case HEADER_BITMAPS_COUNT:
-		return "bitmaps extension counts no bitmap, or more than 65535";
 	case HEADER_BITMAPS_DIR_SIZE:
-		return "size of the bitmap directory is impossible";
 	case HEADER_BITMAPS_DIR_OFFSET:
-		return "bitmap directory is not at a cluster of its own";
+		return qcow2_fault_str(QCOW2_FAULT_BITMAPS_LEN +
+				       (fault - HEADER_BITMAPS_LEN));
 	case HEADER_FAULT_LAST:
 		break;
 	}
@@ -80,25 +77,20 @@ const char *header_fault_str(enum header_fault fault)
 static enum header_fault parse_bitmaps(const uint8_t *p, uint32_t len,
 				       struct header *h)
 {
-	uint64_t cluster = 1ULL << h->cluster_bits;
+	struct qcow2_bitmaps_ext ext = { 0 };
+	struct qcow2_bitmap_dir dir;
+	enum qcow2_fault fault;
 
-	if (len != 24)
-		return HEADER_BITMAPS_LEN;
-	h->bitmap_count = get32(p);
-	h->bitmap_dir_size = get64(p + 8);
-	h->bitmap_dir_offset = get64(p + 16);
-	if (get32(p + 4))
-		return HEADER_BITMAPS_RESERVED;
-	if (!h->bitmap_count || h->bitmap_count > HEADER_MAX_BITMAPS)
-		return HEADER_BITMAPS_COUNT;
-	/* an entry without a name still has 24 bytes */
-	if (h->bitmap_dir_size > HEADER_MAX_BITMAP_DIR ||
-	    h->bitmap_dir_size < 24ULL * h->bitmap_count)
-		return HEADER_BITMAPS_DIR_SIZE;
-	if (!h->bitmap_dir_offset || h->bitmap_dir_offset & (cluster - 1) ||
-	    h->bitmap_dir_offset > QCOW2_MAX_OFFSET)
-		return HEADER_BITMAPS_DIR_OFFSET;
+	if (len == sizeof(ext))
+		memcpy(&ext, p, len);
+	fault = qcow2_bitmaps_ext_check(&ext, len, h->cluster_bits, &dir);
+	if (fault)
+		/* They are in the same order. */
+		return HEADER_BITMAPS_LEN + (fault - QCOW2_FAULT_BITMAPS_LEN);
 	h->has_bitmaps = true;
+	h->bitmap_count = dir.count;
+	h->bitmap_dir_size = dir.size;
+	h->bitmap_dir_offset = dir.offset;
 	return HEADER_OK;
 }
 
@@ -290,55 +282,30 @@ int bitmaps_parse(const void *dir, size_t len, uint32_t count,
 		  unsigned int cluster_bits, bitmap_fn *fn, void *arg,
 		  const char **why)
 {
-	const uint8_t *p = dir;
+	const char *p = dir;
 	size_t off = 0;
 	uint32_t i;
 
 	for (i = 0; i < count; i++) {
-		const uint8_t *e = p + off;
-		uint32_t extra, name_len;
-		struct bitmap b;
-		uint64_t bytes;
+		struct qcow2_bitmap_head head = { 0 };
+		struct bitmap b = { .at = off };
+		enum qcow2_fault fault;
 		int ret;
 
-		if (len - off < 24) {
-			*why = "bitmap directory ends in the middle of an entry";
-			return -1;
+		if (len - off >= sizeof(head))
+			memcpy(&head, p + off, sizeof(head));
+		fault = qcow2_bitmap_decode(&head, len - off, cluster_bits,
+					    &b.head);
+		if (!fault && b.head.type != QCOW2_BITMAP_TYPE_DIRTY)
+			fault = QCOW2_FAULT_BITMAP_TYPE;
+		if (!fault) {
+			b.name.s = p + off + sizeof(head) + b.head.extra_size;
+			b.name.len = b.head.name_size;
+			if (memchr(b.name.s, 0, b.name.len))
+				fault = QCOW2_FAULT_BITMAP_NAME;
 		}
-		b.table_offset = get64(e);
-		b.table_size = get32(e + 8);
-		b.flags = get32(e + 12);
-		b.flags_at = off + 12;
-		b.granularity_bits = e[17];
-		name_len = get16(e + 18);
-		extra = get32(e + 20);
-		bytes = (24ULL + extra + name_len + 7) & ~7ULL;
-		if (bytes > len - off) {
-			*why = "bitmap directory ends in the middle of an entry";
-			return -1;
-		}
-		b.name.s = (const char *)e + 24 + extra;
-		b.name.len = name_len;
-		if (e[16] != 1) {
-			*why = "bitmap is of an unknown type";
-			return -1;
-		}
-		if (!name_len || name_len > 1023 ||
-		    memchr(b.name.s, 0, name_len)) {
-			*why = "bitmap name is empty, too long or contains a NUL byte";
-			return -1;
-		}
-		if (b.granularity_bits < 9 || b.granularity_bits > 31) {
-			*why = "bitmap granularity is not in 512..2G";
-			return -1;
-		}
-		if (!b.table_offset || b.table_offset > QCOW2_MAX_OFFSET ||
-		    b.table_offset & ((1ULL << cluster_bits) - 1)) {
-			*why = "bitmap table is not at a cluster of its own";
-			return -1;
-		}
-		if (b.table_size > 0x8000000) {
-			*why = "bitmap table is too large";
+		if (fault) {
+			*why = qcow2_fault_str(fault);
 			return -1;
 		}
 		if (fn) {
@@ -346,10 +313,10 @@ int bitmaps_parse(const void *dir, size_t len, uint32_t count,
 			if (ret)
 				return ret;
 		}
-		off += bytes;
+		off += qcow2_bitmap_bytes(&b.head);
 	}
 	if (off != len) {
-		*why = "bitmap directory is longer than its entries";
+		*why = qcow2_fault_str(QCOW2_FAULT_BITMAP_LEFT);
 		return -1;
 	}
 	return 0;

@@ -52,8 +52,6 @@ struct span {
 	size_t len;
 };
 
-#define HEADER_MAX_BITMAPS		65535
-#define HEADER_MAX_BITMAP_DIR		(1024ULL * HEADER_MAX_BITMAPS)
 
 struct header {
 	struct qcow2_header raw;	/* as on disk; v2: the rest is zero */
@@ -95,17 +93,10 @@ struct span header_feature_name(const struct header *h, unsigned int type,
 				unsigned int bit);
 
 struct bitmap {
+	struct qcow2_bitmap head;
 	struct span name;
-	uint64_t table_offset;
-	uint32_t table_size;		/* entries */
-	uint32_t flags;
-	uint8_t granularity_bits;
-	size_t flags_at;		/* where in the directory flags are */
+	size_t at;			/* where in the directory its entry is, bytes */
 };
-
-#define BITMAP_IN_USE		(1U << 0)
-#define BITMAP_AUTO		(1U << 1)
-#define BITMAP_EXTRA_COMPAT	(1U << 2)
 
 /* Called for each bitmap; a result other than 0 ends the walk. */
 typedef int bitmap_fn(const struct bitmap *b, void *arg);

@@ -464,15 +464,15 @@ struct table_sum {
 static int add_table(const struct bitmap *b, void *arg)
 {
 	struct table_sum *sum = arg;
-	uint64_t bytes = (uint64_t)b->table_size * 8;
+	uint64_t bytes = (uint64_t)b->head.table_size * 8;
 
 	sum->bytes += bytes;
 	if (sum->bytes > MAX_BITMAP_TABLES) {
 		sum->why = "bitmap tables have more than 64 MiB";
 		return -1;
 	}
-	if (b->table_offset > sum->img->node.size ||
-	    bytes > sum->img->node.size - b->table_offset) {
+	if (b->head.table_offset > sum->img->node.size ||
+	    bytes > sum->img->node.size - b->head.table_offset) {
 		sum->why = "bitmap table lies beyond the end of the metadata";
 		return -1;
 	}
@@ -535,8 +535,10 @@ struct bitmap_end {
 /* What a bitmap takes if all of it is in use. */
 static uint64_t bitmap_bytes(const struct image *img, const struct bitmap *b)
 {
-	uint64_t bits = div_up(img->h.size, 1ULL << b->granularity_bits);
-	uint64_t cs = cluster_size(img), data = div_up(div_up(bits, 8), cs);
+	uint64_t cs = cluster_size(img);
+	uint64_t data = qcow2_bitmap_entries(img->h.size,
+					     b->head.granularity_bits,
+					     img->h.cluster_bits);
 
 	return (data + div_up(data * 8, cs)) * cs;
 }
@@ -544,7 +546,7 @@ static uint64_t bitmap_bytes(const struct image *img, const struct bitmap *b)
 static int bitmap_end(const struct bitmap *b, void *arg)
 {
 	struct bitmap_end *e = arg;
-	uint64_t off = b->table_offset, left = (uint64_t)b->table_size * 8;
+	uint64_t off = b->head.table_offset, left = (uint64_t)b->head.table_size * 8;
 	__be64 chunk[512];
 	size_t i, n;
 
@@ -1271,14 +1273,14 @@ int image_live_end(struct image *img, uint64_t *end)
 static int mark_bitmap(const struct bitmap *b, void *arg)
 {
 	struct image *img = arg;
-	__be32 flags = cpu_to_be32(b->flags | BITMAP_IN_USE);
+	__be32 flags = cpu_to_be32(b->head.flags | QCOW2_BITMAP_IN_USE);
 
-	if (!(b->flags & BITMAP_AUTO) || b->flags & BITMAP_IN_USE)
+	if (!(b->head.flags & QCOW2_BITMAP_AUTO) || b->head.flags & QCOW2_BITMAP_IN_USE)
 		return 0;
 	warning("%s: bitmap %s does not record what is written now: it is marked as in use (invalid)",
 		esc(img->node.path), escn(b->name.s, b->name.len));
 	return image_change(img, &flags, sizeof(flags),
-		      img->h.bitmap_dir_offset + b->flags_at);
+		      img->h.bitmap_dir_offset + b->at + offsetof(struct qcow2_bitmap_head, flags));
 }
 
 /*

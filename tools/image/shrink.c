@@ -112,24 +112,25 @@ static int free_now(struct image *img, struct freed *f)
 
 static uint64_t bits_of(const struct shrinker *s, const struct bitmap *b)
 {
-	return div_up(s->geo.size, 1ULL << b->granularity_bits);
+	return qcow2_bitmap_bits(s->geo.size, b->head.granularity_bits);
 }
 
 static uint64_t entries_of(const struct shrinker *s, const struct bitmap *b)
 {
-	return div_up(div_up(bits_of(s, b), 8), s->cs);
+	return qcow2_bitmap_entries(s->geo.size, b->head.granularity_bits,
+				    s->geo.cluster_bits);
 }
 
 /* Those that nobody vouches for stay as they are. */
 static bool is_changed(const struct shrinker *s, const struct bitmap *b)
 {
-	return !(b->flags & BITMAP_IN_USE) &&
-	       entries_of(s, b) <= b->table_size;
+	return !(b->head.flags & QCOW2_BITMAP_IN_USE) &&
+	       entries_of(s, b) <= b->head.table_size;
 }
 
 static uint64_t entry_at(const struct shrinker *s, const struct bitmap *b)
 {
-	return s->img->h.bitmap_dir_offset + b->flags_at - 4;
+	return s->img->h.bitmap_dir_offset + b->at + offsetof(struct qcow2_bitmap_head, table_size);
 }
 
 /* Size of the table and flags: eight bytes that lie in one sector. */
@@ -147,7 +148,7 @@ static int mark_bitmap(const struct bitmap *b, void *arg)
 
 	if (!is_changed(s, b))
 		return 0;
-	return write_entry(s, b, b->table_size, b->flags | BITMAP_IN_USE);
+	return write_entry(s, b, b->head.table_size, b->head.flags | QCOW2_BITMAP_IN_USE);
 }
 
 /* What is set behind the new end would be counted. */
@@ -184,12 +185,12 @@ static int cut_bitmap(const struct bitmap *b, void *arg)
 
 	if (!is_changed(s, b))
 		return 0;
-	table = malloc((size_t)b->table_size * 8 + 1);
+	table = malloc((size_t)b->head.table_size * 8 + 1);
 	if (!table)
 		return fail_nomem();
-	ret = read_meta(s->img, table, (size_t)b->table_size * 8,
-			b->table_offset);
-	for (i = want - 1; !ret && i < b->table_size; i++) {
+	ret = read_meta(s->img, table, (size_t)b->head.table_size * 8,
+			b->head.table_offset);
+	for (i = want - 1; !ret && i < b->head.table_size; i++) {
 		at = be64_to_cpu(table[i]) & QCOW2_OFFSET_MASK;
 		if (i < want)
 			ret = clear_rest(s, b, at);
@@ -197,8 +198,8 @@ static int cut_bitmap(const struct bitmap *b, void *arg)
 			ret = free_later(&s->freed, at / s->cs);
 	}
 	for (i = div_up(want * 8, s->cs);
-	     !ret && i < div_up((uint64_t)b->table_size * 8, s->cs); i++)
-		ret = free_later(&s->freed, b->table_offset / s->cs + i);
+	     !ret && i < div_up((uint64_t)b->head.table_size * 8, s->cs); i++)
+		ret = free_later(&s->freed, b->head.table_offset / s->cs + i);
 	free(table);
 	return ret;
 }
@@ -209,7 +210,7 @@ static int unmark_bitmap(const struct bitmap *b, void *arg)
 
 	if (!is_changed(s, b))
 		return 0;
-	return write_entry(s, b, entries_of(s, b), b->flags);
+	return write_entry(s, b, entries_of(s, b), b->head.flags);
 }
 
 static int each_bitmap(struct shrinker *s, bitmap_fn *fn)

@@ -16,9 +16,6 @@
 /* Of a LUKS header with its key slots; 2 MiB are usual. */
 #define MAX_LUKS	(64U << 20)
 
-#define BITMAP_ENTRY_RESERVED	0xff000000000001feULL
-#define BITMAP_ENTRY_ONES	1ULL	/* only if there is no offset */
-
 static uint64_t cluster_size(const struct verify *v)
 {
 	return 1ULL << v->img->geo.cluster_bits;
@@ -345,37 +342,32 @@ struct bitmap_walk {
 	uint32_t index;
 };
 
-static void bad_bitmap(struct verify *v, uint32_t index, uint64_t entry,
-		       const char *why)
-{
-	v->corruptions++;
-	v->uncertain = true;
-	say(v, "table of bitmap %u, entry 0x%" PRIx64 ": %s", index, entry, why);
-}
-
 static void collect_bitmap_entry(struct verify *v, uint32_t index,
 				 uint64_t entry)
 {
-	uint64_t off = entry & QCOW2_OFFSET_MASK;
+	enum qcow2_fault fault;
+	__u64 off = 0;
 
-	if (entry & BITMAP_ENTRY_RESERVED ||
-	    (off && entry & BITMAP_ENTRY_ONES))
-		bad_bitmap(v, index, entry,
-			   qcow2_fault_str(QCOW2_FAULT_ENTRY_RESERVED));
-	else if (off & (cluster_size(v) - 1))
-		bad_bitmap(v, index, entry,
-			   qcow2_fault_str(QCOW2_FAULT_ENTRY_UNALIGNED));
-	else if (off && !inside(v, off))
-		bad_bitmap(v, index, entry,
-			   qcow2_fault_str(QCOW2_FAULT_ENTRY_BEYOND));
-	else if (off)
-		add_ref(v, REF_BITMAP_DATA, index, off, cluster_size(v));
+	/* The file may end inside its last cluster. */
+	fault = qcow2_bitmap_entry_check(entry, v->img->geo.cluster_bits,
+					 align_up(v->img->node.size,
+						  cluster_size(v)), &off);
+	if (!fault) {
+		if (off)
+			add_ref(v, REF_BITMAP_DATA, index, off,
+				cluster_size(v));
+		return;
+	}
+	v->corruptions++;
+	v->uncertain = true;
+	say(v, "table of bitmap %u, entry 0x%" PRIx64 ": %s", index, entry,
+	    qcow2_fault_str(fault));
 }
 
 static int collect_bitmap(const struct bitmap *b, void *arg)
 {
 	struct bitmap_walk *w = arg;
-	uint64_t off = b->table_offset, left = (uint64_t)b->table_size * 8;
+	uint64_t off = b->head.table_offset, left = (uint64_t)b->head.table_size * 8;
 	struct verify *v = w->v;
 	__be64 chunk[512];
 	size_t i, n;

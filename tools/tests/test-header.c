@@ -554,19 +554,19 @@ static void test_directory(void **state)
 	size_t len;
 
 	(void)state;
-	len = entry(dir, 0, BITMAP_AUTO, "first", 5, 0);
-	len = entry(dir, len, BITMAP_IN_USE, "second one", 10, 8);
+	len = entry(dir, 0, QCOW2_BITMAP_AUTO, "first", 5, 0);
+	len = entry(dir, len, QCOW2_BITMAP_IN_USE, "second one", 10, 8);
 	assert_int_equal(bitmaps_parse(dir, len, 2, 16, see, &s, &why), 0);
 	assert_int_equal(s.n, 2);
 	expect_span(&s.b[0].name, "first");
-	assert_int_equal(s.b[0].flags, BITMAP_AUTO);
-	assert_int_equal(s.b[0].flags_at, 12);
-	assert_int_equal(s.b[0].table_offset, 7 * CLUSTER);
-	assert_int_equal(s.b[0].table_size, 1);
-	assert_int_equal(s.b[0].granularity_bits, 16);
+	assert_int_equal(s.b[0].head.flags, QCOW2_BITMAP_AUTO);
+	assert_int_equal(s.b[0].at, 0);
+	assert_int_equal(s.b[0].head.table_offset, 7 * CLUSTER);
+	assert_int_equal(s.b[0].head.table_size, 1);
+	assert_int_equal(s.b[0].head.granularity_bits, 16);
 	expect_span(&s.b[1].name, "second one");
-	assert_int_equal(s.b[1].flags, BITMAP_IN_USE);
-	assert_int_equal(s.b[1].flags_at, 32 + 12);
+	assert_int_equal(s.b[1].head.flags, QCOW2_BITMAP_IN_USE);
+	assert_int_equal(s.b[1].at, 32);
 
 	s = (struct seen){ .stop_at = 1 };
 	assert_int_equal(bitmaps_parse(dir, len, 2, 16, see, &s, &why), 42);
