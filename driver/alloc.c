@@ -65,6 +65,19 @@ static enum qcow2_fault qcow2_use_entry(struct qcow2_alloc *a, u64 offset)
 	return QCOW2_OK;
 }
 
+enum qcow2_fault qcow2_alloc_use(struct qcow2_alloc *a, u64 offset, u64 len)
+{
+	switch (qcow2_use(a, offset, len)) {
+	case QCOW2_USE_OK:
+		return QCOW2_OK;
+	case QCOW2_USE_OVERLAP:
+		return QCOW2_FAULT_ENTRY_OVERLAP;
+	case QCOW2_USE_BEYOND:
+		break;
+	}
+	return QCOW2_FAULT_ENTRY_BEYOND;
+}
+
 static int qcow2_read_reftable(struct qcow2_alloc *a)
 {
 	unsigned long i, n = qcow2_reftable_entries(a);

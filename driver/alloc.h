@@ -87,6 +87,12 @@ void qcow2_alloc_exit(struct qcow2_alloc *a);
 int qcow2_alloc_resume(struct qcow2_alloc *a);
 
 /*
+ * Something else lies there, @len bytes from @offset on: nothing else may.  QCOW2_OK, or what
+ * is wrong.  Process context, device suspended, after qcow2_alloc_resume().
+ */
+enum qcow2_fault qcow2_alloc_use(struct qcow2_alloc *a, u64 offset, u64 len);
+
+/*
  * Is there an L2 table that may be written, or a cluster reserved for it, for
  * L1 entry @i?  Any context.
  */

@@ -6,7 +6,7 @@
 #include "args.h"
 
 #define QCOW2_NR_ARGS		8
-#define QCOW2_MAX_FEATURES	10	/* words */
+#define QCOW2_MAX_FEATURES	11	/* words */
 
 static int qcow2_parse_feature(struct qcow2_args *args, const char *name,
 			       const char *value, char **error)
@@ -21,6 +21,8 @@ static int qcow2_parse_feature(struct qcow2_args *args, const char *name,
 		flag = &args->geo.ext_l2;
 	else if (!strcasecmp(name, "no_discard_passdown"))
 		flag = &args->no_passdown;
+	else if (!strcasecmp(name, "bitmaps"))
+		flag = &args->bitmaps;
 
 	if (flag) {
 		given = *flag;

@@ -18,6 +18,7 @@ struct qcow2_args {
 	bool read_only;
 	bool raw;			/* data_file_raw */
 	bool no_passdown;
+	bool bitmaps;			/* they are to be kept */
 	struct qcow2_geometry geo;	/* as given; size is the target's */
 };
 

@@ -123,6 +123,8 @@ static unsigned long qcow2_cache_drop(struct qcow2_cache *cache,
 {
 	unsigned long dropped = qcow2_map_drop(cache->map, nr);
 
+	if (!dropped && cache->drop_more)
+		dropped = cache->drop_more(cache->drop_arg, nr);
 	return dropped ? dropped : qcow2_map_forget_trims(cache->map, nr);
 }
 
@@ -183,6 +185,19 @@ static bool qcow2_drop_for_room(struct qcow2_cache *cache)
 		if (!qcow2_cache_drop(cache, QCOW2_DROP_BATCH))
 			return false;
 	return true;
+}
+
+void qcow2_cache_take_room(struct qcow2_cache *cache, unsigned long bytes)
+{
+	struct qcow2_map *map = cache->map;
+	unsigned long flags;
+
+	while (READ_ONCE(map->state_bytes) + bytes > cache->limit)
+		if (!qcow2_cache_drop(cache, QCOW2_DROP_BATCH))
+			break;
+	spin_lock_irqsave(&map->lock, flags);
+	qcow2_add_bytes(map, bytes);
+	spin_unlock_irqrestore(&map->lock, flags);
 }
 
 bool qcow2_cache_has_room(struct qcow2_cache *cache)

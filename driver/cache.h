@@ -34,6 +34,9 @@ struct qcow2_cache {
 	/* What it is to load.  A hint: who comes last is heard (WRITE_ONCE). */
 	unsigned long ahead_index;
 	unsigned long __percpu *misses;
+	/* Drops other things than slices, if it is not NULL; process context */
+	unsigned long (*drop_more)(void *arg, unsigned long nr);
+	void *drop_arg;
 };
 
 /**
@@ -81,6 +84,12 @@ void qcow2_cache_follow(struct qcow2_cache *cache, unsigned long index,
 
 /* Make a struct qcow2_slice of a tagged slot, if it still is one.  Workqueue. */
 void qcow2_cache_expand(struct qcow2_cache *cache, unsigned long index);
+
+/*
+ * Account for @bytes of memory that are not a slice's, and drop what there is too much of
+ * then, if that can be.  Process context.
+ */
+void qcow2_cache_take_room(struct qcow2_cache *cache, unsigned long bytes);
 
 /*
  * May hints for discards of one more slice use memory?  Drops slices if need be.  Process

@@ -114,9 +114,9 @@ struct qcow2_bitmap_head {
 	__be32 extra_size;
 };
 
-#define QCOW2_BITMAP_IN_USE		(1U << 0)	/* not up to date */
-#define QCOW2_BITMAP_AUTO		(1U << 1)	/* records what is written */
-#define QCOW2_BITMAP_EXTRA_COMPAT	(1U << 2)
+#define QCOW2_BITMAP_IN_USE		0x1U	/* not up to date */
+#define QCOW2_BITMAP_AUTO		0x2U	/* records what is written */
+#define QCOW2_BITMAP_EXTRA_COMPAT	0x4U
 #define QCOW2_BITMAP_KNOWN		(QCOW2_BITMAP_IN_USE | \
 					 QCOW2_BITMAP_AUTO | \
 					 QCOW2_BITMAP_EXTRA_COMPAT)
@@ -235,6 +235,7 @@ enum qcow2_fault {
 	QCOW2_FAULT_BITMAP_EXTRA,
 	QCOW2_FAULT_BITMAP_TABLE_SIZE,
 	QCOW2_FAULT_BITMAP_NONE,
+	QCOW2_FAULT_BITMAP_MANY,
 	QCOW2_FAULT_LAST
 };
 
@@ -363,6 +364,8 @@ static inline const char *qcow2_fault_str(enum qcow2_fault fault)
 		return "bitmap table does not fit the virtual size";
 	case QCOW2_FAULT_BITMAP_NONE:
 		return "bitmap table has an entry without a cluster";
+	case QCOW2_FAULT_BITMAP_MANY:
+		return "more than 16 bitmaps record";
 	case QCOW2_FAULT_LAST:
 		break;
 	}

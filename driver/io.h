@@ -7,6 +7,7 @@
 
 #include <linux/device-mapper.h>
 
+#include "bitmap.h"
 #include "claim.h"
 #include "header.h"
 #include "trim.h"
@@ -27,10 +28,12 @@ struct qcow2_target {
 	sector_t backing_end;		/* sectors of it; behind are zeros */
 	bool raw;			/* data_file_raw */
 	bool passdown;			/* of discards to the data device */
+	bool recording;			/* bitmaps; written while suspended */
 	struct qcow2_stats __percpu *stats;
 
 	struct qcow2_health health;
 	struct qcow2_map map;
+	struct qcow2_bitmaps bitmaps;	/* if they are to be kept */
 
 	/* ios that are more than a remap; for suspend, see there */
 	atomic_t slow;
@@ -47,6 +50,7 @@ struct qcow2_target {
 	u64 zeroed_from;		/* bytes; 0 = not given */
 	bool read_only_arg;
 	bool no_passdown_arg;
+	bool bitmaps_arg;
 	/* Goes on with an io on @io_wq */
 	void (*process)(struct work_struct *work);
 
@@ -117,6 +121,9 @@ struct qcow2_io {
 			struct work_struct work;
 			sector_t sector;
 			unsigned int left;	/* sectors */
+			/* Up to where all has been marked in the bitmaps */
+			sector_t marked;
+			unsigned long mark_round;
 		};
 		/* QCOW2_IO_FIRST_WRITE: units of the slice that it writes */
 		struct qcow2_write write;

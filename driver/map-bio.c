@@ -49,11 +49,21 @@ static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
 	qcow2_io_init(q, io, bio, NULL);
 	io->sector = bio->bi_iter.bi_sector;
 	io->left = bio_sectors(bio);
-	/* Changes of states are all that it writes. */
-	if (qcow2_zeroing(bio))
+	io->marked = io->sector;
+	io->mark_round = 0;
+	/* Changes of states are all that it writes, if it is not passed on. */
+	if (qcow2_zeroing(bio) && !q->raw)
 		qcow2_fua_to_commit(io, bio);
 	qcow2_io_queue(io);
 	return DM_MAPIO_SUBMITTED;
+}
+
+/* Has everything been done that the bitmaps need before a bio changes anything? */
+static bool qcow2_may_change(struct qcow2_target *q, struct bio *bio)
+{
+	return likely(!q->recording) ||
+	       qcow2_bitmaps_pass(&q->bitmaps, bio->bi_iter.bi_sector,
+				  bio_sectors(bio));
 }
 
 static int qcow2_map_flush(struct qcow2_target *q, struct qcow2_io *io,
@@ -128,6 +138,8 @@ static noinline int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 	if (unlikely(!qcow2_mode_writes(mode)) &&
 	    (qcow2_mode_no_writes(&q->health, mode) || (bio->bi_opf & REQ_FUA)))
 		return DM_MAPIO_KILL;
+	if (!qcow2_may_change(q, bio))
+		return qcow2_defer(q, io, bio);
 	nr = qcow2_lookup(map, sector, bio_sectors(bio), &state);
 	if (!nr)
 		return qcow2_defer(q, io, bio);
@@ -177,6 +189,8 @@ static int qcow2_map_zeroes(struct qcow2_target *q, struct qcow2_io *io,
 
 	if (unlikely(qcow2_mode_no_writes(&q->health, qcow2_mode(&q->health))))
 		return DM_MAPIO_KILL;
+	if (!qcow2_may_change(q, bio))
+		return qcow2_defer(q, io, bio);
 	/* Whatever the data device reads as then, the guest does, too. */
 	if (q->raw)
 		return qcow2_remap(q, bio);
@@ -227,6 +241,9 @@ int qcow2_map_bio(struct dm_target *ti, struct bio *bio)
 		break;
 	case (__force u32)REQ_OP_WRITE:
 		if (unlikely(!qcow2_mode_writes(qcow2_mode(&q->health))) ||
+		    (q->recording &&
+		     !qcow2_gate_open(&q->bitmaps.gate, sector,
+				      bio_sectors(bio))) ||
 		    unlikely(!qcow2_is_data(&q->map, sector, bio_sectors(bio))))
 			return qcow2_map_write(q, io, bio);
 		break;

@@ -460,6 +460,33 @@ static bool qcow2_process_run(struct qcow2_io *io, unsigned int nr,
 	return qcow2_write_new(io, nr, state);
 }
 
+/*
+ * Have all of an io marked in the bitmaps before any of it changes.  True if that is so, or
+ * if it has failed, which is noted; false if the io waits, and is no longer the caller's.
+ */
+static bool qcow2_mark_all(struct qcow2_io *io)
+{
+	struct qcow2_bitmaps *bm = &io->q->bitmaps;
+	sector_t end = io->sector + io->left;
+
+	while (io->marked < end) {
+		sector_t to = qcow2_bitmaps_piece(bm, io->marked, end);
+		int r = qcow2_bitmaps_mark(bm, io->marked, to - io->marked,
+					   &io->wait.node, &io->mark_round);
+
+		if (r > 0)
+			return false;
+		if (r < 0) {
+			qcow2_io_error(io, errno_to_blk_status(r));
+			return true;
+		}
+		io->marked = to;
+		io->mark_round = 0;
+		cond_resched();
+	}
+	return true;
+}
+
 void qcow2_process(struct work_struct *work)
 {
 	struct qcow2_io *io = container_of(work, struct qcow2_io, work);
@@ -468,6 +495,15 @@ void qcow2_process(struct work_struct *work)
 	unsigned int nr;
 	int r;
 
+	if (io->q->recording && op_is_write(bio_op(io->bio)) &&
+	    !qcow2_mark_all(io))
+		return;
+	/* With a raw data file all else has been done by map(). */
+	if (q->raw && qcow2_zeroing(io->bio) && !qcow2_error_get(&io->error)) {
+		qcow2_io_release(io);
+		qcow2_submit(io, q->data_bdev);
+		return;
+	}
 	while (io->left && !qcow2_error_get(&io->error)) {
 		r = qcow2_load_all(io);
 		if (r > 0)

@@ -11,6 +11,8 @@
  *	fill.c		first writes, zeros and copies around them
  *	io.c		life of a request that is more than a remap
  *	trim.c		discards that are passed down
+ *	bitmap.c	dirty bitmaps: the gate, marks, taking back
+ *	directory.c	finding the bitmaps of an image
  *	cache.c		loading slices, and letting them go
  *	commit.c	making changes durable
  *	alloc.c		metadata clusters and their refcounts
@@ -70,7 +72,7 @@ static void qcow2_wait_slow(struct qcow2_target *q)
 static void qcow2_postsuspend(struct dm_target *ti)
 {
 	struct qcow2_target *q = ti->private;
-	bool failed;
+	bool failed, settled;
 
 	/*
 	 * On suspend DM has waited for all bios.  On removal it has not, but
@@ -89,9 +91,13 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	qcow2_cache_settle(&q->cache);
 
 	/* What could not be written is in core only. */
+	settled = !q->recording || qcow2_bitmaps_settle(&q->bitmaps);
 	failed = qcow2_mode(&q->health) == QCOW2_FAIL;
-	q->kept = failed || !qcow2_map_clean(&q->map);
+	q->kept = failed || !settled || !qcow2_map_clean(&q->map);
 	if (!q->kept) {
+		if (q->recording)
+			qcow2_bitmaps_forget(&q->bitmaps);
+		q->recording = false;
 		qcow2_map_forget(&q->map);
 		if (!q->config.read_only)
 			qcow2_commit_reset(&q->commit);
@@ -105,6 +111,41 @@ static void qcow2_postsuspend(struct dm_target *ti)
 		       q->mdio.name, q->map.unwritten);
 		qcow2_claim_wait(&q->claim);
 	}
+}
+
+/* Does the table keep the bitmaps that the image wants to be kept? */
+static int qcow2_check_bitmaps(struct qcow2_target *q, char **error)
+{
+	struct qcow2_recording *found;
+	int r;
+
+	found = kmalloc(sizeof(*found), GFP_NOIO);
+	if (!found) {
+		*error = "Cannot allocate memory for the bitmaps";
+		return -ENOMEM;
+	}
+	r = qcow2_directory_read(&q->mdio, &q->config.geo, found, error);
+	if (!r && found->count && !q->bitmaps_arg) {
+		*error = "image has bitmaps that record: bitmaps is needed";
+		r = -EINVAL;
+	}
+	kfree(found);
+	return r;
+}
+
+static int qcow2_start_bitmaps(struct qcow2_target *q)
+{
+	char *error;
+	int r;
+
+	if (q->bitmaps_arg)
+		r = qcow2_bitmaps_start(&q->bitmaps, &q->config.geo, &error);
+	else
+		r = qcow2_check_bitmaps(q, &error);
+	if (r)
+		DMERR("%s: cannot resume: %s", q->mdio.name, error);
+	q->recording = !r && q->bitmaps.count;
+	return r;
 }
 
 /* Read what is needed before the first request. */
@@ -137,9 +178,10 @@ static int qcow2_start(struct qcow2_target *q)
 	r = qcow2_alloc_resume(&q->alloc);
 	if (r == -EUCLEAN) {
 		qcow2_mode_corrupt(&q->health);
-		r = 0;
+		/* Nothing can be written. */
+		return 0;
 	}
-	return r;
+	return r ? r : qcow2_start_bitmaps(q);
 }
 
 static int qcow2_preresume(struct dm_target *ti)
@@ -174,6 +216,8 @@ static void qcow2_resume(struct dm_target *ti)
 
 	if (!qcow2_map_clean(&q->map) && qcow2_mode(&q->health) != QCOW2_FAIL)
 		qcow2_commit_arm(&q->commit);
+	if (q->recording)
+		qcow2_bitmaps_arm(&q->bitmaps);
 	qcow2_trims_start(&q->trims);
 }
 
@@ -301,6 +345,7 @@ static void qcow2_dtr(struct dm_target *ti)
 		destroy_workqueue(q->alloc_wq);
 	qcow2_fill_exit(q);
 	qcow2_io_exit(q);
+	qcow2_bitmaps_exit(&q->bitmaps);
 	qcow2_commit_exit(&q->commit);
 	qcow2_map_exit(&q->map);
 	qcow2_cache_exit(&q->cache);
@@ -363,6 +408,18 @@ static int qcow2_create_trims(struct qcow2_target *q)
 	return r;
 }
 
+static int qcow2_create_bitmaps(struct qcow2_target *q)
+{
+	struct qcow2_bitmaps *bm = &q->bitmaps;
+
+	bm->map = &q->map;
+	bm->io = &q->mdio;
+	bm->alloc = &q->alloc;
+	bm->cache = &q->cache;
+	bm->health = &q->health;
+	return qcow2_bitmaps_init(bm);
+}
+
 /* All that is in memory, from the bottom up; no I/O */
 static int qcow2_create(struct qcow2_target *q)
 {
@@ -396,6 +453,8 @@ static int qcow2_create(struct qcow2_target *q)
 	r = qcow2_cache_init(&q->cache);
 	if (!r && q->passdown)
 		r = qcow2_create_trims(q);
+	if (!r && writer && q->bitmaps_arg)
+		r = qcow2_create_bitmaps(q);
 	return r;
 }
 
@@ -432,6 +491,7 @@ static int __qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 		goto bad;
 	q->read_only_arg = args.read_only;
 	q->no_passdown_arg = args.no_passdown;
+	q->bitmaps_arg = args.bitmaps;
 	q->cache_limit = args.cache_limit;
 	q->zeroed_from = args.zeroed_from;
 	q->raw = args.raw;
@@ -454,6 +514,8 @@ static int __qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 		goto bad;
 	}
 	r = qcow2_header_compare(&q->mdio, &q->config, read_only, &ti->error);
+	if (!r && !read_only)
+		r = qcow2_check_bitmaps(q, &ti->error);
 	if (r)
 		goto bad;
 	if (qcow2_claim_waits(q->mdio.bdev->bd_dev)) {
@@ -497,7 +559,8 @@ static unsigned int qcow2_nr_features(struct qcow2_target *q)
 {
 	return q->read_only_arg + q->raw + q->config.geo.ext_l2 +
 	       (q->backing_dev ? 2 : 0) + q->no_passdown_arg +
-	       (q->cache_limit ? 2 : 0) + (q->zeroed_from ? 2 : 0);
+	       (q->cache_limit ? 2 : 0) + (q->zeroed_from ? 2 : 0) +
+	       q->bitmaps_arg;
 }
 
 static unsigned int qcow2_emit_features(struct qcow2_target *q, char *result,
@@ -518,6 +581,8 @@ static unsigned int qcow2_emit_features(struct qcow2_target *q, char *result,
 		DMEMIT(" cache_limit %llu", q->cache_limit);
 	if (q->zeroed_from)
 		DMEMIT(" zeroed_from %llu", q->zeroed_from);
+	if (q->bitmaps_arg)
+		DMEMIT(" bitmaps");
 	return sz;
 }
 
@@ -535,6 +600,7 @@ static unsigned int qcow2_status_info(struct qcow2_target *q, char *result,
 	struct qcow2_map *map = &q->map;
 	const struct qcow2_geometry *geo = &map->geo;
 	u64 hits = 0, misses = 0, first_writes = 0;
+	struct qcow2_bitmap_counts counts;
 	unsigned int sz = 0;
 	int cpu;
 
@@ -552,9 +618,16 @@ static unsigned int qcow2_status_info(struct qcow2_target *q, char *result,
 	       hits, misses, first_writes, READ_ONCE(q->commit.commits),
 	       READ_ONCE(map->drops), READ_ONCE(q->refused));
 	sz = qcow2_emit_features(q, result, maxlen, sz);
-	DMEMIT(" 6 unwritten %lu free_clusters %llu trims %lu",
-	       READ_ONCE(map->unwritten), qcow2_alloc_free(&q->alloc),
-	       READ_ONCE(map->nr_trims_todo));
+	DMEMIT(" %u unwritten %lu free_clusters %llu trims %lu",
+	       q->recording ? 16 : 6, READ_ONCE(map->unwritten),
+	       qcow2_alloc_free(&q->alloc), READ_ONCE(map->nr_trims_todo));
+	if (q->recording) {
+		qcow2_bitmaps_count(&q->bitmaps, &counts);
+		DMEMIT(" bitmaps %u exact_granules %llu durable_granules %llu",
+		       q->bitmaps.count, counts.exact, counts.durable);
+		DMEMIT(" mark_waits %lu taken_back %lu", counts.waits,
+		       counts.taken_back);
+	}
 	DMEMIT(" %s", qcow2_mode_name(qcow2_mode(&q->health)));
 	return sz;
 }
@@ -592,6 +665,20 @@ static void qcow2_status(struct dm_target *ti, status_type_t type,
 		       q->backing_dev ? q->backing_dev->name : "-");
 		break;
 	}
+}
+
+/*
+ * bitmap_sync: have on disk, for each bitmap, what has been changed and no more.  What changes
+ * meanwhile may be there or not.
+ */
+static int qcow2_message(struct dm_target *ti, unsigned int argc, char **argv,
+			 char *result, unsigned int maxlen)
+{
+	struct qcow2_target *q = ti->private;
+
+	if (argc != 1 || strcasecmp(argv[0], "bitmap_sync"))
+		return -EINVAL;
+	return q->recording ? qcow2_bitmaps_sync(&q->bitmaps) : 0;
 }
 
 /* The metadata device has neither the size nor the limits of this one. */
@@ -646,7 +733,7 @@ static void qcow2_io_hints(struct dm_target *ti, struct queue_limits *limits)
 
 static struct target_type qcow2_target = {
 	.name = "qcow2",
-	.version = {1, 2, 0},
+	.version = {1, 3, 0},
 	.features = DM_TARGET_NOWAIT,
 	.module = THIS_MODULE,
 	.ctr = qcow2_ctr,
@@ -659,6 +746,7 @@ static struct target_type qcow2_target = {
 	.preresume = qcow2_preresume,
 	.resume = qcow2_resume,
 	.status = qcow2_status,
+	.message = qcow2_message,
 	.iterate_devices = qcow2_iterate_devices,
 	.io_hints = qcow2_io_hints,
 };
