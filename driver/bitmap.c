@@ -46,7 +46,8 @@ struct qcow2_bits {
 	bool writing;			/* by a marker, or by who takes back */
 	bool loose;			/* more may be durable than is exact */
 	bool unsure;			/* a write has failed: it has to be written */
-	u32 ahead_first, ahead_end;	/* bits to be marked ahead; the same: none */
+	/* Bits to be marked ahead; the same: none.  While @rounds is not 0 they stay. */
+	u32 ahead_first, ahead_end;
 	unsigned long tried;		/* the last round that has written it */
 	blk_status_t status;		/* what came of that */
 	/* As on disk: byte by byte, the lowest bit first ("Bitmap") */
@@ -278,26 +279,46 @@ static void qcow2_account_bits(struct qcow2_bitmaps *bm, long n)
 	spin_unlock_irqrestore(&bm->map->lock, flags);
 }
 
-/* Row 1.  0 or a negative errno. */
+/* A block that is in core, which stays until it is unpinned; or NULL */
+static struct qcow2_bits *qcow2_pin_bits(struct qcow2_bitmaps *bm,
+					 struct qcow2_record *rec, u64 index)
+{
+	struct qcow2_bits *b;
+
+	spin_lock_irq(&bm->lock);
+	b = qcow2_find_bits(rec, index);
+	if (b)
+		b->users++;
+	spin_unlock_irq(&bm->lock);
+	return b;
+}
+
+/* Row 1, if need be.  Sets @bits to the block, pinned.  0 or a negative errno. */
 static int qcow2_load_bits(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
-			   u64 index)
+			   u64 index, struct qcow2_bits **bits)
 {
 	struct qcow2_bits *b;
 	int r = 0;
+
+	*bits = qcow2_pin_bits(bm, rec, index);
+	if (*bits)
+		return 0;
 
 	/*
 	 * One after the other: what is read here must not be older than what somebody
 	 * else has read, changed and dropped meanwhile.
 	 */
 	mutex_lock(&bm->loading);
-	if (qcow2_find_bits(rec, index))
+	*bits = qcow2_pin_bits(bm, rec, index);
+	if (*bits)
 		goto out;
 	qcow2_cache_take_room(bm->cache, qcow2_bits_memory(bm));
 	b = mempool_alloc(&bm->blocks, GFP_NOIO);
 	b->rec = rec;
 	b->index = index;
+	INIT_LIST_HEAD(&b->lru);
 	INIT_LIST_HEAD(&b->todo);
-	b->users = 0;
+	b->users = 1;
 	b->rounds = 0;
 	b->writing = false;
 	b->loose = false;
@@ -323,6 +344,7 @@ static int qcow2_load_bits(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
 	spin_lock_irq(&bm->lock);
 	list_add_tail(&b->lru, &bm->lru);
 	spin_unlock_irq(&bm->lock);
+	*bits = b;
 out:
 	mutex_unlock(&bm->loading);
 	return r;
@@ -435,7 +457,8 @@ bool qcow2_bitmaps_pass(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr)
 	if (qcow2_bitmaps_piece(bm, sector, sector + nr) != sector + nr)
 		return false;
 	spin_lock_irqsave(&bm->lock, flags);
-	durable = qcow2_range_is_durable(bm, sector, nr);
+	/* It is all over if there are none: see qcow2_map_forget(). */
+	durable = bm->count && qcow2_range_is_durable(bm, sector, nr);
 	if (durable) {
 		qcow2_range_set_exact(bm, sector, nr);
 		qcow2_open_gate(bm, sector, nr);
@@ -485,13 +508,13 @@ static void qcow2_mark_ahead(struct qcow2_bitmaps *bm, sector_t sector,
 			if (!b)
 				continue;
 			qcow2_bits_range(bm, rec, from, to - from, &first, &n);
-			if (b->ahead_first == b->ahead_end ||
-			    first > b->ahead_end || first + n < b->ahead_first) {
-				b->ahead_first = first;
-				b->ahead_end = first + n;
-			} else {
+			if (b->ahead_first != b->ahead_end &&
+			    first <= b->ahead_end && first + n >= b->ahead_first) {
 				b->ahead_first = min(b->ahead_first, first);
 				b->ahead_end = max(b->ahead_end, first + n);
+			} else if (!b->rounds) {
+				b->ahead_first = first;
+				b->ahead_end = first + n;
 			}
 		}
 		from = to;
@@ -544,31 +567,23 @@ static void qcow2_want_marks(struct qcow2_bitmaps *bm, sector_t sector,
 int qcow2_bitmaps_mark(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr,
 		       struct list_head *waiter, unsigned long *round)
 {
-	unsigned int i;
+	struct qcow2_bits *bits[QCOW2_MAX_RECORDING];
+	unsigned int i, pinned;
 	int r = 0;
 
-again:
 	if (qcow2_mode(bm->health) == QCOW2_FAIL)
 		return qcow2_bitmaps_pass(bm, sector, nr) ? 0 : -EIO;
-	for (i = 0; i < bm->count; i++) {
-		struct qcow2_record *rec = bm->records + i;
+	for (pinned = 0; pinned < bm->count; pinned++) {
+		struct qcow2_record *rec = bm->records + pinned;
 		u64 index = sector >> rec->shift >> qcow2_bits_shift(bm);
 
-		if (qcow2_find_bits(rec, index))
-			continue;
-		r = qcow2_load_bits(bm, rec, index);
+		r = qcow2_load_bits(bm, rec, index, bits + pinned);
 		if (r)
-			return r;
+			break;
 	}
 	spin_lock_irq(&bm->lock);
-	for (i = 0; i < bm->count; i++) {
-		if (qcow2_range_bits(bm, bm->records + i, sector))
-			continue;
-		/* It has been dropped again. */
-		spin_unlock_irq(&bm->lock);
-		cond_resched();
-		goto again;
-	}
+	if (r)
+		goto out;
 	qcow2_range_set_exact(bm, sector, nr);
 	if (qcow2_range_is_durable(bm, sector, nr)) {
 		qcow2_open_gate(bm, sector, nr);
@@ -588,6 +603,8 @@ again:
 	/* Under the lock: the waiter may end as soon as it is not held. */
 	qcow2_kick_markers(bm);
 out:
+	for (i = 0; i < pinned; i++)
+		bits[i]->users--;
 	spin_unlock_irq(&bm->lock);
 	return r;
 }
@@ -662,8 +679,6 @@ static void qcow2_fill_mark(struct qcow2_bitmaps *bm, struct qcow2_mark *mark)
 	if (b->ahead_first != b->ahead_end) {
 		qcow2_bits_set(mark->buf, b->ahead_first,
 			       b->ahead_end - b->ahead_first);
-		b->ahead_first = 0;
-		b->ahead_end = 0;
 		b->loose = true;
 	}
 }
@@ -720,6 +735,8 @@ static void qcow2_marked(struct qcow2_bitmaps *bm, struct qcow2_mark *mark,
 	unsigned int i;
 
 	b->rounds--;
+	if (!b->rounds)
+		b->ahead_first = b->ahead_end;
 	b->tried = round;
 	b->status = status;
 	if (status) {
@@ -917,21 +934,18 @@ static void qcow2_idle_worker(struct work_struct *work)
 void qcow2_bitmaps_forget(struct qcow2_bitmaps *bm)
 {
 	struct qcow2_bits *b, *next;
-	unsigned int i;
+	unsigned int i, count;
 	unsigned long p;
+	LIST_HEAD(gone);
 
-	list_for_each_entry_safe(b, next, &bm->lru, lru) {
-		mempool_free(b, &bm->blocks);
-		qcow2_account_bits(bm, -1);
-	}
-	INIT_LIST_HEAD(&bm->lru);
-	INIT_LIST_HEAD(&bm->todo);
-	for (i = 0; i < bm->count; i++) {
-		xa_destroy(&bm->records[i].blocks);
-		kvfree(bm->records[i].clusters);
-		bm->records[i].clusters = NULL;
-	}
+	/* Whoever looks for room, or for status, may be at it. */
 	spin_lock_irq(&bm->lock);
+	count = bm->count;
+	WRITE_ONCE(bm->count, 0);
+	list_splice_init(&bm->lru, &gone);
+	INIT_LIST_HEAD(&bm->todo);
+	for (i = 0; i < count; i++)
+		xa_destroy(&bm->records[i].blocks);
 	for (p = 0; bm->gate.pieces && p < bm->gate.nr_pieces; p++) {
 		struct qcow2_piece *piece;
 
@@ -943,10 +957,17 @@ void qcow2_bitmaps_forget(struct qcow2_bitmaps *bm)
 		qcow2_account_piece(bm, -1);
 		call_rcu(&piece->rcu, qcow2_piece_free);
 	}
-	spin_unlock_irq(&bm->lock);
-	bm->count = 0;
 	bm->next = 0;
 	bm->ahead = 0;
+	spin_unlock_irq(&bm->lock);
+	list_for_each_entry_safe(b, next, &gone, lru) {
+		mempool_free(b, &bm->blocks);
+		qcow2_account_bits(bm, -1);
+	}
+	for (i = 0; i < count; i++) {
+		kvfree(bm->records[i].clusters);
+		bm->records[i].clusters = NULL;
+	}
 }
 
 bool qcow2_bitmaps_settle(struct qcow2_bitmaps *bm)
@@ -973,8 +994,6 @@ static int qcow2_start_record(struct qcow2_bitmaps *bm,
 	int r;
 
 	rec->shift = b->granularity_bits - SECTOR_SHIFT;
-	rec->nr_bits = qcow2_bitmap_bits(geo->size, b->granularity_bits);
-	rec->nr_clusters = b->table_size;
 	rec->clusters = kvmalloc_array(b->table_size, sizeof(*rec->clusters),
 				       GFP_KERNEL | __GFP_NOWARN);
 	if (!rec->clusters) {
@@ -1070,7 +1089,7 @@ void qcow2_bitmaps_count(struct qcow2_bitmaps *bm,
 	unsigned int i;
 
 	*counts = (struct qcow2_bitmap_counts){};
-	for (i = 0; i < bm->count; i++) {
+	for (i = 0; i < READ_ONCE(bm->count); i++) {
 		unsigned long index = 0;
 		struct qcow2_bits *b;
 

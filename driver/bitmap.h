@@ -40,10 +40,11 @@
  *	10 a block is dropped		gone	gone		closed first; what requests
  *								have seen open is on disk
  *
- * A block is written by one worker at a time.  What a mark writes is what is exact when
- * the write begins, and a piece ahead of sequential writers.  Two marks overlap: while
- * one waits for its flush the other one writes, the same blocks too, for marks only
- * add to what is on disk.  Taking back takes away from it, so it waits until no mark of
+ * A block is written by one worker at a time.  What a mark writes is what is exact or durable when
+ * the write begins, and a piece ahead of sequential writers, which does not get smaller as long
+ * as a mark of the block is on its way.  So two marks overlap: while one waits for its flush the
+ * other one writes, the same blocks too, for each only adds to what the one before has
+ * written.  Taking back takes away from it, so it waits until no mark of
  * that block is on its way, and no mark begins before it has ended.
  *
  * A flush of the metadata device that fails ends all of it (mode fail), as it does for
@@ -88,8 +89,6 @@ struct qcow2_piece {
 /* A bitmap that records; constant while the table is live, but for @blocks. */
 struct qcow2_record {
 	unsigned int shift;		/* log2 of sectors per granule */
-	u64 nr_bits;
-	u32 nr_clusters;
 	u32 *clusters;			/* where its bits are, by cluster of bits */
 	/* struct qcow2_bits by index; added by who reads them, erased under the lock */
 	struct xarray blocks;
