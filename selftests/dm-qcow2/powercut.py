@@ -5,6 +5,7 @@ import re
 import shutil
 
 import qcow2test
+from bitmaps import allocate
 from qcow2image import RAW
 from qcow2test import MIB, Dm, Loop, expect, note, run
 
@@ -90,9 +91,10 @@ class Recording:
     """An image on two slices of a device whose writes are logged."""
 
     def __init__(self, bench, name, size, room=None, data_size=None, backing=0, raw=False, mapped=False,
-                 export=True, **options):
+                 export=True, bitmaps=(), **options):
         """room: size of the metadata device, in bytes; without it, that of the worst
         case. data_size: of the data device, if it is to be larger than the image.
+        bitmaps: granularities of those that record.
         backing: size of a raw backing file. raw: data_file_raw, but nothing is allocated.
         mapped: let qcow2setup open the image.
         export: leave the recording to the host, if it wants it."""
@@ -110,6 +112,11 @@ class Recording:
         if raw:
             # QEMU would allocate everything.
             self.image.set("autoclear_features", RAW)
+        names = [f"b{n}" for n in range(len(bitmaps))]
+        for n, granularity in zip(names, bitmaps):
+            run("qemu-img", "bitmap", "--add", "-g", granularity, self.image.path, n)
+        self.image.trim()
+        allocate(self.image, *names)
         end = -(-self.image.file_size() // self.image.cluster) * self.image.cluster
         self.image.extend()
         self.meta_size = room or -(-self.image.file_size() // 4096) * 4096
@@ -137,6 +144,8 @@ class Recording:
         features = ()
         if backing:
             features = ("backing_dev", bench.add(Loop(path, readonly=True)).path)
+        if bitmaps:
+            features = (*features, "bitmaps")
         if mapped:
             self.dm = bench.add(Mapped(self.meta.path, name, self.data.path))
         else:

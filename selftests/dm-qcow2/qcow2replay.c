@@ -32,6 +32,9 @@
  *	  allow, given those that were acknowledged before a flush that ended before
  *	  (or another command judges the content: -c); with data_file_raw, those that
  *	  the data device has, too
+ *	- in here: bitmaps that record are valid, and have the bit of each granule set
+ *	  whose content is not what it was before the load; when the device has been
+ *	  closed, of no other than those that requests have asked to change
  *	- by "qemu-img check" and "qcow2setup check", if the metadata is not that of
  *	  a state that they have seen; all three have to agree about leaks
  *	- a share of them by "qemu-img compare" with the view of this program
@@ -128,12 +131,14 @@ static struct list pending[2];
 static uint32_t *must;			/* per sector: oldest version that may be seen */
 static int64_t *zero_version;		/* latest that consists of zeros */
 static uint64_t size_must;		/* sectors */
+static uint8_t *asked;			/* per sector: by a request to change it */
 static int last_sync = -1;		/* number of the last mark 's' */
 
 /* Of all workers */
 static struct {
 	unsigned long states, prefixes, minimal, subsets, checks, compares, commands;
 	unsigned long failures, max_leaks;
+	unsigned long max_over;		/* granules of 10,000 that are marked without need */
 } *sum;
 
 static unsigned int jobs = 1, worker, subsets = 2, share = 1;
@@ -529,8 +534,17 @@ static bool judge_sector(uint64_t s, enum class c, enum qcow2_state state)
  * The image
  */
 
+#define MAX_BITMAPS	20
+
+struct recorded {
+	struct qcow2_bitmap b;
+	const uint8_t *table;
+};
+
 struct image {
 	struct qcow2_geometry g;
+	unsigned int nr_bitmaps;
+	struct recorded bitmaps[MAX_BITMAPS];	/* that record */
 	uint64_t clusters;		/* of the metadata device */
 	uint64_t leaks;
 	uint8_t *refs;
@@ -554,6 +568,97 @@ static bool refer(struct image *im, uint64_t offset, uint64_t nr, const char *wh
 		if (im->refs[c])
 			return fault("corrupt", "cluster %#" PRIx64 " is used twice, by %s", c, what);
 		im->refs[c++] = 1;
+	}
+	return true;
+}
+
+static bool bad_bitmaps(enum qcow2_fault f)
+{
+	return fault("corrupt", "bitmaps: %s", qcow2_fault_str(f));
+}
+
+/* The entries of a bitmap's table */
+static bool walk_bitmap(struct image *im, const uint8_t *meta, const struct qcow2_bitmap *b)
+{
+	uint64_t bytes = conf.meta_sectors * SECTOR, cs = 1ULL << im->g.cluster_bits;
+	enum qcow2_fault f;
+	__u64 off = 0;
+	uint32_t i;
+
+	f = qcow2_bitmap_record_check(b, im->g.size, im->g.cluster_bits, bytes);
+	if (f)
+		return bad_bitmaps(f);
+	if (!refer(im, b->table_offset, (b->table_size * 8ULL + cs - 1) >> im->g.cluster_bits, "a bitmap's table"))
+		return false;
+	for (i = 0; i < b->table_size; i++) {
+		f = qcow2_bitmap_entry_check(be64_at(meta + b->table_offset + 8 * i), im->g.cluster_bits, bytes, &off);
+		if (f)
+			return bad_bitmaps(f);
+		if (off && !refer(im, off, 1, "a bitmap"))
+			return false;
+	}
+	return true;
+}
+
+static bool walk_directory(struct image *im, const uint8_t *meta, const struct qcow2_bitmap_dir *dir)
+{
+	uint64_t pos = dir->offset, left = dir->size, cs = 1ULL << im->g.cluster_bits;
+	struct qcow2_bitmap_head head;
+	struct qcow2_bitmap b;
+	enum qcow2_fault f;
+	uint32_t i;
+
+	if (dir->offset > conf.meta_sectors * SECTOR || left > conf.meta_sectors * SECTOR - dir->offset)
+		return fault("corrupt", "bitmap directory is not there");
+	if (!refer(im, dir->offset, (left + cs - 1) >> im->g.cluster_bits, "the bitmap directory"))
+		return false;
+	for (i = 0; i < dir->count; i++) {
+		if (left < sizeof(head))
+			return bad_bitmaps(QCOW2_FAULT_BITMAP_CUT);
+		memcpy(&head, meta + pos, sizeof(head));
+		f = qcow2_bitmap_decode(&head, left, im->g.cluster_bits, &b);
+		if (f)
+			return bad_bitmaps(f);
+		pos += qcow2_bitmap_bytes(&b);
+		left -= qcow2_bitmap_bytes(&b);
+		if (b.flags & QCOW2_BITMAP_IN_USE)
+			return fault("bitmap", "bitmap %u is not valid", i);
+		if (!walk_bitmap(im, meta, &b))
+			return false;
+		if (!qcow2_bitmap_records(&b))
+			continue;
+		if (im->nr_bitmaps == MAX_BITMAPS)
+			die("there are too many bitmaps");
+		im->bitmaps[im->nr_bitmaps++] = (struct recorded){ b, meta + b.table_offset };
+	}
+	return true;
+}
+
+/* The bitmaps extension, if there is one; the header vouches for it then. */
+static bool walk_bitmaps(struct image *im, const uint8_t *meta, const struct qcow2_header *header)
+{
+	uint64_t pos = be32_to_cpu(header->header_length), end = 1ULL << im->g.cluster_bits;
+	struct qcow2_bitmaps_ext data;
+	struct qcow2_bitmap_dir dir;
+	struct qcow2_extension e;
+	enum qcow2_fault f;
+
+	im->nr_bitmaps = 0;
+	while (pos + sizeof(e) <= end) {
+		memcpy(&e, meta + pos, sizeof(e));
+		pos += sizeof(e);
+		if (be32_to_cpu(e.type) == QCOW2_EXT_END)
+			break;
+		if (be32_to_cpu(e.type) == QCOW2_EXT_BITMAPS) {
+			memcpy(&data, meta + pos, sizeof(data));
+			f = qcow2_bitmaps_ext_check(&data, be32_to_cpu(e.len), im->g.cluster_bits, &dir);
+			if (f)
+				return bad_bitmaps(f);
+			if (!(be64_to_cpu(header->autoclear_features) & QCOW2_AUTOCLEAR_BITMAPS))
+				return fault("bitmap", "the header does not vouch for the bitmaps");
+			return walk_directory(im, meta, &dir);
+		}
+		pos += (be32_to_cpu(e.len) + 7ULL) & ~7ULL;
 	}
 	return true;
 }
@@ -595,6 +700,8 @@ static bool walk(struct image *im, const uint8_t *meta)
 		if (!refer(im, entry & QCOW2_OFFSET_MASK, 1, "an L2 table"))
 			return false;
 	}
+	if (!walk_bitmaps(im, meta, &header))
+		return false;
 	count = ((uint64_t)g->reftable_clusters << g->cluster_bits) / 8;
 	for (i = 0; i < count; i++) {
 		uint64_t entry = be64_at(meta + g->reftable_offset + 8 * i);
@@ -685,6 +792,69 @@ static bool judge_unit(const struct state *st, uint64_t sector, uint64_t end, en
 			good &= judge_sector(sector, content(st, sector), QCOW2_DATA);
 	}
 	return good;
+}
+
+/*
+ * Bitmaps
+ */
+
+static bool is_set(const struct state *st, const struct recorded *r, uint64_t bit)
+{
+	uint64_t bits = 8ULL << now.g.cluster_bits;
+	uint64_t entry = be64_at(r->table + bit / bits * 8), off = entry & QCOW2_OFFSET_MASK;
+
+	if (!off)
+		return entry & QCOW2_BITMAP_ENTRY_ONES;
+	return st->meta[off + bit % bits / 8] >> bit % 8 & 1;
+}
+
+/* Is each sector marked that does not read as before the load? */
+static bool judge_marks(const struct state *st, uint64_t sector, uint64_t end, enum qcow2_state state)
+{
+	unsigned int i;
+
+	for (; sector < end; sector++) {
+		enum class before = sector < conf.backing_sectors ? BACKING : ZEROS, c = ZEROS;
+
+		if (state == QCOW2_DATA)
+			c = content(st, sector);
+		else if (state == QCOW2_UNALLOCATED)
+			c = before;
+		if (c == before && (!conf.raw || content(st, sector) == before))
+			continue;
+		for (i = 0; i < now.nr_bitmaps; i++)
+			if (!is_set(st, now.bitmaps + i, sector >> (now.bitmaps[i].b.granularity_bits - 9)))
+				return fault("unmarked", "sector %" PRIu64 " has changed, and bitmap %u does not say so",
+					     sector, i);
+	}
+	return true;
+}
+
+/* Count bits that are set and that no request is the reason of; none may be if @exact. */
+static bool judge_excess(const struct state *st, bool exact)
+{
+	unsigned int i;
+
+	for (i = 0; i < now.nr_bitmaps; i++) {
+		struct recorded *r = now.bitmaps + i;
+		uint64_t sectors = 1ULL << (r->b.granularity_bits - 9), size = now.g.size / SECTOR;
+		uint64_t bits = qcow2_bitmap_bits(now.g.size, r->b.granularity_bits), bit, s, over = 0;
+
+		for (bit = 0; bit < bits; bit++) {
+			bool wanted = false;
+
+			for (s = bit * sectors; s < (bit + 1) * sectors && s < size && !wanted; s++)
+				wanted = asked[s];
+			if (is_set(st, r, bit) && !wanted)
+				over++;
+		}
+		if (over && exact)
+			return fault("excess", "%" PRIu64 " of %" PRIu64 " granules of bitmap %u are set without a reason",
+				     over, bits, i);
+		if (over * 10000 / bits > sum->max_over)
+			sum->max_over = over * 10000 / bits;
+	}
+	return true;
 }
 
 /*
@@ -893,6 +1063,10 @@ static void judge(const struct state *st, unsigned int n, const char *what, bool
 		return;
 	}
 	if (conf.seed && !each_unit(&now, st, judge_unit))
+		return;
+	if (now.nr_bitmaps &&
+	    (!each_unit(&now, st, judge_marks) ||
+	     !judge_excess(st, conf.closed && n + 1 == nr_entries && !strcmp(what, "all writes"))))
 		return;
 	if (check_share && (important || !below(check_share)) &&
 	    !seen_before(st->meta) && !check_outside(st))
@@ -1164,6 +1338,10 @@ int main(int argc, char **argv)
 	zero_version = zalloc(conf.data_sectors, sizeof(*zero_version));
 	for (s = 0; s < conf.backing_sectors && s < conf.data_sectors; s++)
 		zero_version[s] = -1;
+	asked = zalloc(conf.data_sectors, 1);
+	for (i = 0; i < nr_requests; i++)
+		for (s = requests[i].sector; s < requests[i].sector + requests[i].nr; s++)
+			asked[s] = 1;
 	look_at_ends();
 	if (!now.clusters)
 		die("%s: the image was not sound before the load", folder);
@@ -1189,6 +1367,9 @@ int main(int argc, char **argv)
 	       "#   %lu judged by content command; at most %lu clusters leaked; %lu faults\n",
 	       folder, nr_requests, nr_entries, sum->states, sum->prefixes, sum->minimal, sum->subsets,
 	       sum->checks, sum->compares, sum->commands, sum->max_leaks, sum->failures);
+	if (now.nr_bitmaps)
+		printf("#   of the granules of a bitmap at most %lu.%02lu percent were set without a reason, none at the end\n",
+		       sum->max_over / 100, sum->max_over % 100);
 	printf("states %lu faults %lu\n", sum->states, sum->failures);
 	return sum->failures ? 1 : 0;
 }

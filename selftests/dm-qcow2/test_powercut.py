@@ -31,6 +31,11 @@ LOADS = {
     "raw": (300, ("-w", "66,10,14,0,10"), {"size": 2 * MIB, "cluster": 2 * KIB, "raw": True}),
     # one request after the other
     "serial": (200, ("-t", 1), {"size": 2 * MIB, "cluster": 2 * KIB}),
+    # Granules that are smaller and larger than what requests write, and than units
+    "bitmaps": (400, (), {"size": 8 * MIB, "cluster": 4 * KIB, "bitmaps": (512, 4 * KIB, 64 * KIB)}),
+    "bitmaps_raw": (300, ("-w", "66,10,14,0,10"), {"size": 4 * MIB, "cluster": 512, "raw": True, "bitmaps": (4 * KIB, 32 * KIB)}),
+    "bitmaps_extended": (300, (), {"size": 4 * MIB - 1536, "cluster": 16 * KIB, "extended": True, "backing": 3 * MIB - 512,
+                                   "bitmaps": (8 * KIB,)}),
     # 64 tables, and room for some of them
     "full": (300, ("-e",), {"size": 8 * MIB, "cluster": KIB, "room": 40 * KIB}),
 }
