@@ -24,8 +24,10 @@
 #define QCOW2_OPEN_MOST		128
 
 /* What is marked ahead of a sequential writer: from, up to; sectors */
-#define QCOW2_AHEAD_FIRST	(SZ_128K >> SECTOR_SHIFT)
+#define QCOW2_AHEAD_FIRST	(SZ_64K >> SECTOR_SHIFT)
 #define QCOW2_AHEAD_MOST	(SZ_16M >> SECTOR_SHIFT)
+/* So many times a mark has to follow the one before until that is done. */
+#define QCOW2_AHEAD_STREAK	2
 
 /* Bits that nobody has asked for are taken back when there was no mark for so long. */
 #define QCOW2_IDLE_PERIOD	(2 * HZ)
@@ -490,6 +492,11 @@ static void qcow2_mark_ahead(struct qcow2_bitmaps *bm, sector_t sector,
 	if (!bm->next || i == bm->count) {
 		bm->next = end;
 		bm->ahead = 0;
+		bm->streak = 0;
+		return;
+	}
+	if (++bm->streak < QCOW2_AHEAD_STREAK) {
+		bm->next = end;
 		return;
 	}
 	bm->ahead = clamp_t(sector_t, 2 * bm->ahead, QCOW2_AHEAD_FIRST,
@@ -959,6 +966,7 @@ void qcow2_bitmaps_forget(struct qcow2_bitmaps *bm)
 	}
 	bm->next = 0;
 	bm->ahead = 0;
+	bm->streak = 0;
 	spin_unlock_irq(&bm->lock);
 	list_for_each_entry_safe(b, next, &gone, lru) {
 		mempool_free(b, &bm->blocks);

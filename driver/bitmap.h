@@ -146,6 +146,7 @@ struct qcow2_bitmaps {
 	/* Sequential writers: where the next one is expected, what was marked ahead; sectors */
 	sector_t next;
 	sector_t ahead;
+	unsigned int streak;		/* marks in a row that have followed the one before */
 	unsigned long waits;		/* requests that had to wait */
 	unsigned long taken_back;	/* granules */
 };

@@ -152,5 +152,82 @@ for _kind in KINDS:
     test(f"all kinds of requests: {words(_kind)}", _kind)(matrix)
 
 
+class Backup:
+    """A copy that is brought up to date by what a bitmap says has changed since it was made."""
+
+    def __init__(self, bench, dm, size):
+        self.size = size
+        disk = Io(dm.path)
+        self.data = bytearray(b"".join(disk.read(at, min(MIB, size - at)) for at in range(0, size, MIB)))
+        disk.close()
+
+    def update(self, disk, bitmap):
+        bits, copied = bitmap.content(), 0
+        for n in range(bitmap.count):
+            if bits >> n & 1:
+                at = n * bitmap.granularity
+                length = min(bitmap.granularity, self.size - at)
+                self.data[at:at + length] = disk.read(at, length)
+                copied += 1
+        return copied
+
+    def compare(self, disk, what):
+        for at in range(0, self.size, MIB):
+            length = min(MIB, self.size - at)
+            same(disk.read(at, length), bytes(self.data[at:at + length]), at, what)
+
+
+def consumer(bench, kind, rounds):
+    """What a backup has is copied by the bitmaps alone, and has to be all of the disk."""
+    note(f"SEED={SEED}")
+    rng = random.Random(SEED)
+    image, names = setup(bench, *kind)
+    dm = image.open("bitmaps")
+    line = dm.table()
+    disk = bench.io(dm)
+    first = {name: Backup(bench, dm, image.size) for name in names}
+    everything = []
+    for n in range(rounds):
+        several = [Requests(image, disk, random.Random(rng.random())) for _ in range(4)]
+
+        def some(requests):
+            for _ in range(rng.randrange(1, 12)):
+                requests.one()
+        in_parallel(some, *((r,) for r in several))
+        for requests in several:
+            everything += requests.ranges
+        what = rng.choice(("sync", "suspend", "reload", "close", "drop"))
+        if what == "sync":
+            run("dmsetup", "message", dm.name, 0, "bitmap_sync")
+        elif what == "suspend":
+            dm.cycle()
+        elif what == "reload":
+            dm.suspend()
+            dm.load(line)
+            dm.resume()
+        elif what == "close":
+            bench.drop(disk)
+            bench.drop(dm)
+            qemu_takes(image, names)
+            dm = image.open("bitmaps")
+            disk = bench.io(dm)
+        else:
+            with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
+                f.write("2")
+        covers(image, names, everything, f"round {n}, {what}")
+        for name in names:
+            first[name].update(disk, bitmaps(image)[name])
+            first[name].compare(disk, f"round {n}, {what}: copy by {name}")
+    bench.drop(disk)
+    bench.drop(dm)
+    exact(image, names, everything, "at the end")
+    qemu_takes(image, names)
+
+
+ROUNDS = int(os.environ.get("ROUNDS", 15))
+for _kind in KINDS[:7]:
+    test(f"a backup by bitmaps is the disk: {words(_kind)}", _kind, ROUNDS, all_cpus=True)(consumer)
+
+
 if __name__ == "__main__":
     main()
