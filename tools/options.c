@@ -114,8 +114,16 @@ static const struct option_row {
 	    .words = (const char *const[]){ "leaks", "all", "bitmaps", NULL },
 	    .first = REPAIR_LEAKS,
 	    .wrong = "is not known; use leaks, all or bitmaps"),
+	ROW("granularity", "SIZE", "bitmap",
+	    "add: bytes for each bit, 512 to 2G (default: a cluster, 4K to 64K)",
+	    parse_power, granularity, .number = parse_size,
+	    .min = 512, .max = 2048 * MIB,
+	    .wrong = "is not possible; use a power of two from 512 to 2G"),
+	ROW("disabled", NULL, "bitmap", "add: do not record what is written",
+	    parse_flag, disabled),
 	ROW("json", NULL, "info status map check measure", "print JSON",
 	    parse_flag, json),
+	ROW("json", NULL, "bitmap", "list: print JSON", parse_flag, json),
 #undef ROW
 };
 

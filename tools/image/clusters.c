@@ -296,6 +296,8 @@ int clusters_put(struct image *img, struct cluster_list *list)
 			    qcow2_refcount_get(block, at, order) : 0;
 			if (v)
 				qcow2_refcount_set(block, at, order, v - 1);
+			img->put_end = max_u64(img->put_end,
+					       list->cluster[k] + 1);
 		}
 		if (off && !ret)
 			ret = image_change(img, block, cluster_size(img), off);

@@ -34,6 +34,7 @@ struct image {
 	uint8_t *bitmap_dir;		/* image_load_bitmaps() */
 	uint64_t bitmap_bytes;		/* what bitmaps can need; image_end() */
 	struct undo *undo;		/* newest first */
+	uint64_t put_end;		/* behind all clusters that were given back */
 	/* The file, or the one behind a device; fd -1: it cannot get longer. */
 	struct space space;
 	enum image_space space_kind;
