@@ -13,8 +13,8 @@
 #define SECTOR		512
 /* Written at a time by image_bitmaps_ready() */
 #define PIECE		MIB
-/* Bits that QEMU stores; it would drop a bitmap that has more. */
-#define MOST_BITS	(512ULL << 20)
+/* Bytes of bits that QEMU stores; it would drop a bitmap that has more. */
+#define MOST_BYTES	(512 * MIB)
 /* Names of bitmaps that a message has */
 #define NAMES_SHOWN	8
 
@@ -59,7 +59,7 @@ unsigned int bitmap_granularity_bits(unsigned int cluster_bits)
 bool bitmap_too_large(uint64_t size, unsigned int granularity_bits,
 		      unsigned int cluster_bits)
 {
-	return qcow2_bitmap_bits(size, granularity_bits) > MOST_BITS ||
+	return qcow2_bitmap_bits(size, granularity_bits) > 8 * MOST_BYTES ||
 	       qcow2_bitmap_entries(size, granularity_bits, cluster_bits) >
 	       QCOW2_MAX_BITMAP_TABLE;
 }
