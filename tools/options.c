@@ -19,8 +19,8 @@ struct option_row;
 typedef int parse_fn(const struct option_row *o, const char *arg,
 		     struct options *opt);
 
-static parse_fn parse_flag, parse_text, parse_backing, parse_bytes, parse_length,
-	parse_power, parse_word;
+static parse_fn parse_flag, parse_text, parse_backing, parse_bitmap, parse_bytes,
+	parse_length, parse_power, parse_word;
 
 /*
  * One row for each option; a second one if it means something else for another
@@ -84,6 +84,9 @@ static const struct option_row {
 	    .words = (const char *const[]){ "raw", "qcow2", NULL },
 	    .first = BACKING_FORMAT_RAW,
 	    .wrong = "is not possible; use raw or qcow2"),
+	ROW("bitmap", "NAME[,granularity=SIZE]", "create measure",
+	    "record in a bitmap what is written; again for more",
+	    parse_bitmap, bitmap),
 	ROW("overwrite-device", NULL, "create",
 	    "IMAGE is a block device: overwrite it", parse_flag,
 	    overwrite_device),
@@ -162,6 +165,19 @@ static int parse_backing(const struct option_row *o, const char *arg,
 			    "more than %d backing files; merge some: qemu-img rebase -f qcow2 -F qcow2 -b BASE IMAGE",
 			    MAX_BACKING_FILES);
 	list[opt->backing_files++] = arg;
+	return 0;
+}
+
+static int parse_bitmap(const struct option_row *o, const char *arg,
+			struct options *opt)
+{
+	const char **list = field(o, opt);
+
+	if (opt->bitmaps == MOST_RECORDING)
+		return fail(EX_PARAMETER,
+			    "more than %d bitmaps cannot record; leave some --bitmap out",
+			    MOST_RECORDING);
+	list[opt->bitmaps++] = arg;
 	return 0;
 }
 

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "image/bitmaps.h"
 #include "stack/mapping.h"
 
 struct options {
@@ -34,6 +35,9 @@ struct options {
 	/* --backing-file, from top to bottom */
 	const char *backing_file[MAX_BACKING_FILES];
 	unsigned int backing_files;
+	/* --bitmap, of a new image */
+	const char *bitmap[MOST_RECORDING];
+	unsigned int bitmaps;
 	/* One of some words: how the table counts them, from 0 on. */
 	unsigned int preallocate;
 	enum backing_format {

@@ -410,7 +410,7 @@ int bitmaps_add(struct bitmaps *s, const char *name,
 			    image_name(s), shell_quote(s->img->node.path));
 	if (most > granularity_bits)
 		return fail(EX_WRONG,
-			    "%s: a bitmap of granularity %s would be too large for a disk of %s; use --granularity %llu",
+			    "%s: a bitmap of granularity %s would be too large for a disk of %s; choose a granularity of %llu",
 			    image_name(s), human_size(1ULL << granularity_bits),
 			    human_size(g->size), 1ULL << most);
 	ret = records ? check_recording(s, name) : 0;
@@ -425,6 +425,33 @@ int bitmaps_add(struct bitmaps *s, const char *name,
 	b->fresh = true;
 	s->changed = true;
 	return 0;
+}
+
+int bitmaps_add_option(struct bitmaps *s, const char *option)
+{
+	static const char key[] = ",granularity=";
+	const char *comma = strstr(option, key);
+	uint64_t granularity;
+	char *name;
+	int ret;
+
+	if (!comma)
+		return bitmaps_add(s, option,
+				   bitmap_granularity_bits(s->img->geo.cluster_bits),
+				   true);
+	if (!parse_size(comma + strlen(key), &granularity) ||
+	    granularity & (granularity - 1) ||
+	    granularity < 1ULL << QCOW2_MIN_GRANULARITY_BITS ||
+	    granularity > 1ULL << QCOW2_MAX_GRANULARITY_BITS)
+		return fail(EX_PARAMETER,
+			    "--bitmap %s: granularity is not possible; use a power of two from 512 to 2G",
+			    esc(option));
+	name = strndup(option, comma - option);
+	if (!name)
+		return fail_nomem();
+	ret = bitmaps_add(s, name, __builtin_ctzll(granularity), true);
+	free(name);
+	return ret;
 }
 
 int bitmaps_remove(struct bitmaps *s, const char *name)
@@ -697,7 +724,7 @@ static int switch_over(struct image *img, const struct qcow2_bitmaps_ext *ext)
  * Write
  */
 
-uint64_t bitmaps_dir_size(const struct bitmap_item *item, size_t n)
+static uint64_t bitmaps_dir_size(const struct bitmap_item *item, size_t n)
 {
 	uint64_t size = 0;
 
@@ -706,7 +733,8 @@ uint64_t bitmaps_dir_size(const struct bitmap_item *item, size_t n)
 	return size;
 }
 
-void bitmaps_dir_fill(const struct bitmap_item *item, size_t n, uint8_t *dir)
+static void bitmaps_dir_fill(const struct bitmap_item *item, size_t n,
+			     uint8_t *dir)
 {
 	for (; n--; item++) {
 		const struct qcow2_bitmap *b = &item->head;
@@ -1171,4 +1199,43 @@ int image_bitmaps_ready(struct image *img, unsigned int *n)
 		ret = make_ready(&s, missing);
 	bitmaps_free(&s);
 	return ret;
+}
+
+/*
+ * For a new image
+ */
+
+uint64_t bitmaps_new_clusters(const struct bitmaps *s, uint64_t *bits)
+{
+	uint64_t n = div_up(bitmaps_dir_size(s->item, s->n), cluster_size(s));
+	size_t i;
+
+	*bits = 0;
+	for (i = 0; i < s->n; i++) {
+		n += table_clusters(s, &s->item[i]);
+		*bits += s->item[i].head.table_size;
+	}
+	return n;
+}
+
+void *bitmaps_new_dir(struct bitmaps *s, uint64_t at,
+		      struct qcow2_bitmaps_ext *ext)
+{
+	uint64_t len = bitmaps_dir_size(s->item, s->n), cs = cluster_size(s);
+	uint8_t *dir = malloc(len + 1);
+	uint64_t table = at * cs + align_up(len, cs);
+	size_t i;
+
+	*ext = (struct qcow2_bitmaps_ext){
+		.nb_bitmaps = cpu_to_be32(s->n),
+		.directory_size = cpu_to_be64(len),
+		.directory_offset = cpu_to_be64(at * cs),
+	};
+	for (i = 0; i < s->n; i++) {
+		s->item[i].head.table_offset = table;
+		table += table_clusters(s, &s->item[i]) * cs;
+	}
+	if (dir)
+		bitmaps_dir_fill(s->item, s->n, dir);
+	return dir;
 }

@@ -56,6 +56,8 @@ static inline bool bitmap_inconsistent(const struct bitmap_item *b)
  */
 int bitmaps_add(struct bitmaps *s, const char *name, unsigned int granularity_bits,
 		bool records);
+/* NAME[,granularity=SIZE]: one that records */
+int bitmaps_add_option(struct bitmaps *s, const char *option);
 int bitmaps_remove(struct bitmaps *s, const char *name);
 int bitmaps_clear(struct bitmaps *s, const char *name);
 int bitmaps_record(struct bitmaps *s, const char *name, bool records);
@@ -93,8 +95,16 @@ int bitmaps_grow_end(struct bitmaps *s);
  */
 int image_bitmaps_ready(struct image *img, unsigned int *n);
 
-/* Bytes of the directory of @n bitmaps, and the bytes themselves. */
-uint64_t bitmaps_dir_size(const struct bitmap_item *item, size_t n);
-void bitmaps_dir_fill(const struct bitmap_item *item, size_t n, uint8_t *dir);
+/*
+ * For an image that is to be made: after bitmaps_add(), with its geometry.  Clusters
+ * of the directory and of all tables, and those of bits that the kernel wants.
+ */
+uint64_t bitmaps_new_clusters(const struct bitmaps *s, uint64_t *bits);
+/*
+ * The directory, as it goes to cluster @at with the tables behind it, which are all
+ * zeros; *@ext is the header's extension.  NULL: no memory.
+ */
+void *bitmaps_new_dir(struct bitmaps *s, uint64_t at,
+		      struct qcow2_bitmaps_ext *ext);
 
 #endif

@@ -20,43 +20,6 @@ fi
 # shellcheck source=tools/tests/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-# 3: leaked clusters, which is all that a power cut may do
-good_or_leaks() {
-	local status
-
-	qemu-img check -q "$1" >out.check 2>err.check
-	status=$?
-	[ $status -eq 0 ] || [ $status -eq 3 ]
-}
-
-# dirty FILE BITMAP: as a server tells it
-dirty() {
-	rm -f sock
-	qemu-nbd -r -t -k "$PWD/sock" -B "$2" -f qcow2 "$1" >/dev/null 2>&1 &
-	for _ in {1..400}; do
-		[ ! -S sock ] || break
-		sleep 0.02
-	done
-	qemu-img map --output=json --image-opts \
-		"driver=nbd,server.type=unix,server.path=$PWD/sock,x-dirty-bitmap=qemu:dirty-bitmap:$2" |
-		jq -c '[.[] | select(.data | not) | [.start, .length]]'
-	kill $!
-	wait $! 2>/dev/null
-}
-
-# infos FILE: name, granularity and flags of each, as QEMU has them
-infos() {
-	qemu-img info -U --output=json "$1" |
-		jq -c '[."format-specific".data.bitmaps // [] | .[] | [.name, .granularity, (.flags | sort)]] | sort'
-}
-
-# lists FILE: all of it, as we have it; the rest is looked at here
-lists() {
-	"${tool[-1]}" bitmap list "$1" --json >out.list 2>err &&
-		jq -e 'all(.persistent and (.busy | not))' out.list >/dev/null &&
-		jq -c '[.[] | [.name, .granularity, .count, .recording, .inconsistent]] | sort' out.list
-}
-
 # counts FILE BITMAP: the sum of what the server tells is what list tells
 counts() {
 	[ "$(dirty "$1" "$2" | jq 'map(.[1]) | add // 0')" = \
@@ -137,6 +100,43 @@ for options in "${layouts[@]}"; do
 	[ $n -eq 8 ] && [ "$(stat -c %s t.qcow2)" = "$length" ]
 	ok "bitmap: $options: added and removed, the file does not grow"
 done
+
+# create, and what measure says of it
+for options in "--cluster-size 512" "--cluster-size 64K" "--cluster-size 2M" --extended-l2 "--cluster-size 4K --data-file-raw" \
+	"--backing-file b.raw --backing-format raw --cluster-size 512"; do
+	rm -f t.qcow2 t.raw
+	truncate -s 20M t.raw b.raw
+	# shellcheck disable=SC2086 # words are wanted
+	run create t.qcow2 --data-file t.raw $options --bitmap one --bitmap 'two,2,granularity=512' && check t.qcow2 &&
+		run check t.qcow2 && [ "$(lists t.qcow2 | jq -c 'map([.[0], .[2], .[3]])')" = \
+		'[["one",0,true],["two,2",0,true]]' ] && [ "$(lists t.qcow2 | jq '.[1][1]')" -eq 512 ]
+	ok "create: $options: bitmaps"
+	length=$(stat -c %s t.qcow2)
+	[[ $options = *back* || $options = *raw* ]] || {
+		# shellcheck disable=SC2086 # words are wanted
+		run measure --size 20M $options --bitmap one --bitmap 'two,2,granularity=512' --json &&
+			[ "$(jq .required out)" -eq "$length" ]
+		ok "create: $options: as measure says"
+	}
+	qemu-io -c 'write -q 1M 64K' -c 'write -q 19M 1M' t.qcow2 && check t.qcow2 && run check t.qcow2 &&
+		[ "$(dirty t.qcow2 two,2)" = '[[1048576,65536],[19922944,1048576]]' ] && ! infos t.qcow2 | grep in-use
+	ok "create: $options: QEMU records in them"
+done
+rm -f t.qcow2
+for bitmap in a,granularity=100 a,granularity=x a,granularity=4G; do
+	refuse 1 'from 512 to 2G' create t.qcow2 --data-file t.raw --bitmap $bitmap && [ ! -e t.qcow2 ] &&
+		refuse 1 'from 512 to 2G' measure --size 1G --bitmap $bitmap
+	ok "create: --bitmap $bitmap"
+done
+refuse 5 'bitmap a already' create t.qcow2 --data-file t.raw --bitmap a --bitmap a && [ ! -e t.qcow2 ]
+ok "create: two of the same name"
+bitmaps=()
+for n in {1..17}; do
+	bitmaps+=(--bitmap "r$n")
+done
+refuse 1 'more than 16' create t.qcow2 --data-file t.raw "${bitmaps[@]}" && [ ! -e t.qcow2 ] &&
+	run create t.qcow2 --data-file t.raw "${bitmaps[@]:2}" && check t.qcow2 && [ "$(lists t.qcow2 | jq length)" -eq 16 ]
+ok "create: 16 bitmaps"
 
 # All granularities, on disks that are no multiple of anything
 for size in 512 1536 20971008 7516193280; do
@@ -231,12 +231,12 @@ for g in 4K 8K 16K 1M; do
 	if qemu-img bitmap --add -g $g big.qcow2 q$g 2>/dev/null; then
 		run bitmap add big.qcow2 t$g --granularity $g && check big.qcow2
 	else
-		refuse 4 'use --granularity 16384' bitmap add big.qcow2 t$g --granularity $g
+		refuse 4 'choose a granularity of 16384' bitmap add big.qcow2 t$g --granularity $g
 	fi
 	ok "64 TiB: granularity $g, as QEMU"
 done
 qemu-img create -q -f qcow2 -o data_file=big.raw,cluster_size=2M big.qcow2 512T
-refuse 4 'use --granularity 131072' bitmap add big.qcow2 x
+refuse 4 'choose a granularity of 131072' bitmap add big.qcow2 x
 ok "512 TiB: the default is not enough"
 rm -f big.raw
 
@@ -265,18 +265,8 @@ image 20M
 qemu-img bitmap --add t.qcow2 bad
 qemu-img bitmap --add t.qcow2 good
 qemu-io -c 'write -q 0 2M' t.qcow2
-# mark FILE: the first entry of the directory is in use
-mark() {
-	python3 - "$1" <<-'END'
-		import struct, sys
-		with open(sys.argv[1], "r+b") as f:
-		    h = f.read(65536)
-		    at, = struct.unpack(">Q", h[(e := h.find(bytes.fromhex("2385287500000018"))) + 24:e + 32])
-		    f.seek(at + 15)
-		    f.write(b"\x03")
-	END
-}
-mark t.qcow2
+# the first entry of the directory is in use
+edit t.qcow2 15 03
 cp t.qcow2 before.qcow2
 [ "$(lists t.qcow2)" = '[["bad",65536,null,false,true],["good",65536,2097152,true,false]]' ]
 ok "inconsistent: listed, with no number of bytes"
@@ -315,44 +305,6 @@ ok "unknown autoclear bits, and one without bitmaps, are cleared"
 #
 # The place of the extension
 #
-# place FILE OFFSET REST: lay out the extensions so that the bitmaps are there, or
-# would come there; REST: bytes of an unknown one behind it
-place() {
-	python3 - "$@" <<-'END'
-		import struct, sys
-		name, want, rest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-		with open(name, "r+b") as f:
-		    head = bytearray(f.read(65536))
-		    bits, = struct.unpack(">I", head[20:24])
-		    cluster = 1 << bits
-		    at, = struct.unpack(">I", head[100:104])
-		    start, parts, bitmaps = at, b"", b""
-		    while True:
-		        kind, size = struct.unpack(">II", head[at:at + 8])
-		        if not kind:
-		            break
-		        part = bytes(head[at:at + 8 + (size + 7 & ~7)])
-		        at += len(part)
-		        if kind == 0x23852875:
-		            bitmaps = part
-		        elif kind != 0x6803f857 or len(part) + start + len(parts) + 8 <= want:
-		            parts += part
-		    fill = want - start - len(parts)
-		    if fill:
-		        parts += struct.pack(">II", 0x11223344, fill - 8) + b"x" * (fill - 8)
-		    parts += bitmaps
-		    if rest:
-		        parts += struct.pack(">II", 0x55667788, rest) + b"y" * (rest + 7 & ~7)
-		    backing, length = struct.unpack(">QI", head[8:20])
-		    text = bytes(head[backing:backing + length])
-		    if backing:
-		        struct.pack_into(">Q", head, 8, start + len(parts) + 8)
-		    new = bytes(head[:start]) + parts + bytes(8) + text
-		    assert len(new) <= cluster
-		    f.seek(0)
-		    f.write(new.ljust(min(cluster, 65536), b"\0"))
-	END
-}
 declare -A want=([qemu]='[["a",1048576],["b",0],["c",0]]' [new]='[["b",0],["c",0]]')
 for options in cluster_size=1k cluster_size=64k; do
 	for at in 480:0 488:0 488:13 496:13 504:0; do

@@ -367,9 +367,9 @@ for there in yes no; do
 	ok "another format, data is there: $there"
 
 	image 1G
-	qemu-img bitmap --add t.qcow2 "the first"
+	qemu-img bitmap --add -g 512 t.qcow2 "the first"
 	[ $there = yes ] || rm -f t.raw
-	refused 4 'bitmap the first' resize t.qcow2 --size 100G && printed && works resize t.qcow2 --size 100G
+	refused 4 'bitmap the first' resize t.qcow2 --size 4T && printed && works resize t.qcow2 --size 4T
 	ok "resize: a bitmap, data is there: $there"
 	image 4M
 	poke t.qcow2 79 06
