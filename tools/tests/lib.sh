@@ -164,7 +164,7 @@ dirty() {
 		sleep 0.02
 	done
 	qemu-img map --output=json --image-opts \
-		"driver=nbd,server.type=unix,server.path=$PWD/sock,x-dirty-bitmap=qemu:dirty-bitmap:$2" |
+		"driver=nbd,server.type=unix,server.path=$PWD/sock,x-dirty-bitmap=qemu:dirty-bitmap:${2//,/,,}" |
 		jq -c '[.[] | select(.data | not) | [.start, .length]]'
 	kill $!
 	wait $! 2>/dev/null
