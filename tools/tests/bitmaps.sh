@@ -265,8 +265,14 @@ image 20M
 qemu-img bitmap --add t.qcow2 bad
 qemu-img bitmap --add t.qcow2 good
 qemu-io -c 'write -q 0 2M' t.qcow2
+run info t.qcow2 && grep -q '^bitmap: good (granularity 65536, auto, 2097152 bytes dirty)' out
+ok "info: bytes"
 # the first entry of the directory is in use
 edit t.qcow2 15 03
+run info t.qcow2 && grep -q '^bitmap: bad (.*in use, inconsistent' out && run info t.qcow2 --json &&
+	[ "$(jq -c '."dm-qcow2".bitmaps | map([.name, .count, .inconsistent])' out)" = \
+	'[["bad",null,true],["good",2097152,false]]' ]
+ok "info: inconsistent"
 cp t.qcow2 before.qcow2
 [ "$(lists t.qcow2)" = '[["bad",65536,null,false,true],["good",65536,2097152,true,false]]' ]
 ok "inconsistent: listed, with no number of bytes"
@@ -292,7 +298,8 @@ image 20M
 qemu-img bitmap --add t.qcow2 old
 qemu-io -c 'write -q 0 2M' t.qcow2
 poke t.qcow2 95 00
-run bitmap list t.qcow2 && [ ! -s out ] && grep -q 'not valid' err && refuse 4 'has no bitmaps' bitmap remove t.qcow2 old
+run info t.qcow2 && grep -q '^bitmap: old (.*not valid' out &&
+	run bitmap list t.qcow2 && [ ! -s out ] && grep -q 'not valid' err && refuse 4 'has no bitmaps' bitmap remove t.qcow2 old
 ok "not vouched for: there are none"
 run bitmap add t.qcow2 old && good_or_leaks t.qcow2 && [ "$(lists t.qcow2)" = '[["old",65536,0,true,false]]' ] &&
 	run check --repair leaks t.qcow2 && check t.qcow2
