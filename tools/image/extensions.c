@@ -13,6 +13,7 @@ struct layout {
 	size_t cluster;
 	size_t bitmaps;		/* the bitmaps extension; 0: there is none */
 	size_t behind;		/* and what follows it */
+	size_t padding;		/* some that it could be in the place of; 0: none */
 	size_t end;		/* the end marker, or where it would be */
 	size_t limit;		/* what is behind that is no extension */
 	bool marked;		/* there is an end marker */
@@ -41,6 +42,18 @@ static size_t padded(size_t len)
 	return (len + 7) & ~(size_t)7;
 }
 
+/* Is what the extension at @at says in one sector? */
+static bool in_one_sector(size_t at)
+{
+	return (at + HEAD) % SECTOR <= SECTOR - BITMAPS;
+}
+
+/* Room for it, and for nothing else or for the head of what is left? */
+static bool has_room(size_t at, uint32_t len)
+{
+	return in_one_sector(at) && !(len % 8) && len >= BITMAPS;
+}
+
 /* The extensions are well formed. */
 static struct layout find(const uint8_t *first, size_t cluster)
 {
@@ -67,16 +80,13 @@ static struct layout find(const uint8_t *first, size_t cluster)
 			l.bitmaps = at;
 			l.behind = next;
 		}
+		if (be32_to_cpu(head.type) == HEADER_EXT_PADDING &&
+		    !l.padding && has_room(at, be32_to_cpu(head.len)))
+			l.padding = at;
 		at = next;
 	}
 	l.end = at;
 	return l;
-}
-
-/* Is what the extension at @at says in one sector? */
-static bool in_one_sector(size_t at)
-{
-	return (at + HEAD) % SECTOR <= SECTOR - BITMAPS;
 }
 
 /* Write it; was it not there already? */
@@ -149,6 +159,26 @@ static enum extension_step move_name(uint8_t *first, const struct layout *l,
 	return EXTENSION_MORE;
 }
 
+/* What padding says is not looked at, and neither is what follows in it. */
+static enum extension_step put_in_padding(uint8_t *first, size_t at,
+					  const struct qcow2_bitmaps_ext *ext)
+{
+	uint32_t left = be32_to_cpu(get_head(first, at).len) - BITMAPS;
+	struct qcow2_extension rest = {
+		.type = cpu_to_be32(HEADER_EXT_PADDING),
+		.len = cpu_to_be32(left - HEAD),
+	};
+	bool differs;
+
+	differs = put(first + at + HEAD, ext, BITMAPS);
+	if (left)
+		differs |= put(first + at + HEAD + BITMAPS, &rest, HEAD);
+	if (differs)
+		return EXTENSION_MORE;
+	put_head(first, at, QCOW2_EXT_BITMAPS, BITMAPS);
+	return EXTENSION_DONE;
+}
+
 enum extension_step extension_put(uint8_t *first, size_t cluster,
 				  const struct qcow2_bitmaps_ext *ext)
 {
@@ -164,6 +194,8 @@ enum extension_step extension_put(uint8_t *first, size_t cluster,
 		memcpy(first + l.bitmaps + HEAD, ext, BITMAPS);
 		return EXTENSION_DONE;
 	}
+	if (!l.bitmaps && l.padding)
+		return put_in_padding(first, l.padding, ext);
 	/*
 	 * What is behind the end marker is not seen.  When all is there, the end marker
 	 * becomes the head of the extension; or, if that is not to be in that place, it
