@@ -401,13 +401,9 @@ int bitmaps_add(struct bitmaps *s, const char *name,
 		return fail(EX_WRONG,
 			    "%s: has %zu bitmaps, and cannot have more; remove one: qcow2setup bitmap remove %s NAME",
 			    image_name(s), s->n, shell_quote(s->img->node.path));
-	while (most < QCOW2_MAX_GRANULARITY_BITS &&
-	       bitmap_too_large(g->size, most, g->cluster_bits))
+	/* Of the largest one, 2^25 bits are enough for any disk. */
+	while (bitmap_too_large(g->size, most, g->cluster_bits))
 		most++;
-	if (bitmap_too_large(g->size, most, g->cluster_bits))
-		return fail(EX_WRONG,
-			    "%s: is too large for any bitmap; make one with larger clusters of it: " QEMU_CONVERT,
-			    image_name(s), shell_quote(s->img->node.path));
 	if (most > granularity_bits)
 		return fail(EX_WRONG,
 			    "%s: a bitmap of granularity %s would be too large for a disk of %s; choose a granularity of %llu",
