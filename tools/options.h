@@ -9,7 +9,6 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "image/bitmaps.h"
 #include "stack/mapping.h"
 
 struct options {

@@ -17,9 +17,6 @@
 #include "image/clusters.h"
 #include "image/image.h"
 
-/* So many the kernel keeps up to date. */
-#define MOST_RECORDING	16
-
 struct bitmap_item {
 	struct qcow2_bitmap head;	/* as it shall be */
 	char *name;			/* head.name_size bytes, and a NUL */

@@ -81,6 +81,8 @@ void image_reasons(struct image *img, bool read_only, struct reasons *r);
  * that name a cluster twice, are refused; else they are only warned about.
  */
 int image_load_tables(struct image *img, bool strict);
+/* So many bitmaps the kernel keeps up to date. */
+#define MOST_RECORDING	16
 /* Read and check the bitmap directory; @why is set if it returns EX_WRONG. */
 int image_load_bitmaps(struct image *img, const char **why);
 /* The header says that its bitmaps are up to date. */
