@@ -227,7 +227,8 @@ int cmd_bitmap(const struct options *opt, char **args)
 	ret = check_options(what, opt);
 	if (ret)
 		return ret;
-	interrupt_catch();
+	if (what->change)
+		interrupt_catch();
 	ret = open_image(&img, args[1], what->change);
 	if (!ret)
 		ret = bitmaps_load(&s, &img);

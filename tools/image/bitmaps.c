@@ -107,9 +107,8 @@ static struct bitmap_item *new_item(struct bitmaps *s,
 		.name = calloc(1, head->name_size + 1UL),
 		.extra = calloc(1, head->extra_size + 1UL),
 		.table = calloc(head->table_size + 1UL, sizeof(__be64)),
-		.bits = calloc(head->table_size + 1UL, sizeof(*b->bits)),
 	};
-	return b->name && b->extra && b->table && b->bits ? b : NULL;
+	return b->name && b->extra && b->table ? b : NULL;
 }
 
 struct load {
@@ -246,6 +245,26 @@ static uint64_t bits_in(const struct bitmaps *s, const struct bitmap_item *b,
 	return min_u64(n, bits_per_cluster(s));
 }
 
+/* What entry @i is to have, if it is to be written. */
+static uint8_t *new_bits(const struct bitmap_item *b, uint64_t i)
+{
+	return b->bits ? b->bits[i] : NULL;
+}
+
+/* It gets @bits, which are taken over, in any case. */
+static int set_new_bits(struct bitmap_item *b, uint64_t i, uint8_t *bits)
+{
+	if (!b->bits)
+		b->bits = calloc(b->head.table_size, sizeof(*b->bits));
+	if (!b->bits) {
+		free(bits);
+		return fail_nomem();
+	}
+	free(b->bits[i]);
+	b->bits[i] = bits;
+	return 0;
+}
+
 static enum qcow2_fault entry_at(const struct bitmaps *s,
 				 const struct bitmap_item *b, uint64_t i,
 				 uint64_t *off)
@@ -341,8 +360,10 @@ static int drop_bits(struct bitmaps *s, struct bitmap_item *b, uint64_t i)
 
 	if (fault)
 		return malformed(s, qcow2_fault_str(fault));
-	free(b->bits[i]);
-	b->bits[i] = NULL;
+	if (b->bits) {
+		free(b->bits[i]);
+		b->bits[i] = NULL;
+	}
 	b->table[i] = 0;
 	return off ? clusters_later(&s->freed, off / cluster_size(s)) : 0;
 }
@@ -352,7 +373,7 @@ static bool is_empty(const struct bitmap_item *b)
 	uint32_t i;
 
 	for (i = 0; i < b->head.table_size; i++)
-		if (b->table[i] || b->bits[i])
+		if (b->table[i] || new_bits(b, i))
 			return false;
 	return true;
 }
@@ -516,14 +537,14 @@ static int set_in_cluster(struct target *t, uint64_t i, uint64_t from,
 	struct bitmap_item *b = t->b;
 	int ret = 0;
 
-	if (!b->bits[i] && t->i != i) {
+	if (!new_bits(b, i) && t->i != i) {
 		t->i = UINT64_MAX;
 		ret = read_bits(t->s, b, i, t->bits);
 		if (ret)
 			return ret;
 		t->i = i;
 	}
-	if (!b->bits[i]) {
+	if (!new_bits(b, i)) {
 		if (bits_find(t->bits, from, to, false) == to)
 			return 0;
 		ret = make_fresh(t->s, b);
@@ -531,11 +552,13 @@ static int set_in_cluster(struct target *t, uint64_t i, uint64_t from,
 			ret = drop_bits(t->s, b, i);
 		if (ret)
 			return ret;
-		b->bits[i] = t->bits;
+		ret = set_new_bits(b, i, t->bits);
 		t->i = UINT64_MAX;
 		t->bits = malloc(cluster_size(t->s));
-		if (!t->bits)
-			return fail_nomem();
+		if (!ret && !t->bits)
+			ret = fail_nomem();
+		if (ret)
+			return ret;
 	}
 	bits_set(b->bits[i], from, to);
 	return 0;
@@ -597,15 +620,16 @@ int bitmaps_merge(struct bitmaps *s, const char *target, const char *source)
 	if (!t.bits || !buf)
 		ret = fail_nomem();
 	for (i = 0; !ret && i < from->head.table_size; i++) {
-		if (!from->table[i] && !from->bits[i])
+		if (!from->table[i] && !new_bits(from, i))
 			continue;
 		if (interrupted())
 			ret = EX_WRONG;
-		else if (!from->bits[i])
+		else if (!new_bits(from, i))
 			ret = read_bits(s, from, i, buf);
 		if (!ret)
 			ret = merge_cluster(&t, from, i,
-					    from->bits[i] ? from->bits[i] : buf);
+					    new_bits(from, i) ? new_bits(from, i) :
+					    buf);
 	}
 	free(t.bits);
 	free(buf);
@@ -789,7 +813,7 @@ static uint64_t count_new(const struct bitmaps *s)
 			continue;
 		n += table_clusters(s, b);
 		for (i = 0; i < b->head.table_size; i++)
-			n += !!b->bits[i];
+			n += !!new_bits(b, i);
 	}
 	return n;
 }
@@ -819,7 +843,7 @@ static int write_item(struct bitmaps *s, struct bitmap_item *b, uint64_t *at)
 
 	*at += table_clusters(s, b) * cs;
 	for (i = 0; !ret && i < b->head.table_size; i++) {
-		if (!b->bits[i])
+		if (!new_bits(b, i))
 			continue;
 		ret = image_change(s->img, b->bits[i], cs, *at);
 		b->table[i] = cpu_to_be64(*at);
@@ -987,7 +1011,9 @@ static int clear_rest(struct bitmaps *s, struct bitmap_item *b)
 	ret = make_fresh(s, b);
 	if (!ret)
 		ret = drop_bits(s, b, i);
-	b->bits[i] = bits;
+	if (!ret)
+		return set_new_bits(b, i, bits);
+	free(bits);
 	return ret;
 }
 
@@ -1031,19 +1057,18 @@ static int make_longer(struct bitmaps *s, struct bitmap_item *b)
 					  b->head.granularity_bits,
 					  s->img->geo.cluster_bits);
 	__be64 *table = calloc(n, sizeof(*table));
-	uint8_t **bits = calloc(n, sizeof(*bits));
-	int ret = table && bits ? make_fresh(s, b) : fail_nomem();
+	int ret = table ? make_fresh(s, b) : fail_nomem();
 
 	if (ret) {
 		free(table);
-		free(bits);
 		return ret;
 	}
 	memcpy(table, b->table, b->head.table_size * sizeof(*table));
 	free(b->table);
 	free(b->bits);
 	b->table = table;
-	b->bits = bits;
+	/* All was written before. */
+	b->bits = NULL;
 	b->head.table_size = n;
 	b->grows = false;
 	return 0;

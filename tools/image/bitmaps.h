@@ -22,7 +22,7 @@ struct bitmap_item {
 	char *name;			/* head.name_size bytes, and a NUL */
 	uint8_t *extra;			/* head.extra_size bytes */
 	__be64 *table;			/* as on disk, but for the entries of ... */
-	uint8_t **bits;			/* ... clusters that are to be written */
+	uint8_t **bits;			/* ... clusters that are to be written; or NULL */
 	bool fresh;			/* the table is to be written */
 	bool grows;			/* marked while the image grows */
 	/* what the directory on disk has */
