@@ -3,6 +3,7 @@
  * qcow2setup: make qcow2 images with an external data file block devices, by
  * means of the device-mapper target "qcow2".
  */
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 
@@ -52,6 +53,11 @@ const struct action actions[] = {
 		"resize", cmd_resize, 1, 1, "IMAGE|NAME --size SIZE|auto",
 		"give an image another size",
 		"qcow2setup resize vm --size 20G"
+	}, {
+		"bitmap", cmd_bitmap, 2, INT_MAX,
+		"WHAT IMAGE [NAME...]",
+		"list, add, remove, clear, enable, disable, merge bitmaps",
+		"qcow2setup bitmap add vm.qcow2 monday"
 	},
 	{ 0 }
 };

@@ -19,8 +19,8 @@ struct option_row;
 typedef int parse_fn(const struct option_row *o, const char *arg,
 		     struct options *opt);
 
-static parse_fn parse_flag, parse_text, parse_backing, parse_bytes, parse_length,
-	parse_power, parse_word;
+static parse_fn parse_flag, parse_text, parse_backing, parse_bitmap, parse_bytes,
+	parse_length, parse_power, parse_word;
 
 /*
  * One row for each option; a second one if it means something else for another
@@ -84,6 +84,9 @@ static const struct option_row {
 	    .words = (const char *const[]){ "raw", "qcow2", NULL },
 	    .first = BACKING_FORMAT_RAW,
 	    .wrong = "is not possible; use raw or qcow2"),
+	ROW("bitmap", "NAME[,granularity=SIZE]", "create measure",
+	    "record in a bitmap what is written; again for more",
+	    parse_bitmap, bitmap),
 	ROW("overwrite-device", NULL, "create",
 	    "IMAGE is a block device: overwrite it", parse_flag,
 	    overwrite_device),
@@ -114,8 +117,16 @@ static const struct option_row {
 	    .words = (const char *const[]){ "leaks", "all", "bitmaps", NULL },
 	    .first = REPAIR_LEAKS,
 	    .wrong = "is not known; use leaks, all or bitmaps"),
+	ROW("granularity", "SIZE", "bitmap",
+	    "add: bytes for each bit, 512 to 2G (default: a cluster, 4K to 64K)",
+	    parse_power, granularity, .number = parse_size,
+	    .min = 512, .max = 2048 * MIB,
+	    .wrong = "is not possible; use a power of two from 512 to 2G"),
+	ROW("disabled", NULL, "bitmap", "add: do not record what is written",
+	    parse_flag, disabled),
 	ROW("json", NULL, "info status map check measure", "print JSON",
 	    parse_flag, json),
+	ROW("json", NULL, "bitmap", "list: print JSON", parse_flag, json),
 #undef ROW
 };
 
@@ -154,6 +165,19 @@ static int parse_backing(const struct option_row *o, const char *arg,
 			    "more than %d backing files; merge some: qemu-img rebase -f qcow2 -F qcow2 -b BASE IMAGE",
 			    MAX_BACKING_FILES);
 	list[opt->backing_files++] = arg;
+	return 0;
+}
+
+static int parse_bitmap(const struct option_row *o, const char *arg,
+			struct options *opt)
+{
+	const char **list = field(o, opt);
+
+	if (opt->bitmaps == MOST_RECORDING)
+		return fail(EX_PARAMETER,
+			    "more than %d bitmaps cannot record; leave some --bitmap out",
+			    MOST_RECORDING);
+	list[opt->bitmaps++] = arg;
 	return 0;
 }
 

@@ -23,15 +23,20 @@ struct options {
 	bool sparse;
 	bool shrink;
 	bool host;			/* the content is this host's own */
+	bool disabled;			/* a new bitmap does not record */
 	const char *data_file;
 	uint64_t size;			/* bytes; 0: that of the data file */
 	bool size_auto;			/* --size auto */
 	uint64_t cluster_size;		/* bytes; 0: the default */
 	uint64_t refcount_bits;		/* 0: the default */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
+	uint64_t granularity;		/* bytes; 0: the default */
 	/* --backing-file, from top to bottom */
 	const char *backing_file[MAX_BACKING_FILES];
 	unsigned int backing_files;
+	/* --bitmap, of a new image */
+	const char *bitmap[MOST_RECORDING];
+	unsigned int bitmaps;
 	/* One of some words: how the table counts them, from 0 on. */
 	unsigned int preallocate;
 	enum backing_format {

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "commands/commands.h"
+#include "image/bitmaps.h"
 #include "image/image.h"
 #include "image/plan.h"
 #include "lib/interrupt.h"
@@ -65,10 +66,19 @@ struct new_backing {
 	const char *format;
 };
 
+/* Bitmaps of the new image, if there are some. */
+struct new_bitmaps {
+	struct image img;	/* its geometry and name */
+	struct bitmaps s;
+	void *dir;
+	struct qcow2_bitmaps_ext ext;
+};
+
 /* Fill the first cluster; false if the names do not fit. */
 static bool make_header(uint8_t *p, const struct qcow2_geometry *g,
 			const char *data_file, bool raw,
-			const struct new_backing *backing)
+			const struct new_backing *backing,
+			const struct new_bitmaps *bitmaps)
 {
 	size_t cluster = 1UL << g->cluster_bits, at = sizeof(struct qcow2_header);
 	size_t name_len = strlen(data_file);
@@ -84,17 +94,23 @@ static bool make_header(uint8_t *p, const struct qcow2_geometry *g,
 		.refcount_table_clusters = cpu_to_be32(g->reftable_clusters),
 		.incompatible_features = cpu_to_be64(QCOW2_INCOMPAT_DATA_FILE |
 			(g->ext_l2 ? QCOW2_INCOMPAT_EXT_L2 : 0)),
-		.autoclear_features = cpu_to_be64(raw ? QCOW2_AUTOCLEAR_RAW_DATA : 0),
+		.autoclear_features = cpu_to_be64((raw ? QCOW2_AUTOCLEAR_RAW_DATA : 0) |
+			(bitmaps->dir ? QCOW2_AUTOCLEAR_BITMAPS : 0)),
 		.refcount_order = cpu_to_be32(g->refcount_order),
 		.header_length = cpu_to_be32(sizeof(h)),
 	};
 	/* names, format, and the end marker */
 	size_t need = at + 8 + ((name_len + 7) & ~7UL) + 8 +
-		      (backing->name ? 16 + backing_len : 0);
+		      (backing->name ? 16 + backing_len : 0) +
+		      (bitmaps->dir ? 8 + sizeof(bitmaps->ext) : 0);
 
 	memset(p, 0, cluster);
 	if (name_len > cluster || need > cluster)
 		return false;
+	/* The first one, so that it lies in one sector. */
+	if (bitmaps->dir)
+		at += put_extension(p + at, QCOW2_EXT_BITMAPS, &bitmaps->ext,
+				    sizeof(bitmaps->ext));
 	if (backing->name)
 		at += put_extension(p + at, QCOW2_EXT_BACKING_FORMAT,
 				    backing->format, strlen(backing->format));
@@ -203,10 +219,30 @@ static int write_refcounts(const struct target_file *t,
 	return ret;
 }
 
+/* The directory, and tables that are all zeros. */
+static int write_bitmaps(const struct target_file *t,
+			 const struct qcow2_geometry *g,
+			 const struct plan_new *p,
+			 const struct new_bitmaps *bitmaps, const uint8_t *zeros)
+{
+	uint64_t at = p->bitmaps_at, end = at + p->bitmaps;
+	int ret = 0;
+
+	for (; !ret && at < end; at++)
+		ret = write_at(t->node.fd, zeros, 1UL << g->cluster_bits,
+			       at << g->cluster_bits);
+	if (!ret)
+		ret = write_at(t->node.fd, bitmaps->dir,
+			       be64_to_cpu(bitmaps->ext.directory_size),
+			       p->bitmaps_at << g->cluster_bits);
+	return ret ? write_failed(t, -ret) : 0;
+}
+
 /* Everything but the header; then the header, which makes it an image. */
 static int write_image(const struct target_file *t,
 		       const struct qcow2_geometry *g, const struct plan_new *p,
-		       const uint8_t *header, bool raw)
+		       const uint8_t *header, bool raw,
+		       const struct new_bitmaps *bitmaps)
 {
 	uint64_t cs = 1ULL << g->cluster_bits, i, entries;
 	uint8_t *zeros = calloc(1, cs);
@@ -242,6 +278,8 @@ static int write_image(const struct target_file *t,
 		else if (interrupted())
 			ret = EX_WRONG;
 	}
+	if (!ret && bitmaps->dir)
+		ret = write_bitmaps(t, g, p, bitmaps, zeros);
 	if (ret)
 		goto out;
 
@@ -355,12 +393,27 @@ static int choose_size(const struct options *opt, const struct node *data,
 		    (unsigned long long)g->size);
 }
 
-static int choose_layout(const struct options *opt, struct qcow2_geometry *g,
-			 struct plan_new *p)
+static int add_bitmaps(const struct options *opt, const char *path,
+		       const struct qcow2_geometry *g, struct new_bitmaps *b)
+{
+	unsigned int i;
+	int ret = 0;
+
+	b->img = (struct image){ .geo = *g, .node.path = path };
+	b->s.img = &b->img;
+	for (i = 0; !ret && i < opt->bitmaps; i++)
+		ret = bitmaps_add_option(&b->s, opt->bitmap[i]);
+	return ret;
+}
+
+static int choose_layout(const struct options *opt, const char *path,
+			 struct qcow2_geometry *g, struct plan_new *p,
+			 struct new_bitmaps *bitmaps)
 {
 	uint64_t cluster = opt->cluster_size ? opt->cluster_size : 64 * KIB;
 	uint64_t bits = opt->refcount_bits ? opt->refcount_bits : 16;
-	uint64_t l1;
+	uint64_t l1, clusters, later;
+	int ret;
 
 	g->cluster_bits = __builtin_ctzll(cluster);
 	g->ext_l2 = opt->extended_l2;
@@ -375,14 +428,23 @@ static int choose_layout(const struct options *opt, struct qcow2_geometry *g,
 			    human_size(cluster),
 			    human_size((uint64_t)QCOW2_MAX_L1_ENTRIES <<
 				       qcow2_l2_cover_bits(g)));
-	if (!plan_new(g, opt->data_file_raw || opt->preallocate, p))
+	ret = add_bitmaps(opt, path, g, bitmaps);
+	if (ret)
+		return ret;
+	clusters = bitmaps_new_clusters(&bitmaps->s, &later);
+	if (!plan_new_bitmaps(g, opt->data_file_raw || opt->preallocate,
+			      clusters, later, p))
 		return fail(EX_WRONG,
 			    "the refcount table would be larger than 8 MiB; give a larger --cluster-size or smaller --refcount-bits");
 	g->l1_entries = l1;
 	g->l1_offset = p->l1_at << g->cluster_bits;
 	g->reftable_offset = p->reftable_at << g->cluster_bits;
 	g->reftable_clusters = p->reftable_clusters;
-	return 0;
+	if (!clusters)
+		return 0;
+	bitmaps->dir = bitmaps_new_dir(&bitmaps->s, p->bitmaps_at,
+				       &bitmaps->ext);
+	return bitmaps->dir ? 0 : fail_nomem();
 }
 
 static int check_device(const struct target_file *t, const struct node *data,
@@ -480,6 +542,7 @@ int cmd_create(const struct options *opt, char **args)
 		.path = args[0], .node = NODE_CLOSED, .dir = -1,
 	};
 	struct new_backing backing = { .node = NODE_CLOSED };
+	struct new_bitmaps bitmaps = { .dir = NULL };
 	struct node data = NODE_CLOSED;
 	struct qcow2_geometry g = { 0 };
 	struct plan_new p;
@@ -499,7 +562,7 @@ int cmd_create(const struct options *opt, char **args)
 	if (!ret)
 		ret = choose_size(opt, &data, &backing, &g);
 	if (!ret)
-		ret = choose_layout(opt, &g, &p);
+		ret = choose_layout(opt, args[0], &g, &p, &bitmaps);
 	if (ret)
 		goto out;
 
@@ -509,7 +572,7 @@ int cmd_create(const struct options *opt, char **args)
 		goto out;
 	}
 	if (!make_header(header, &g, data_name, opt->data_file_raw,
-			 &backing)) {
+			 &backing, &bitmaps)) {
 		ret = fail(EX_WRONG,
 			   "%s: name is too long for a header of %s; use a shorter path, or a larger --cluster-size",
 			   esc(backing.name ? backing.name : data_name),
@@ -521,12 +584,15 @@ int cmd_create(const struct options *opt, char **args)
 	if (!ret && !t.made)
 		ret = check_device(&t, &data, &backing.node, &g, &p);
 	if (!ret)
-		ret = write_image(&t, &g, &p, header, opt->data_file_raw);
+		ret = write_image(&t, &g, &p, header, opt->data_file_raw,
+				  &bitmaps);
 	if (ret && t.made && unlinkat(t.dir, t.name, 0))
 		warning("%s: cannot remove the unfinished file: %s",
 			esc(t.path), strerror(errno));
 out:
 	free(header);
+	free(bitmaps.dir);
+	bitmaps_free(&bitmaps.s);
 	node_close(&t.node);
 	node_close(&data);
 	node_close(&backing.node);

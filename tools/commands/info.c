@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "commands/commands.h"
+#include "image/bitmaps.h"
 #include "image/image.h"
 #include "lib/json.h"
 #include "lib/util.h"
@@ -20,8 +21,55 @@ struct verdict {
 	const char *mappable;		/* "read-write", "read-only", "no" */
 	const char *now;		/* the same while others have it open */
 	const char *bitmap_fault;	/* the directory is malformed */
+	struct bitmaps bitmaps;		/* what is known of those that are valid */
+	bool vouched;			/* the header says that there are valid ones */
 	struct users users;
 };
+
+/* So much of bitmaps is read; what somebody has made up can be far more. */
+#define MOST_BITMAP_BYTES	(1024 * MIB)
+
+/* The bitmaps that the header vouches for, if that is not too much to be read. */
+static void find_bitmaps(struct image *img, struct verdict *v)
+{
+	uint64_t bytes = 0;
+	size_t i;
+
+	v->bitmaps = (struct bitmaps){ .img = img };
+	v->vouched = image_has_bitmaps(img);
+	if (v->ro.n || v->bitmap_fault)
+		return;
+	if (bitmaps_load(&v->bitmaps, img)) {
+		bitmaps_free(&v->bitmaps);
+		return;
+	}
+	for (i = 0; i < v->bitmaps.n; i++)
+		bytes += (uint64_t)v->bitmaps.item[i].head.table_size <<
+			 img->h.cluster_bits;
+	if (bytes > MOST_BITMAP_BYTES)
+		bitmaps_free(&v->bitmaps);
+}
+
+/* How much is dirty, of one that is in the directory at @at; false: not known. */
+static bool count(const struct verdict *v, uint64_t at, uint64_t *bytes,
+		  const char **why)
+{
+	size_t from = 0, to = v->bitmaps.n;
+
+	*why = v->vouched ? NULL : "not valid";
+	while (from < to) {
+		size_t mid = from + (to - from) / 2;
+		const struct bitmap_item *b = &v->bitmaps.item[mid];
+
+		if (b->at == at)
+			return bitmaps_count(&v->bitmaps, b, bytes, why);
+		if (b->at < at)
+			from = mid + 1;
+		else
+			to = mid;
+	}
+	return false;
+}
 
 static void judge(struct image *img, struct verdict *v)
 {
@@ -38,6 +86,7 @@ static void judge(struct image *img, struct verdict *v)
 			 shell_quote(img->node.path));
 		v->rw.n++;
 	}
+	find_bitmaps(img, v);
 	if (!v->rw.n)
 		v->mappable = "read-write";
 	else if (!v->ro.n)
@@ -94,6 +143,25 @@ static int json_bitmap(const struct bitmap *b, void *arg)
 	json_number(j, "granularity", 1ULL << b->head.granularity_bits);
 	json_object_end(j);
 	return 0;
+}
+
+/* As the action bitmap lists them */
+static void json_counts(struct json *j, const struct verdict *v)
+{
+	const struct bitmap_item *b;
+	const char *why;
+	uint64_t bytes;
+
+	json_array(j, "bitmaps");
+	for (b = v->bitmaps.item; b < v->bitmaps.item + v->bitmaps.n; b++) {
+		json_object(j, NULL);
+		json_stringn(j, "name", b->name, b->head.name_size);
+		if (count(v, b->at, &bytes, &why))
+			json_number(j, "count", bytes);
+		json_bool(j, "inconsistent", bitmap_inconsistent(b));
+		json_object_end(j);
+	}
+	json_array_end(j);
 }
 
 static void json_reasons(struct json *j, const struct reasons *r)
@@ -199,6 +267,7 @@ static void print_json(const struct image *img, const struct verdict *v)
 	json_reasons(&j, &v->rw);
 	json_string(&j, "mappable-now", v->now);
 	json_users(&j, &v->users);
+	json_counts(&j, v);
 	json_object_end(&j);
 	json_object_end(&j);
 	json_end(&j);
@@ -220,12 +289,20 @@ static void print_flag(const char *what, uint64_t flag)
 
 static int print_bitmap(const struct bitmap *b, void *arg)
 {
-	(void)arg;
+	const struct verdict *v = arg;
+	uint64_t bytes;
+	const char *why;
+
 	printf("bitmap: ");
 	put_escaped(stdout, b->name.s, b->name.len);
-	printf(" (granularity %llu%s%s)\n", 1ULL << b->head.granularity_bits,
+	printf(" (granularity %llu%s%s", 1ULL << b->head.granularity_bits,
 	       b->head.flags & QCOW2_BITMAP_AUTO ? ", auto" : "",
 	       b->head.flags & QCOW2_BITMAP_IN_USE ? ", in use" : "");
+	if (count(v, b->at, &bytes, &why))
+		printf(", %" PRIu64 " bytes dirty", bytes);
+	else if (why)
+		printf(", %s", why);
+	puts(")");
 	return 0;
 }
 
@@ -289,7 +366,7 @@ static void print_text(const struct image *img, const struct verdict *v)
 	if (img->bitmap_dir)
 		bitmaps_parse(img->bitmap_dir, h->bitmap_dir_size,
 			      h->bitmap_count, h->cluster_bits, print_bitmap,
-			      NULL, &why);
+			      (void *)v, &why);
 	if (h->unknown_extensions)
 		printf("unknown header extensions: %u\n",
 		       h->unknown_extensions);
@@ -315,6 +392,7 @@ int cmd_info(const struct options *opt, char **args)
 			print_json(&img, &v);
 		else
 			print_text(&img, &v);
+		bitmaps_free(&v.bitmaps);
 	}
 	image_close(&img);
 	return ret;

@@ -4,6 +4,7 @@
  * qemu-img's numbers these are without the data, which is in its own file.
  */
 #include "commands/commands.h"
+#include "image/bitmaps.h"
 #include "image/plan.h"
 #include "lib/json.h"
 #include "lib/util.h"
@@ -36,19 +37,38 @@ static int get_geometry(const struct options *opt, struct qcow2_geometry *g)
 	return 0;
 }
 
+/* Clusters that bitmaps take, and those of bits that they come to need. */
+static int count_bitmaps(const struct options *opt,
+			 const struct qcow2_geometry *g, uint64_t *clusters,
+			 uint64_t *bits)
+{
+	struct image img = { .geo = *g, .node.path = "measure" };
+	struct bitmaps s = { .img = &img };
+	unsigned int i;
+	int ret = 0;
+
+	for (i = 0; !ret && i < opt->bitmaps; i++)
+		ret = bitmaps_add_option(&s, opt->bitmap[i]);
+	*clusters = bitmaps_new_clusters(&s, bits);
+	bitmaps_free(&s);
+	return ret;
+}
+
 int cmd_measure(const struct options *opt, char **args)
 {
 	struct qcow2_geometry g = { 0 };
-	uint64_t required, full;
+	uint64_t required, full, bitmaps, bits;
 	struct plan_new p;
 	struct json j;
 	int ret;
 
 	(void)args;
 	ret = get_geometry(opt, &g);
+	if (!ret)
+		ret = count_bitmaps(opt, &g, &bitmaps, &bits);
 	if (ret)
 		return ret;
-	if (!plan_new(&g, false, &p))
+	if (!plan_new_bitmaps(&g, false, bitmaps, bits, &p))
 		return fail(EX_PARAMETER,
 			    "the refcount table would be larger than 8 MiB; give a larger --cluster-size or smaller --refcount-bits");
 	required = p.clusters << g.cluster_bits;

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "image/area.h"
+#include "image/bitmaps.h"
 #include "image/image.h"
 #include "lib/interrupt.h"
 #include "lib/progress.h"
@@ -65,7 +66,8 @@ static uint64_t end_of(uint64_t v, uint64_t unit)
 
 /*
  * A bitmap whose table does not have just the entries that the size needs is
- * not loaded by QEMU.  One that is in use is not valid in any case.
+ * not loaded by QEMU.  One that is in use is not valid in any case.  While the image
+ * is live no room was taken for longer tables.
  */
 static int check_bitmap(const struct bitmap *b, void *arg)
 {
@@ -637,7 +639,7 @@ static int begin(struct grower *w)
 		       image_take_room(img, &room, &w->area.from, &reftable);
 	}
 	ret = check_size(w);
-	if (!ret)
+	if (!ret && w->live)
 		ret = check_bitmaps(w);
 	if (ret)
 		return ret;
@@ -752,14 +754,22 @@ int image_grow(struct image *img, const struct growth *g)
 {
 	struct room room = { .size = g->size };
 	struct grower w = { .img = img, .g = g, .geo = img->geo };
+	struct bitmaps bitmaps = { .img = NULL };
 	int ret;
 
 	if (g->size == img->geo.size)
 		return image_make_room(img, &room);
 	setup(&w);
-	ret = begin(&w);
+	ret = check_size(&w);
+	if (!ret)
+		ret = bitmaps_grow_begin(&bitmaps, img, g->size);
+	if (!ret)
+		ret = begin(&w);
 	if (!ret)
 		ret = end(&w);
+	if (!ret)
+		ret = bitmaps_grow_end(&bitmaps);
+	bitmaps_free(&bitmaps);
 	free(w.l1);
 	area_free(&w.area);
 	return ret;

@@ -142,6 +142,8 @@ static enum header_fault parse_extension(uint32_t type, const uint8_t *p,
 		return parse_bitmaps(p, len, h);
 	case QCOW2_EXT_LUKS:
 		return len == 16 ? HEADER_OK : HEADER_LUKS_LEN;
+	case HEADER_EXT_PADDING:
+		return HEADER_OK;
 	default:
 		h->unknown_extensions++;
 		return HEADER_OK;

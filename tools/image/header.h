@@ -52,6 +52,8 @@ struct span {
 	size_t len;
 };
 
+/* An extension of ours that says nothing: to move another one into one sector. */
+#define HEADER_EXT_PADDING	0x70616464U	/* "padd" */
 
 struct header {
 	struct qcow2_header raw;	/* as on disk; v2: the rest is zero */

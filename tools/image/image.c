@@ -919,6 +919,7 @@ int image_put_clusters(struct image *img, uint64_t from, uint64_t n)
 
 	if (!block)
 		return fail_nomem();
+	img->put_end = max_u64(img->put_end, from + n);
 	while (!ret && c < from + n) {
 		uint64_t i = c / per_block;
 		uint64_t to = min_u64(from + n, (i + 1) * per_block);
@@ -1122,12 +1123,12 @@ static int count_holes(const struct image *img, uint64_t to, uint64_t *holes)
 	return ret;
 }
 
-/* First cluster behind all that is in use. */
+/* First cluster behind all that is in use, or that image_undo() would need again. */
 static int end_cluster(struct image *img, uint64_t *end)
 {
 	int ret = image_end(img, end);
 
-	*end /= cluster_size(img);
+	*end = max_u64(*end / cluster_size(img), img->put_end);
 	return ret;
 }
 

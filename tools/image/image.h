@@ -34,6 +34,7 @@ struct image {
 	uint8_t *bitmap_dir;		/* image_load_bitmaps() */
 	uint64_t bitmap_bytes;		/* what bitmaps can need; image_end() */
 	struct undo *undo;		/* newest first */
+	uint64_t put_end;		/* behind all clusters that were given back */
 	/* The file, or the one behind a device; fd -1: it cannot get longer. */
 	struct space space;
 	enum image_space space_kind;
@@ -80,6 +81,8 @@ void image_reasons(struct image *img, bool read_only, struct reasons *r);
  * that name a cluster twice, are refused; else they are only warned about.
  */
 int image_load_tables(struct image *img, bool strict);
+/* So many bitmaps the kernel keeps up to date. */
+#define MOST_RECORDING	16
 /* Read and check the bitmap directory; @why is set if it returns EX_WRONG. */
 int image_load_bitmaps(struct image *img, const char **why);
 /* The header says that its bitmaps are up to date. */

@@ -62,27 +62,34 @@ struct plan plan_worst_case(const struct qcow2_geometry *g,
 
 bool plan_new(const struct qcow2_geometry *g, bool with_l2, struct plan_new *p)
 {
+	return plan_new_bitmaps(g, with_l2, 0, 0, p);
+}
+
+bool plan_new_bitmaps(const struct qcow2_geometry *g, bool with_l2,
+		      uint64_t bitmaps, uint64_t bits, struct plan_new *p)
+{
 	uint64_t per_block = refcounts_per_block(g);
 	uint64_t per_table = blocks_per_reftable_cluster(g);
 	uint64_t cluster = 1ULL << g->cluster_bits;
-	uint64_t l2 = qcow2_l1_entries_needed(g), last;
+	uint64_t l2 = qcow2_l1_entries_needed(g), all, last;
 
 	*p = (struct plan_new){
 		.l1_clusters = div_up(l2 * 8, cluster),
 		.l2_tables = with_l2 ? l2 : 0,
 		.reftable_at = 1,
+		.bitmaps = bitmaps,
 	};
 
 	/* The worst case decides about the size of the refcount table. */
-	p->worst_case = 1 + p->l1_clusters + l2;
+	all = 1 + p->l1_clusters + l2 + bitmaps + bits;
+	p->worst_case = all;
 	p->reftable_clusters = 1;
 	do {
 		uint64_t blocks = div_up(p->worst_case, per_block);
 
 		last = p->worst_case;
 		p->reftable_clusters = div_up(blocks, per_table);
-		p->worst_case = 1 + p->l1_clusters + l2 + blocks +
-				p->reftable_clusters;
+		p->worst_case = all + blocks + p->reftable_clusters;
 	} while (p->worst_case != last);
 	if (p->reftable_clusters > reftable_clusters_max(g))
 		return false;
@@ -91,12 +98,13 @@ bool plan_new(const struct qcow2_geometry *g, bool with_l2, struct plan_new *p)
 	do {
 		last = p->blocks;
 		p->clusters = 1 + p->reftable_clusters + last +
-			      p->l1_clusters + p->l2_tables;
+			      p->l1_clusters + p->l2_tables + bitmaps;
 		p->blocks = div_up(p->clusters, per_block);
 	} while (p->blocks != last);
 
 	p->blocks_at = p->reftable_at + p->reftable_clusters;
 	p->l1_at = p->blocks_at + p->blocks;
 	p->l2_at = p->l1_at + p->l1_clusters;
+	p->bitmaps_at = p->l2_at + p->l2_tables;
 	return true;
 }

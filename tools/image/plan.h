@@ -62,6 +62,7 @@ struct plan_new {
 	uint64_t blocks_at, blocks;
 	uint64_t l1_at, l1_clusters;
 	uint64_t l2_at, l2_tables;
+	uint64_t bitmaps_at, bitmaps;
 	uint64_t clusters;		/* in use */
 	uint64_t worst_case;		/* clusters the image can grow to */
 };
@@ -76,5 +77,8 @@ struct plan_new {
  * to grow.  Returns false if it would exceed its limit.
  */
 bool plan_new(const struct qcow2_geometry *g, bool with_l2, struct plan_new *p);
+/* The same with @bitmaps clusters for bitmaps, and @bits more that they come to need. */
+bool plan_new_bitmaps(const struct qcow2_geometry *g, bool with_l2,
+		      uint64_t bitmaps, uint64_t bits, struct plan_new *p);
 
 #endif

@@ -241,6 +241,41 @@ static int copied_data(struct verify *v)
 	return ret ? failed(img, -ret) : sync_image(img);
 }
 
+struct rest {
+	struct verify *v;
+	uint8_t *buf;
+	int ret;
+};
+
+static int clear_rest(const struct bitmap *b, void *arg)
+{
+	struct rest *r = arg;
+	struct verify *v = r->v;
+	uint64_t off;
+
+	if (verify_bitmap_rest(v, b, r->buf, &off) && verify_alone(v, off))
+		r->ret = write_at(v->img->node.fd, r->buf, cluster_size(v->img),
+				  off);
+	return r->ret;
+}
+
+/* Bits of bitmaps that lie behind the end of the disk */
+static int clear_rests(struct verify *v)
+{
+	struct rest r = { .v = v, .buf = malloc(cluster_size(v->img)) };
+	struct image *img = v->img;
+	const char *why;
+
+	if (!r.buf)
+		return fail_nomem();
+	if (image_has_bitmaps(img) && img->bitmap_dir)
+		bitmaps_parse(img->bitmap_dir, img->h.bitmap_dir_size,
+			      img->h.bitmap_count, img->h.cluster_bits,
+			      clear_rest, &r, &why);
+	free(r.buf);
+	return r.ret ? failed(img, -r.ret) : sync_image(img);
+}
+
 /*
  * New refcount table and blocks
  */
@@ -463,6 +498,8 @@ int repair_all(struct verify *v)
 		ret = change_refcounts(v, lower_count);
 	if (!ret)
 		ret = empty_entries(v);
+	if (!ret)
+		ret = clear_rests(v);
 	/* Without right refcounts nobody can tell. */
 	if (!ret && !v->uncertain)
 		ret = copied_tables(v, false);

@@ -14,39 +14,19 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "image/clusters.h"
 #include "image/image.h"
 #include "image/plan.h"
 #include "image/shrink.h"
 #include "lib/interrupt.h"
 #include "lib/util.h"
 
-/* Clusters that are no longer used. */
-struct freed {
-	uint64_t *cluster;
-	size_t n, room;
-};
-
 struct shrinker {
 	struct image *img;
 	struct qcow2_geometry geo;	/* the new one */
 	uint64_t cs;
-	struct freed freed;
+	struct cluster_list freed;
 };
-
-static int free_later(struct freed *f, uint64_t cluster)
-{
-	if (f->n == f->room) {
-		size_t room = 2 * f->room + 64;
-		uint64_t *more = reallocarray(f->cluster, room, sizeof(*more));
-
-		if (!more)
-			return fail_nomem();
-		f->cluster = more;
-		f->room = room;
-	}
-	f->cluster[f->n++] = cluster;
-	return 0;
-}
 
 static int read_meta(const struct image *img, void *buf, size_t len,
 		     uint64_t off)
@@ -58,52 +38,6 @@ static int read_meta(const struct image *img, void *buf, size_t len,
 	errno = -ret;
 	return fail_errno("%s: cannot read its metadata",
 			  esc(img->node.path));
-}
-
-static int by_number(const void *a, const void *b)
-{
-	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-
-	return x < y ? -1 : x > y;
-}
-
-/* Take one from the refcount of each, block by block; durable. */
-static int free_now(struct image *img, struct freed *f)
-{
-	uint64_t per_block = refcounts_per_block(&img->geo);
-	uint64_t cs = 1ULL << img->geo.cluster_bits;
-	uint64_t entries = img->geo.reftable_clusters *
-			   blocks_per_reftable_cluster(&img->geo);
-	unsigned int order = img->geo.refcount_order;
-	uint8_t *block = malloc(cs);
-	size_t k = 0;
-	int ret = 0;
-
-	if (!block)
-		return fail_nomem();
-	qsort(f->cluster, f->n, sizeof(*f->cluster), by_number);
-	while (!ret && k < f->n) {
-		uint64_t i = f->cluster[k] / per_block, off = 0;
-
-		if (i < entries)
-			off = be64_to_cpu(img->reftable[i]) &
-			      QCOW2_REFTABLE_OFFSET_MASK;
-		if (off)
-			ret = read_meta(img, block, cs, off);
-		for (; k < f->n && f->cluster[k] / per_block == i; k++) {
-			uint64_t at = f->cluster[k] % per_block, v;
-
-			v = off && !ret ?
-			    qcow2_refcount_get(block, at, order) : 0;
-			if (v)
-				qcow2_refcount_set(block, at, order, v - 1);
-		}
-		if (off && !ret)
-			ret = image_change(img, block, cs, off);
-	}
-	free(block);
-	f->n = 0;
-	return ret ? ret : image_sync(img);
 }
 
 /*
@@ -195,11 +129,11 @@ static int cut_bitmap(const struct bitmap *b, void *arg)
 		if (i < want)
 			ret = clear_rest(s, b, at);
 		else if (at)
-			ret = free_later(&s->freed, at / s->cs);
+			ret = clusters_later(&s->freed, at / s->cs);
 	}
 	for (i = div_up(want * 8, s->cs);
 	     !ret && i < div_up((uint64_t)b->head.table_size * 8, s->cs); i++)
-		ret = free_later(&s->freed, b->head.table_offset / s->cs + i);
+		ret = clusters_later(&s->freed, b->head.table_offset / s->cs + i);
 	free(table);
 	return ret;
 }
@@ -304,7 +238,7 @@ static int cut_l1(struct shrinker *s)
 		if (!img->l1[i])
 			continue;
 		if (off)
-			ret = free_later(&s->freed, off / s->cs);
+			ret = clusters_later(&s->freed, off / s->cs);
 		img->l1[i] = 0;
 		end = i + 1;
 	}
@@ -364,12 +298,12 @@ static int free_blocks(struct shrinker *s, bool *more)
 		table[i] = 0;
 		*more = true;
 		if (!self)
-			ret = free_later(&s->freed, off / s->cs);
+			ret = clusters_later(&s->freed, off / s->cs);
 	}
 	if (!ret && *more)
 		ret = image_name_refblocks(img, 0, n, table);
 	if (!ret)
-		ret = free_now(img, &s->freed);
+		ret = clusters_put(img, &s->freed);
 	free(block);
 	free(table);
 	return ret;
@@ -420,9 +354,9 @@ int image_shrink(struct image *img, uint64_t size)
 	if (!ret)
 		ret = each_bitmap(&s, unmark_bitmap);
 	if (!ret)
-		ret = free_now(img, &s.freed);
+		ret = clusters_put(img, &s.freed);
 	while (!ret && more)
 		ret = free_blocks(&s, &more);
-	free(s.freed.cluster);
+	clusters_free(&s.freed);
 	return ret;
 }

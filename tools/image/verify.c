@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "image/bits.h"
 #include "image/extents.h"
 #include "image/plan.h"
 #include "image/verify.h"
@@ -364,6 +365,54 @@ static void collect_bitmap_entry(struct verify *v, uint32_t index,
 	    qcow2_fault_str(fault));
 }
 
+bool verify_bitmap_rest(struct verify *v, const struct bitmap *b, uint8_t *buf,
+			uint64_t *off)
+{
+	const struct qcow2_geometry *g = &v->img->geo;
+	uint64_t per_cluster = cluster_size(v) * 8, bits;
+	__be64 entry;
+	__u64 at = 0;
+
+	bits = qcow2_bitmap_bits(g->size, b->head.granularity_bits) % per_cluster;
+	/* Of one that is not up to date nothing can be expected. */
+	if (!bits || b->head.flags & QCOW2_BITMAP_IN_USE ||
+	    b->head.table_size != qcow2_bitmap_entries(g->size,
+						       b->head.granularity_bits,
+						       g->cluster_bits) ||
+	    verify_read(v, &entry, sizeof(entry), b->head.table_offset +
+			(b->head.table_size - 1) * 8ULL) ||
+	    qcow2_bitmap_entry_check(be64_to_cpu(entry), g->cluster_bits,
+				     align_up(v->img->node.size,
+					      cluster_size(v)), &at) ||
+	    !at || verify_read(v, buf, cluster_size(v), at))
+		return false;
+	*off = at;
+	return bits_clear(buf, bits, per_cluster);
+}
+
+/* What QEMU cannot load, and what it does not look at. */
+static void check_bitmap(struct verify *v, const struct bitmap *b,
+			 uint32_t index)
+{
+	uint8_t *buf = malloc(cluster_size(v));
+	enum qcow2_fault fault;
+	uint64_t off;
+
+	fault = qcow2_bitmap_record_check(&b->head, v->img->geo.size,
+					  v->img->geo.cluster_bits, UINT64_MAX);
+	if (!buf) {
+		no_memory(v);
+	} else if (fault && !(b->head.flags & QCOW2_BITMAP_IN_USE)) {
+		v->corruptions++;
+		say(v, "bitmap %u: %s", index, qcow2_fault_str(fault));
+	} else if (verify_bitmap_rest(v, b, buf, &off)) {
+		v->corruptions++;
+		say(v, "bitmap %u: bits are set that lie behind the end of the disk",
+		    index);
+	}
+	free(buf);
+}
+
 static int collect_bitmap(const struct bitmap *b, void *arg)
 {
 	struct bitmap_walk *w = arg;
@@ -385,6 +434,7 @@ static int collect_bitmap(const struct bitmap *b, void *arg)
 			collect_bitmap_entry(v, w->index,
 					     be64_to_cpu(chunk[i]));
 	}
+	check_bitmap(v, b, w->index);
 	w->index++;
 	return 0;
 }

@@ -57,6 +57,13 @@ bool verify_alone(const struct verify *v, uint64_t off);
 /* L1 entry @index names a table that can be looked at. */
 bool verify_l2(const struct verify *v, uint32_t index, uint64_t *off);
 
+/*
+ * Are bits set in the last cluster of a bitmap that the disk does not reach up to?
+ * Then @buf has that cluster without them, and *@off is where it is.
+ */
+bool verify_bitmap_rest(struct verify *v, const struct bitmap *b, uint8_t *buf,
+			uint64_t *off);
+
 /* One refcount; @block is NULL if there is none that counts it. */
 struct counted {
 	uint64_t cluster, stored;

@@ -451,7 +451,27 @@ unaligned@2@not a multiple@2@i.put(t, i.get(t) + 512)
 beyond the end@2@beyond@2@i.put(t, i.grow() + 5 * i.cs)
 data is an L2 table@2@used 2 times@2@i.put(t, i.l2())
 directory of another kind@2@unknown type@2@i.put(d + 16, 9, 1)
+flags that are not known@2@bitmap 0: @2@i.put(d + 12, 10, 4)
+table of another length@2@bitmap 0: @2@i.put(d + 8, 2, 4)
 TABLE
+# QEMU does not look at these.
+for size in 1G 1048064; do
+	image $size
+	qemu-img bitmap --add -g 512 t.qcow2 one
+	io 'write -P 1 0 512K'
+	cp t.qcow2 before.qcow2
+	damage t.qcow2 't = i.get(i.bitmaps()); n = i.get(i.bitmaps() + 8, 4)' \
+		'b = i.get(t + 8 * n - 8)' 'i.put((b or i.get(t)) + i.cs - 1, 128, 1)'
+	if [ $size = 1G ]; then
+		# They have all bits of their clusters.
+		exits 0 check t.qcow2
+		ok "check: bitmaps: the last bit of the disk"
+		continue
+	fi
+	exits 2 check t.qcow2 && grep -q 'bitmap 0: .*behind the end' err && cp t.qcow2 damaged.qcow2 &&
+		exits 0 check --repair all t.qcow2 && check t.qcow2 && cmp t.qcow2 before.qcow2
+	ok "check: bitmaps: bits behind the end of the disk"
+done
 cp before.qcow2 t.qcow2
 damage t.qcow2 'i.put(88, 0)'
 same_check t.qcow2 && exits 3 check t.qcow2 && exits 0 check --repair leaks t.qcow2 && check t.qcow2

@@ -33,9 +33,17 @@
  *	image-steps crash-live IMAGE SIZE BACKING COMMAND N SEED
  *	image-steps crash-repair IMAGE N SEED
  *					repair it as check --repair all does
+ *	image-steps bitmap IMAGE WHAT NAME ARG
+ *					add (ARG: log2 of the granularity), remove,
+ *					clear, enable, disable; merge (ARG into NAME);
+ *					rotate (NAME stops, ARG begins); ready: make
+ *					what records ready for the kernel
+ *	image-steps undo-bitmap IMAGE WHAT NAME ARG
+ *	image-steps crash-bitmap IMAGE WHAT NAME ARG N SEED
+ *	image-steps fail-bitmap IMAGE WHAT NAME ARG N M
  *
- * Exits with 9 if there are no N (or M) writes; crash-grow, crash-live and fail-grow
- * then print how many there are.
+ * Exits with 9 if there are no N (or M) writes; crash-grow, crash-live, crash-bitmap,
+ * fail-grow and fail-bitmap then print how many there are.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -46,6 +54,7 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "image/bitmaps.h"
 #include "image/image.h"
 #include "image/repair.h"
 #include "image/shrink.h"
@@ -252,6 +261,53 @@ static int repair(struct image *img)
 	return ret;
 }
 
+static int change_bitmap(struct bitmaps *s, const char *what, const char *name,
+			 const char *arg)
+{
+	int ret;
+
+	if (!strcmp(what, "add"))
+		return bitmaps_add(s, name, atoi(arg), true);
+	if (!strcmp(what, "remove"))
+		return bitmaps_remove(s, name);
+	if (!strcmp(what, "clear"))
+		return bitmaps_clear(s, name);
+	if (!strcmp(what, "enable"))
+		return bitmaps_record(s, name, true);
+	if (!strcmp(what, "disable"))
+		return bitmaps_record(s, name, false);
+	if (!strcmp(what, "merge"))
+		return bitmaps_merge(s, name, arg);
+	if (strcmp(what, "rotate"))
+		return EX_PARAMETER;
+	ret = bitmaps_record(s, name, false);
+	return ret ? ret : bitmaps_add(s, arg, 16, true);
+}
+
+/* @args: what, which, and how */
+static int bitmap(struct image *img, char **args)
+{
+	struct bitmaps s = { .img = NULL };
+	struct reasons reasons;
+	unsigned int n;
+	int ret;
+
+	image_reasons(img, false, &reasons);
+	if (reasons.n)
+		return fail(EX_WRONG, "%s", reasons.r[0].cause);
+	ret = image_load_tables(img, true);
+	if (!ret && !strcmp(args[0], "ready"))
+		return image_bitmaps_ready(img, &n);
+	if (!ret)
+		ret = bitmaps_load(&s, img);
+	if (!ret)
+		ret = change_bitmap(&s, args[0], args[1], args[2]);
+	if (!ret)
+		ret = bitmaps_write(&s);
+	bitmaps_free(&s);
+	return ret;
+}
+
 /* Let the power fail after @n writes. */
 static void set_power_cut(const char *n, const char *seed)
 {
@@ -343,6 +399,28 @@ int main(int argc, char **argv)
 		if (!ret)
 			ret = NO_SUCH_WRITE;
 		forget_pending();
+	} else if (!strcmp(argv[1], "bitmap") && argc == 6) {
+		ret = bitmap(&img, argv + 3);
+	} else if (!strcmp(argv[1], "undo-bitmap") && argc == 6) {
+		ret = bitmap(&img, argv + 3);
+		image_undo(&img);
+	} else if (!strcmp(argv[1], "crash-bitmap") && argc == 8) {
+		set_power_cut(argv[6], argv[7]);
+		ret = bitmap(&img, argv + 3);
+		if (!ret) {
+			printf("%ld\n", atol(argv[6]) - writes_left);
+			ret = NO_SUCH_WRITE;
+		}
+		forget_pending();
+	} else if (!strcmp(argv[1], "fail-bitmap") && argc == 8) {
+		until_failure = atol(argv[6]);
+		ret = bitmap(&img, argv + 3) ? 0 : NO_SUCH_WRITE;
+		if (ret)
+			printf("%ld\n", atol(argv[6]) - until_failure);
+		until_failure = atol(argv[7]);
+		image_undo(&img);
+		if (until_failure >= 0)
+			ret = NO_SUCH_WRITE;
 	} else {
 		ret = EX_PARAMETER;
 	}

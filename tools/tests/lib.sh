@@ -145,3 +145,92 @@ held() {
 	wait "$COPROC_PID" 2>/dev/null
 	return $status
 }
+
+# 3: leaked clusters, which is all that a power cut may do
+good_or_leaks() {
+	local status
+
+	qemu-img check -q "$1" >out 2>err
+	status=$?
+	[ $status -eq 0 ] || [ $status -eq 3 ]
+}
+
+# dirty FILE BITMAP: as a server tells it
+dirty() {
+	rm -f sock
+	qemu-nbd -r -t -k "$PWD/sock" -B "$2" -f qcow2 "$1" >/dev/null 2>&1 &
+	for _ in {1..400}; do
+		[ ! -S sock ] || break
+		sleep 0.02
+	done
+	qemu-img map --output=json --image-opts \
+		"driver=nbd,server.type=unix,server.path=$PWD/sock,x-dirty-bitmap=qemu:dirty-bitmap:${2//,/,,}" |
+		jq -c '[.[] | select(.data | not) | [.start, .length]]'
+	kill $!
+	wait $! 2>/dev/null
+}
+
+# infos FILE: name, granularity and flags of each, as QEMU has them
+infos() {
+	qemu-img info -U --output=json "$1" |
+		jq -c '[."format-specific".data.bitmaps // [] | .[] | [.name, .granularity, (.flags | sort)]] | sort'
+}
+
+# lists FILE: all of it, as we have it; the rest is looked at here
+lists() {
+	"${tool[-1]}" bitmap list "$1" --json >out.list 2>err &&
+		jq -e 'all(.persistent and (.busy | not))' out.list >/dev/null &&
+		jq -c '[.[] | [.name, .granularity, .count, .recording, .inconsistent]] | sort' out.list
+}
+
+# edit FILE OFFSET HEX: bytes of the bitmap directory
+edit() {
+	python3 - "$@" <<-'END'
+		import struct, sys
+		with open(sys.argv[1], "r+b") as f:
+		    h = f.read(65536)
+		    e = h.find(bytes.fromhex("2385287500000018"))
+		    at, = struct.unpack(">Q", h[e + 24:e + 32])
+		    f.seek(at + int(sys.argv[2]))
+		    f.write(bytes.fromhex(sys.argv[3]))
+	END
+}
+
+# place FILE OFFSET REST: lay out the extensions so that the bitmaps are there, or
+# would come there; REST: bytes of an unknown one behind it
+place() {
+	python3 - "$@" <<-'END'
+		import struct, sys
+		name, want, rest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+		with open(name, "r+b") as f:
+		    head = bytearray(f.read(65536))
+		    bits, = struct.unpack(">I", head[20:24])
+		    cluster = 1 << bits
+		    at, = struct.unpack(">I", head[100:104])
+		    start, parts, bitmaps = at, b"", b""
+		    while True:
+		        kind, size = struct.unpack(">II", head[at:at + 8])
+		        if not kind:
+		            break
+		        part = bytes(head[at:at + 8 + (size + 7 & ~7)])
+		        at += len(part)
+		        if kind == 0x23852875:
+		            bitmaps = part
+		        elif kind != 0x6803f857 or len(part) + start + len(parts) + 8 <= want:
+		            parts += part
+		    fill = want - start - len(parts)
+		    if fill:
+		        parts += struct.pack(">II", 0x11223344, fill - 8) + b"x" * (fill - 8)
+		    parts += bitmaps
+		    if rest:
+		        parts += struct.pack(">II", 0x55667788, rest) + b"y" * (rest + 7 & ~7)
+		    backing, length = struct.unpack(">QI", head[8:20])
+		    text = bytes(head[backing:backing + length])
+		    if backing:
+		        struct.pack_into(">Q", head, 8, start + len(parts) + 8)
+		    new = bytes(head[:start]) + parts + bytes(8) + text
+		    assert len(new) <= cluster
+		    f.seek(0)
+		    f.write(new.ljust(min(cluster, 65536), b"\0"))
+	END
+}

@@ -102,6 +102,8 @@ create c.qcow2 --data-file d.raw@--refcount-bits 3@or @@64
 create c.qcow2 --data-file d.raw@--preallocation x@use @ or@off
 create c.qcow2 --data-file d.raw@--preallocation x@or @@metadata
 create c.qcow2 --data-file d.raw --backing-file b.raw@--backing-format x@use @ or@raw
+bitmap add t.qcow2 g1@--granularity 3@from @ to@512
+bitmap add t.qcow2 g2@--granularity 3@ to @@2G
 check t.qcow2@--repair x@use @, all@leaks
 check t.qcow2@--repair x@, @ or@all
 check t.qcow2@--repair x@or @@bitmaps
@@ -367,9 +369,9 @@ for there in yes no; do
 	ok "another format, data is there: $there"
 
 	image 1G
-	qemu-img bitmap --add t.qcow2 "the first"
+	qemu-img bitmap --add -g 512 t.qcow2 "the first"
 	[ $there = yes ] || rm -f t.raw
-	refused 4 'bitmap the first' resize t.qcow2 --size 100G && printed && works resize t.qcow2 --size 100G
+	refused 4 'bitmap the first' resize t.qcow2 --size 4T && printed && works resize t.qcow2 --size 4T
 	ok "resize: a bitmap, data is there: $there"
 	image 4M
 	poke t.qcow2 79 06
@@ -411,6 +413,53 @@ bad_bitmap
 refused 4 'granularity' resize t.qcow2 --size 2G && printed
 works resize t.qcow2 --size 2G && run info --json t.qcow2 && jq -e '."format-specific".data."data-file-raw"' out >/dev/null
 ok "malformed bitmaps: the raw bit stays"
+
+#
+# Bitmaps
+#
+image 20M
+refused 1 'is not known' bitmap frobnicate t.qcow2 && works bitmap "$(between 'use bitmap ' ,)" t.qcow2
+ok "bitmap: not known"
+refused 1 'usage' bitmap add t.qcow2 && works bitmap add t.qcow2 a --granularity 64K --disabled
+ok "bitmap: number of arguments"
+refused 1 'no option --json' bitmap add t.qcow2 b --json && works bitmap add t.qcow2 b
+ok "bitmap: an option of another"
+refused 1 '1 to 1023' bitmap add t.qcow2 '' && works bitmap add t.qcow2 c
+ok "bitmap: no name"
+refused 5 'bitmap c already' bitmap add t.qcow2 c && printed && works bitmap add t.qcow2 c
+ok "bitmap: exists"
+refused 4 'no bitmap d' bitmap clear t.qcow2 d && works bitmap clear t.qcow2 "$(between 'is there: ' ,)"
+ok "bitmap: another one is there"
+image 20M
+refused 4 'no bitmaps' bitmap clear t.qcow2 'a b' && printed && works bitmap clear t.qcow2 'a b'
+ok "bitmap: none is there"
+for n in {1..15}; do
+	run bitmap add t.qcow2 "n$n"
+done
+refused 4 'record already' bitmap add t.qcow2 more && printed NAME=n7 && works bitmap add t.qcow2 more
+ok "bitmap: too many record"
+image 20M
+qemu-img bitmap --add t.qcow2 bad
+prepare_steps prepare t.qcow2
+refused 4 'inconsistent' bitmap clear t.qcow2 bad && printed && run bitmap add t.qcow2 bad && works bitmap clear t.qcow2 bad
+ok "bitmap: inconsistent"
+image 16T
+refused 4 'too large' bitmap add t.qcow2 b --granularity 512 &&
+	works bitmap add t.qcow2 b --granularity "$(between 'granularity of ')"
+ok "bitmap: too large"
+image 4M ",cluster_size=512,data_file=$(printf './%.0s' {1..180})t.raw"
+refused 4 'no room' bitmap add t.qcow2 a && printed FILE=roomy.raw NEW=roomy.qcow2 && works bitmap add roomy.qcow2 a
+ok "bitmap: no room in the header"
+rm -f c.qcow2
+refused 1 'from 512 to 2G' create c.qcow2 --data-file t.raw --bitmap a,granularity=3 &&
+	works create c.qcow2 --data-file t.raw --bitmap a,granularity=512
+ok "bitmap: granularity of a new one"
+bitmaps=()
+for n in {1..17}; do
+	bitmaps+=(--bitmap "n$n")
+done
+refused 1 'more than 16' measure --size 1G "${bitmaps[@]}" && works measure --size 1G "${bitmaps[@]:2}"
+ok "bitmap: too many new ones"
 
 #
 # Damage

@@ -21,15 +21,6 @@ fi
 # shellcheck source=tools/tests/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-# 3: leaked clusters, which is all that a power cut may do
-good_or_leaks() {
-	local status
-
-	qemu-img check -q "$1" >out 2>err
-	status=$?
-	[ $status -eq 0 ] || [ $status -eq 3 ]
-}
-
 # size FILE: the virtual one
 size() {
 	qemu-img info -U --output=json "$1" | jq '."virtual-size"'
@@ -41,21 +32,6 @@ bitmaps() {
 	for b in $(qemu-img info --output=json "$1" | jq -r '."format-specific".data.bitmaps[].name'); do
 		dirty "$1" "$b"
 	done
-}
-
-# dirty FILE BITMAP: as a server tells it
-dirty() {
-	rm -f sock
-	qemu-nbd -r -t -k "$PWD/sock" -B "$2" -f qcow2 "$1" >/dev/null 2>&1 &
-	for _ in {1..200}; do
-		[ ! -S sock ] || break
-		sleep 0.05
-	done
-	qemu-img map --output=json --image-opts \
-		"driver=nbd,server.type=unix,server.path=$PWD/sock,x-dirty-bitmap=qemu:dirty-bitmap:$2" |
-		jq -c '[.[] | select(.data | not) | [.start, .length]]'
-	kill $!
-	wait $! 2>/dev/null
 }
 
 for options in "${layouts[@]}"; do
