@@ -20,6 +20,7 @@ struct options {
 	bool overwrite_device;
 	bool extended_l2;
 	bool no_discard_passdown;
+	bool drop_bitmaps;
 	bool sparse;
 	bool shrink;
 	bool host;			/* the content is this host's own */

@@ -297,6 +297,7 @@ static int make_device(const struct mapping *m, const char *name,
 			       p->lower.dev : p->backing.dev,
 		.no_discard_passdown = opt && opt->no_discard_passdown,
 		.cache_limit = opt ? opt->cache_limit : 0,
+		.bitmaps = m->img.recording,
 	};
 	struct target_version version;
 	char params[512], uuid[160];
@@ -322,6 +323,9 @@ static int make_device(const struct mapping *m, const char *name,
 	if (ret)
 		return ret;
 	ret = dm_make(name, uuid, &line, 1, f.read_only);
+	if (!ret && m->img.recording)
+		note("%s: %u of its bitmaps record what is written", esc(name),
+		     m->img.recording);
 	if (!ret && opt && !opt->host)
 		note("%s: udev leaves alone what is on it: mounts by UUID= or LABEL=, and volumes on it, need open --host",
 		     esc(name));
@@ -347,6 +351,18 @@ static int attach_backing(const struct mapping *m, const char *name,
 			 DM_BACKING_TAIL_SUFFIX, &p->backing);
 }
 
+/* An older module cannot: then they are marked, which is said. */
+static int keep_bitmaps(struct mapping *m, const struct options *opt)
+{
+	struct target_version version;
+	int ret = dm_target_version(&version);
+
+	if (!ret)
+		m->img.keep_bitmaps = !opt->drop_bitmaps &&
+				      version.minor >= TARGET_MINOR_BITMAPS;
+	return ret;
+}
+
 /*
  * From checked files to a live device; takes back what it did if it fails.
  * @opt: NULL for one that is only there for what is above it
@@ -361,6 +377,8 @@ static int activate(struct mapping *m, const char *name,
 	if (!read_only && opt->sparse)
 		m->img.space_kind = IMAGE_SPARSE;
 	if (!read_only)
+		ret = keep_bitmaps(m, opt);
+	if (!ret && !read_only)
 		ret = image_prepare(&m->img);
 	if (!ret && interrupted())
 		ret = EX_WRONG;

@@ -21,6 +21,7 @@ static void again(const struct qcow2_args *a, sector_t len)
 		.backing_dev = a->backing_dev,
 		.no_discard_passdown = a->no_passdown,
 		.cache_limit = a->cache_limit, .zeroed_from = a->zeroed_from,
+		.bitmaps = a->bitmaps,
 	};
 	struct target_table t;
 	struct qcow2_args b;
@@ -43,6 +44,7 @@ static void again(const struct qcow2_args *a, sector_t len)
 	MUST(!a->backing_dev || !strcmp(a->backing_dev, b.backing_dev));
 	MUST(a->cache_limit == b.cache_limit);
 	MUST(a->zeroed_from == b.zeroed_from);
+	MUST(a->bitmaps == b.bitmaps);
 	MUST(a->read_only == b.read_only && a->raw == b.raw);
 	MUST(a->no_passdown == b.no_passdown);
 	MUST(a->geo.size == b.geo.size && a->geo.ext_l2 == b.geo.ext_l2);

@@ -37,6 +37,7 @@ static void again(const struct target_table *t)
 	MUST(u.f.no_discard_passdown == t->f.no_discard_passdown);
 	MUST(u.f.cache_limit == t->f.cache_limit);
 	MUST(u.f.zeroed_from == t->f.zeroed_from);
+	MUST(u.f.bitmaps == t->f.bitmaps);
 	MUST(!u.f.backing_dev == !t->f.backing_dev);
 	MUST(!u.f.backing_dev || !strcmp(u.f.backing_dev, t->f.backing_dev));
 }

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "image/bitmaps.h"
 #include "image/image.h"
 #include "image/plan.h"
 #include "lib/util.h"
@@ -1324,7 +1325,9 @@ int image_prepare(struct image *img)
 	int ret;
 
 	ret = image_make_room(img, &room);
-	if (!ret)
+	if (!ret && img->keep_bitmaps)
+		ret = image_bitmaps_ready(img, &img->recording);
+	else if (!ret)
 		ret = mark_bitmaps(img);
 	if (!ret)
 		ret = image_clear_autoclear(img);

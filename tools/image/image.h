@@ -33,6 +33,8 @@ struct image {
 	__be64 *reftable;
 	uint8_t *bitmap_dir;		/* image_load_bitmaps() */
 	uint64_t bitmap_bytes;		/* what bitmaps can need; image_end() */
+	bool keep_bitmaps;		/* the kernel can; for image_prepare() */
+	unsigned int recording;		/* bitmaps that it keeps then */
 	struct undo *undo;		/* newest first */
 	uint64_t put_end;		/* behind all clusters that were given back */
 	/* The file, or the one behind a device; fd -1: it cannot get longer. */
@@ -94,7 +96,7 @@ int image_end(struct image *img, uint64_t *end);
 /*
  * Make an image that is about to be written ready for the kernel: room for all
  * metadata, refcount table large enough, unknown autoclear bits clear, bitmaps
- * marked.  All of it is durable when this returns 0.
+ * ready to be kept or marked as not valid.  All of it is durable when this returns 0.
  */
 int image_prepare(struct image *img);
 /* Does not print anything unless it fails. */

@@ -57,6 +57,8 @@ static const struct known {
 	{ "backing_dev", 0, 0, true },
 	{ "cache_limit", 0, 0, true },
 	{ "zeroed_from", TARGET_MINOR_ZEROED, 0, true },
+	{ "bitmaps", TARGET_MINOR_BITMAPS,
+	  offsetof(struct target_features, bitmaps), false },
 };
 
 static const struct known *find_feature(const char *name)
@@ -282,7 +284,8 @@ bool target_format_table(char *out, size_t size, const char *metadata_dev,
 {
 	unsigned int words = f->read_only + f->data_file_raw + g->ext_l2 +
 			     2 * !!f->backing_dev + f->no_discard_passdown +
-			     2 * !!f->cache_limit + 2 * !!f->zeroed_from;
+			     2 * !!f->cache_limit + 2 * !!f->zeroed_from +
+			     f->bitmaps;
 	size_t len = 0;
 
 	if (!append(out, size, &len, "%s %s %u %llu %u %llu %u %u",
@@ -307,5 +310,6 @@ bool target_format_table(char *out, size_t size, const char *metadata_dev,
 		       (unsigned long long)f->cache_limit)) &&
 	       (!f->zeroed_from ||
 		append(out, size, &len, " zeroed_from %llu",
-		       (unsigned long long)f->zeroed_from));
+		       (unsigned long long)f->zeroed_from)) &&
+	       (!f->bitmaps || append(out, size, &len, " bitmaps"));
 }

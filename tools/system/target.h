@@ -20,10 +20,13 @@ struct target_version {
 #define TARGET_MAJOR		1
 /* From this minor one on there is "zeroed_from". */
 #define TARGET_MINOR_ZEROED	2
+/* From this one on there is "bitmaps". */
+#define TARGET_MINOR_BITMAPS	3
 
 /* Feature arguments, of a table or of a status line. */
 struct target_features {
 	bool read_only, data_file_raw, extended_l2, no_discard_passdown;
+	bool bitmaps;			/* they are kept */
 	const char *backing_dev;	/* NULL: none */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
 	uint64_t zeroed_from;		/* bytes, on the metadata device; 0: nowhere */
