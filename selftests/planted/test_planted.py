@@ -19,6 +19,9 @@ REFTABLE = {"size": 16 * MIB, "cluster": 512, "refcount_bits": 64}, ("-w", "70,0
 # Small requests in large units, few of which make others durable: many that meet
 # units which are not
 FUA = {"size": 4 * MIB, "cluster": 64 * KIB}, ("-w", "90,10,0,0,1", "-u", 4)
+BITMAPS = {"size": 4 * MIB, "cluster": 4 * KIB, "bitmaps": (4 * KIB,)}, ()
+# What is discarded reads as something else afterwards.
+COVERED = {"size": 4 * MIB, "cluster": 4 * KIB, "backing": 4 * MIB, "bitmaps": (4 * KIB,)}, ("-w", "20,0,0,70,10")
 # How many requests are what a bug may need on a slow machine, where the timer of the
 # commit makes most units durable before they are met again
 REQUESTS = (200, 400, 800)
@@ -30,6 +33,8 @@ BUGS = (
     (0, "no bug, discards", DISCARDS, ()),
     (0, "no bug, FUA writes", FUA, ()),
     (0, "no bug, new refcount blocks", REFTABLE, ()),
+    (0, "no bug, bitmaps", BITMAPS, ()),
+    (0, "no bug, bitmaps and discards", COVERED, ()),
     (1, "a commit does not flush the data device", PLAIN, ("poison", "old", "zeros")),
     (2, "a commit flushes the metadata device instead of the data device", PLAIN, ("poison", "old", "zeros")),
     (3, "refcounts are written after the L1 table", TABLES, ("refcount",)),
@@ -40,6 +45,9 @@ BUGS = (
     (8, "the rest of a unit is not filled at its first write", PLAIN, ("poison",)),
     (9, "a flush does not commit", PLAIN, ("old", "zeros")),
     (20, "the L1 table is written before the refcount table is flushed", REFTABLE, ("refcount",)),
+    (22, "data is sent before its mark is durable", BITMAPS, ("unmarked",)),
+    (23, "a mark is not flushed", BITMAPS, ("unmarked",)),
+    (24, "a discard is not marked", COVERED, ("unmarked",)),
 )
 
 
