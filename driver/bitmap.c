@@ -477,19 +477,20 @@ static void qcow2_mark_ahead(struct qcow2_bitmaps *bm, sector_t sector,
 			     sector_t end)
 {
 	sector_t size = bm->map->geo.size >> SECTOR_SHIFT, from;
+	/* In what has been marked ahead last, or will be */
+	bool follows = sector < bm->next && bm->next - sector <= bm->ahead;
 	unsigned int i;
 
-	/* Somebody else has asked for these. */
-	if (sector < bm->next && sector + bm->ahead >= bm->next && bm->ahead)
+	if (follows && end <= bm->next)
 		return;
 	/* What lies between them, or is of the same granule, needs no mark. */
-	for (i = 0; bm->next && i < bm->count; i++) {
+	for (i = 0; !follows && bm->next && sector >= bm->next - 1 &&
+	     i < bm->count; i++) {
 		unsigned int shift = bm->records[i].shift;
 
-		if ((sector >> shift) - ((bm->next - 1) >> shift) <= 1)
-			break;
+		follows = (sector >> shift) - ((bm->next - 1) >> shift) <= 1;
 	}
-	if (!bm->next || i == bm->count) {
+	if (!follows) {
 		bm->next = end;
 		bm->ahead = 0;
 		bm->streak = 0;

@@ -5,13 +5,16 @@ is suspended.
 
 Environment: SEED (printed, to repeat a run), REQUESTS (of each image).
 """
+import errno
+import mmap
 import os
 import random
-import threading
 import time
 
 from bitmaps import AUTO, IN_USE, allocate, bitmaps
-from qcow2test import (KIB, MIB, Dm, Io, expect, fails_with, in_parallel, main, note, run, same, test, wait_for)
+from qcow2image import OFFSET_MASK
+from qcow2test import (KIB, MIB, Failure, Io, Lower, NullBlk, Stat, expect, fails_with, in_parallel, main, note, run, same,
+                       test, wait_for)
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 REQUESTS = int(os.environ.get("REQUESTS", 120))
@@ -222,6 +225,169 @@ def consumer(bench, kind, rounds):
     bench.drop(dm)
     exact(image, names, everything, "at the end")
     qemu_takes(image, names)
+
+
+def on_linear(bench, image):
+    """A metadata device whose behaviour can change"""
+    image.attach()
+    return Lower(bench, "meta", image.meta_loop.path)
+
+
+def waits(dm):
+    return dm.status().keys["mark_waits"]
+
+
+@test("a part of a bitmap that cannot be read: requests that need it fail, until it can be")
+def cannot_read(bench):
+    image, names = setup(bench, 64 * KIB, 8 * MIB, (64 * KIB, 4 * KIB), {})
+    image.qemu_io("write -q -P 1 0 8M")
+    for name in names:
+        bitmaps(image)[name].fill(0)
+    image.trim()
+    lower = on_linear(bench, image)
+    dm = image.open("bitmaps", meta=lower.path)
+    disk = bench.io(dm)
+    lower.bad(bitmaps(image)[names[1]].clusters()[0] & OFFSET_MASK, 64 * KIB)
+    for at in (2 * MIB, 2 * MIB + 64 * KIB, 2 * MIB):
+        with fails_with(errno.EIO):
+            disk.write(at, b"f" * 4096)
+        same(disk.read(at, 4096), b"\1" * 4096, at)
+    expect(dm.mode() == "rw", f"{dm.status()}")
+    lower.good()
+    disk.write(2 * MIB, b"c" * 4096)
+    covers(image, names, [(2 * MIB, 4096)], "after the error")
+    bench.drop(disk)
+    bench.drop(dm)
+    exact(image, names, [(2 * MIB, 4096)], "at the end")
+    qemu_takes(image, names)
+
+
+@test("a mark whose flush fails: nothing is certain any more, and the mode is fail")
+def cannot_flush(bench):
+    image, names = setup(bench, 64 * KIB, 8 * MIB, (64 * KIB,), {})
+    image.qemu_io("write -q -P 1 0 8M")
+    for name in names:
+        bitmaps(image)[name].fill(0)
+    image.trim()
+    lower = on_linear(bench, image)
+    dm = image.open("bitmaps", meta=lower.path)
+    disk = bench.io(dm)
+    disk.write(MIB, b"a" * 4096)
+    lower.no_flush()
+    with fails_with(errno.EIO):
+        disk.write(3 * MIB, b"f" * 4096)
+    same(disk.read(3 * MIB, 4096), b"\1" * 4096)
+    expect(dm.mode() == "fail", f"{dm.status()}")
+    disk.write(MIB, b"b" * 4096)
+    lower.good()
+    with fails_with(errno.EIO):
+        disk.write(4 * MIB, b"f" * 4096)
+    bench.drop(disk)
+    bench.drop(dm)
+    covers(image, names, [(MIB, 4096)], "at the end")
+    image.check(leaks=True)
+
+
+@test("those who wait for marks share them; who must not wait is told", all_cpus=True)
+def shared(bench):
+    image, names = setup(bench, 64 * KIB, 64 * MIB, (64 * KIB,), {"raw": True})
+    lower = on_linear(bench, image)
+    dm = image.open("bitmaps", meta=lower.path)
+    disk = bench.io(dm)
+    disk.write(0, b"a" * 4096)
+    lower.slow(writes=1500)
+    count = Stat(image.meta_loop.path)
+    before = count.writes
+    places = random.Random(SEED).sample(range(2, 1000, 3), 40)
+    begun = time.monotonic()
+    in_parallel(lambda n: disk.write(n * 64 * KIB, b"b" * 4096), *((n,) for n in places))
+    took = time.monotonic() - begun
+    # The first one's mark, one beside it, and one for all others; and flushes.
+    expect(count.writes - before <= 12, f"{count.writes - before} writes for {len(places)} requests")
+    note(f"{len(places)} requests: {count.writes - before} writes of metadata, {took:.1f} s")
+    view = memoryview(mmap.mmap(-1, 4096))
+    try:
+        os.pwritev(disk.fd, [view], 1001 * 64 * KIB, 8)                      # RWF_NOWAIT
+        raise Failure("a request that must not wait has done something")
+    except BlockingIOError:
+        pass
+    os.pwritev(disk.fd, [view], places[0] * 64 * KIB, 8)
+    lower.good()
+    covers(image, names, [(n * 64 * KIB, 4096) for n in [0, *places]], "after it")
+    expect(not bitmaps(image)[names[0]].content() >> 1001 & 1, "marked for a request that was not made")
+
+
+@test("sequential writers wait once for 4 MiB at most, and what they do not need is taken back")
+def sequential(bench):
+    size = 256 * MIB
+    image, names = setup(bench, 64 * KIB, size, (64 * KIB,),
+                         {"raw": True, "data": bench.add(NullBlk(size, discard=False, memory=False)).path})
+    dm = image.open("bitmaps")
+    disk = bench.io(dm)
+    block = bytes(256 * KIB)
+    end = 200 * MIB
+    for at in range(0, end, len(block)):
+        disk.write(at, block)
+    note(f"{waits(dm)} waits for {end // MIB} MiB")
+    expect(waits(dm) <= end // (4 * MIB), f"{dm.status()}")
+    have = bitmaps(image)[names[0]].content()
+    expect(have > (1 << end // (64 * KIB)) - 1, "nothing is marked ahead")
+    wait_for("what is not needed is taken back", 60, lambda: dm.status().keys["taken_back"])
+    time.sleep(1)
+    exact(image, names, [(0, end)], "when it is idle")
+    disk.write(end, block)
+    exact_from = [(0, end + len(block))]
+    bench.drop(disk)
+    bench.drop(dm)
+    exact(image, names, exact_from, "at the end")
+
+
+@test("tables that are refused: bitmaps that nobody would keep, or that cannot be kept")
+def refused(bench):
+    image, names = setup(bench, 64 * KIB, 8 * MIB, (64 * KIB, 4 * KIB), {})
+    before = image.hash()
+
+    def none(*features):
+        image.attach(extend=False)
+        try:
+            image.open(*features)
+        except Failure:
+            image.detach()
+            return
+        raise Failure(f"{features} is taken")
+    image.extend()
+    before = image.hash()
+    none()
+    b = bitmaps(image)[names[1]]
+    entry = b.clusters()[0]
+    for what, change, back in (
+            ("no cluster", lambda: image.set_u64(b.table, 0), lambda: image.set_u64(b.table, entry)),
+            ("ones", lambda: image.set_u64(b.table, 1), lambda: image.set_u64(b.table, entry)),
+            ("unaligned", lambda: image.set_u64(b.table, entry + 512), lambda: image.set_u64(b.table, entry)),
+            ("beyond the end", lambda: image.set_u64(b.table, 1 << 40), lambda: image.set_u64(b.table, entry)),
+            ("the other one's", lambda: image.set_u64(b.table, bitmaps(image)[names[0]].clusters()[0]),
+             lambda: image.set_u64(b.table, entry)),
+            ("the L1 table's", lambda: image.set_u64(b.table, image.get("l1_table_offset")),
+             lambda: image.set_u64(b.table, entry)),
+            ("an unknown flag", lambda: b.set_flags(AUTO | 8), lambda: b.set_flags(AUTO)),
+            ("an unknown type", lambda: image.patch(b.place + 16, b"\2"), lambda: image.patch(b.place + 16, b"\1")),
+            ("a table of another size", lambda: image.patch(b.place + 8, b"\0\0\0\2"),
+             lambda: image.patch(b.place + 8, b"\0\0\0\1")),
+            ("granules of 256", lambda: image.patch(b.place + 17, b"\x08"), lambda: image.patch(b.place + 17, b"\x0c"))):
+        change()
+        changed = image.hash()
+        none("bitmaps")
+        expect(image.hash() == changed, f"{what}: the image has been changed")
+        back()
+    expect(image.hash() == before, "the test is wrong")
+    # What does not ask to be kept is nobody's concern.
+    b.set_flags(AUTO | IN_USE | 8)
+    image.patch(b.place + 16, b"\2")
+    dm = image.open("bitmaps")
+    bench.drop(dm)
+    bitmaps(image)[names[0]].set_flags(0)
+    dm = image.open()
+    bench.drop(dm)
 
 
 ROUNDS = int(os.environ.get("ROUNDS", 15))
