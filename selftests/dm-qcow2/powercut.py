@@ -77,6 +77,15 @@ class FlushTrace:
                     other[2] = mine[2] = "?"
             ended.append(mine)
         expect(not under_way, "a flush has not ended")
+        # One device below has them all, and ends them in the order in which they get there: of those
+        # that are whoever's, that order is what is known, and not which of them was sent first.
+        start = 0
+        for n in range(len(ended) + 1):
+            if n < len(ended) and ended[n][2] == "?":
+                continue
+            for flush, rank in zip(ended[start:n], sorted(f[1] for f in ended[start:n])):
+                flush[1] = rank
+            start = n + 1
         return [(f[2], f[1]) for f in ended]
 
     def close(self):
