@@ -37,9 +37,11 @@ enum device_kind device_kind(const char *name, const char *uuid, char *type,
 	if (starts_with(uuid, DM_UUID_PREFIX))
 		return DEVICE_OURS;
 	/* What LVM has made is one of its volumes. */
-	snprintf(type, size, "%s", strncmp(uuid, "LVM-", 4) ? "none" : "LVM's");
-	if (!strncmp(uuid, "LVM-", 4))
+	if (starts_with(uuid, "LVM-")) {
+		snprintf(type, size, "LVM's");
 		return DEVICE_OTHER;
+	}
+	snprintf(type, size, "none");
 	/* Who may not ask gets no answer, and no error. */
 	if (access("/dev/mapper/control", R_OK | W_OK) ||
 	    dm_params(name, false, &t, &params, &sectors))
@@ -139,12 +141,12 @@ static bool look_below_tail(const char *kernel_name, char *loop, size_t loop_siz
 	if (!dir)
 		return false;
 	while ((e = readdir(dir))) {
-		if (strncmp(e->d_name, "loop", 4))
+		if (!starts_with(e->d_name, "loop"))
 			continue;
 		/* the other one is a piece of memory */
 		if (sysfs_read(name, sizeof(name),
 			       "/sys/block/%s/loop/backing_file", e->d_name) &&
-		    strncmp(name, "/memfd:", 7)) {
+		    !starts_with(name, "/memfd:")) {
 			snprintf(loop, loop_size, "%.30s", e->d_name);
 			snprintf(file, file_size, "%s", name);
 			found = true;
@@ -200,8 +202,7 @@ bool device_look_up(const char *number, struct device *d)
 		snprintf(d->node, sizeof(d->node), "/dev/mapper/%s",
 			 d->dm_name);
 		d->qcow2 = sysfs_read(uuid, sizeof(uuid), "%s/dm/uuid", path) &&
-			   !strncmp(uuid, DM_UUID_PREFIX,
-				    strlen(DM_UUID_PREFIX));
+			   starts_with(uuid, DM_UUID_PREFIX);
 		look_below_tail(d->kernel_name, d->loop_name,
 				sizeof(d->loop_name), d->file,
 				sizeof(d->file));

@@ -273,7 +273,7 @@ static bool kmsg_reason(int fd, char *out, size_t size)
 			break;
 		record[n] = 0;
 		p = strchr(record, ';');
-		if (!p || strncmp(p + 1, "device-mapper:", 14))
+		if (!p || !starts_with(p + 1, "device-mapper:"))
 			continue;
 		end = strchr(p, '\n');
 		if (end)

@@ -79,7 +79,7 @@ void mark_sweep(void)
 		char now[32], file[8];
 		const char *dot = strchr(d->d_name, '.');
 
-		if (strncmp(d->d_name, "loop", 4) || !dot)
+		if (!starts_with(d->d_name, "loop") || !dot)
 			continue;
 		if (sysfs_read(now, sizeof(now), "/sys/block/%.*s/diskseq",
 			       (int)(dot - d->d_name), d->d_name) &&
