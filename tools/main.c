@@ -55,9 +55,14 @@ const struct action actions[] = {
 		"qcow2setup resize vm --size 20G"
 	}, {
 		"bitmap", cmd_bitmap, 2, INT_MAX,
-		"WHAT IMAGE [NAME...]",
+		"WHAT IMAGE|DEVICE [NAME...]",
 		"list, add, remove, clear, enable, disable, merge bitmaps",
 		"qcow2setup bitmap add vm.qcow2 monday"
+	}, {
+		"checkpoint", cmd_checkpoint, 1, 1,
+		"IMAGE|NAME --stop OLD --start NEW",
+		"end a bitmap and begin another, in one step",
+		"qcow2setup checkpoint vm --stop monday --start tuesday"
 	},
 	{ 0 }
 };

@@ -35,6 +35,8 @@ struct options {
 	/* --backing-file, from top to bottom */
 	const char *backing_file[MAX_BACKING_FILES];
 	unsigned int backing_files;
+	const char *map_bitmap;		/* --bitmap of map */
+	const char *stop, *start;	/* bitmaps */
 	/* --bitmap, of a new image */
 	const char *bitmap[MOST_RECORDING];
 	unsigned int bitmaps;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * qcow2setup bitmap: the persistent bitmaps of an image, which say what was written
- * since they were made.  Of an image that nobody has open: what is not, is refused
- * when it is locked.
+ * qcow2setup bitmap, checkpoint: the persistent bitmaps of an image, which say what
+ * was written since they were made; of an image that nobody has open, or of a device
+ * that is (stack/change.c).
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -14,7 +14,11 @@
 #include "lib/interrupt.h"
 #include "lib/json.h"
 #include "lib/util.h"
+#include "stack/attach.h"
+#include "stack/change.h"
 #include "stack/mapping.h"
+#include "system/device.h"
+#include "system/dm.h"
 
 /* Changes in memory; @names ends with NULL. */
 typedef int change_fn(const struct options *opt, struct bitmaps *s,
@@ -65,6 +69,18 @@ static int merge(const struct options *opt, struct bitmaps *s, char **names)
 	return ret;
 }
 
+/* In one step: it ends there, and begins there. */
+static int stop_and_start(const struct options *opt, struct bitmaps *s,
+			  char **names)
+{
+	int ret = 0;
+
+	(void)names;
+	if (opt->stop)
+		ret = bitmaps_stop(s, opt->stop);
+	return ret ? ret : bitmaps_add_option(s, opt->start, "start");
+}
+
 static const struct what {
 	const char *name;
 	const char *arguments;		/* as in the usage line */
@@ -72,14 +88,14 @@ static const struct what {
 	int min_names, max_names;
 	const char *options;		/* that it takes: words */
 } whats[] = {
-	{ "list", "IMAGE [--json]", NULL, 0, 0, "json" },
-	{ "add", "IMAGE NAME [--granularity SIZE] [--disabled]", add, 1, 1,
+	{ "list", "IMAGE|DEVICE [--json]", NULL, 0, 0, "json" },
+	{ "add", "IMAGE|DEVICE NAME [--granularity SIZE] [--disabled]", add, 1, 1,
 	  "granularity disabled" },
-	{ "remove", "IMAGE NAME", remove_one, 1, 1, "" },
-	{ "clear", "IMAGE NAME", clear, 1, 1, "" },
-	{ "enable", "IMAGE NAME", enable, 1, 1, "" },
-	{ "disable", "IMAGE NAME", disable, 1, 1, "" },
-	{ "merge", "IMAGE TARGET SOURCE...", merge, 2, 1 << 20, "" },
+	{ "remove", "IMAGE|DEVICE NAME", remove_one, 1, 1, "" },
+	{ "clear", "IMAGE|DEVICE NAME", clear, 1, 1, "" },
+	{ "enable", "IMAGE|DEVICE NAME", enable, 1, 1, "" },
+	{ "disable", "IMAGE|DEVICE NAME", disable, 1, 1, "" },
+	{ "merge", "IMAGE|DEVICE TARGET SOURCE...", merge, 2, 1 << 20, "" },
 };
 
 static void print_json(const struct bitmaps *s)
@@ -159,18 +175,141 @@ static int change(const struct what *what, const struct options *opt,
 	return ret;
 }
 
-static int open_image(struct image *img, const char *path, bool write)
+static int check_image(struct image *img, bool read_only)
 {
 	struct reasons reasons;
+
+	image_reasons(img, read_only, &reasons);
+	if (!reasons.n)
+		return 0;
+	return fail(EX_WRONG, "%s: %s; %s", esc(img->node.path),
+		    reasons.r[0].cause, reasons.r[0].remedy);
+}
+
+static int open_image(struct image *img, const char *path, bool write)
+{
 	int ret = image_open_locked(img, path, write);
 
+	if (!ret)
+		ret = check_image(img, !write);
+	return ret || !write ? ret : image_load_tables(img, true);
+}
+
+static int change_image(const struct what *what, const struct options *opt,
+			const char *path, char **names)
+{
+	struct image img = IMAGE_CLOSED;
+	struct bitmaps s = { .img = NULL };
+	int ret;
+
+	ret = open_image(&img, path, true);
+	if (!ret)
+		ret = bitmaps_load(&s, &img);
+	if (!ret)
+		ret = change(what, opt, &s, names);
+	bitmaps_free(&s);
+	image_close(&img);
+	return ret;
+}
+
+/*
+ * A device that is open
+ */
+
+struct live_bitmaps {
+	const struct what *what;
+	const struct options *opt;
+	char **names;
+};
+
+/* Takes the space: see what it would be, in memory. */
+static int prepare(struct live *l, void *arg)
+{
+	struct live_bitmaps *b = arg;
+	struct image *img = &l->before;
+	struct room room = { .quiet = true };
+	uint64_t at, reftable;
+	struct bitmaps s;
+	int ret;
+
+	ret = live_look(l, b->opt->sparse);
 	if (ret)
 		return ret;
-	image_reasons(img, !write, &reasons);
-	if (reasons.n)
-		return fail(EX_WRONG, "%s: %s; %s", esc(path),
-			    reasons.r[0].cause, reasons.r[0].remedy);
-	return write ? image_load_tables(img, true) : 0;
+	img->node.path = l->name;
+	ret = bitmaps_load(&s, img);
+	if (!ret)
+		ret = b->what->change(b->opt, &s, b->names);
+	room.size = img->geo.size;
+	room.more = bitmaps_need(&s);
+	bitmaps_free(&s);
+	return ret ? ret : image_take_room(img, &room, &at, &reftable);
+}
+
+static int apply(struct live *l, void *arg)
+{
+	struct live_bitmaps *b = arg;
+	struct bitmaps s;
+	int ret;
+
+	l->img.node.path = l->name;
+	ret = bitmaps_load(&s, &l->img);
+	if (!ret)
+		ret = b->what->change(b->opt, &s, b->names);
+	if (!ret)
+		ret = bitmaps_write(&s);
+	bitmaps_free(&s);
+	return ret;
+}
+
+static int change_device(const struct what *what, const struct options *opt,
+			 const char *name, char **names)
+{
+	struct live_bitmaps b = { .what = what, .opt = opt, .names = names };
+	const struct change c = {
+		.prepare = prepare, .apply = apply, .arg = &b,
+	};
+	struct live l = LIVE_CLOSED;
+	int ret;
+
+	ret = live_open(&l, name, what->name, "change the image");
+	l.takes = true;
+	if (!ret)
+		ret = live_change(&l, &c);
+	live_close(&l);
+	return ret;
+}
+
+static int change_any(const struct what *what, const struct options *opt,
+		      char *arg, char **names)
+{
+	char buf[160];
+	const char *name = device_live_name(arg, buf, sizeof(buf));
+
+	interrupt_catch();
+	return name ? change_device(what, opt, name, names) :
+		      change_image(what, opt, arg, names);
+}
+
+static int show_any(const struct options *opt, const char *arg)
+{
+	struct image img = IMAGE_CLOSED;
+	struct bitmaps s = { .img = NULL };
+	char buf[160];
+	const char *name = device_live_name(arg, buf, sizeof(buf));
+	int ret;
+
+	ret = name ? dm_check(false) : open_image(&img, arg, false);
+	if (!ret && name)
+		ret = attach_live(&img, name, true);
+	if (!ret && name)
+		ret = check_image(&img, true);
+	if (!ret)
+		ret = bitmaps_load(&s, &img);
+	if (!ret)
+		ret = show(opt, &img, &s);
+	bitmaps_free(&s);
+	image_close(&img);
+	return ret;
 }
 
 static int check_options(const struct what *what, const struct options *opt)
@@ -211,8 +350,6 @@ static int find_what(const char *name, const struct what **what)
 int cmd_bitmap(const struct options *opt, char **args)
 {
 	const struct what *what = NULL;
-	struct image img = IMAGE_CLOSED;
-	struct bitmaps s = { .img = NULL };
 	int n = 0, ret;
 
 	ret = find_what(args[0], &what);
@@ -227,15 +364,19 @@ int cmd_bitmap(const struct options *opt, char **args)
 	ret = check_options(what, opt);
 	if (ret)
 		return ret;
-	if (what->change)
-		interrupt_catch();
-	ret = open_image(&img, args[1], what->change);
-	if (!ret)
-		ret = bitmaps_load(&s, &img);
-	if (!ret)
-		ret = what->change ? change(what, opt, &s, args + 2) :
-				     show(opt, &img, &s);
-	bitmaps_free(&s);
-	image_close(&img);
+	ret = what->change ? change_any(what, opt, args[1], args + 2) :
+			     show_any(opt, args[1]);
 	return interrupt_result(ret);
+}
+
+int cmd_checkpoint(const struct options *opt, char **args)
+{
+	static const struct what checkpoint = {
+		.name = "checkpoint", .change = stop_and_start,
+	};
+
+	if (!opt->start)
+		return fail(EX_PARAMETER,
+			    "a checkpoint begins a bitmap; give --start NAME[,granularity=SIZE]");
+	return interrupt_result(change_any(&checkpoint, opt, args[0], args + 1));
 }

@@ -17,5 +17,6 @@ int cmd_check(const struct options *opt, char **args);
 int cmd_measure(const struct options *opt, char **args);
 int cmd_resize(const struct options *opt, char **args);
 int cmd_bitmap(const struct options *opt, char **args);
+int cmd_checkpoint(const struct options *opt, char **args);
 
 #endif

@@ -402,7 +402,8 @@ static int add_bitmaps(const struct options *opt, const char *path,
 	b->img = (struct image){ .geo = *g, .node.path = path };
 	b->s.img = &b->img;
 	for (i = 0; !ret && i < opt->bitmaps; i++)
-		ret = bitmaps_add_option(&b->s, opt->bitmap[i]);
+		ret = bitmaps_add_option(&b->s, opt->bitmap[i],
+					 "bitmap");
 	return ret;
 }
 

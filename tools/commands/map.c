@@ -10,29 +10,33 @@
  * are not looked for, which QEMU does in images whose metadata is sparse.
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <libsmartcols.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <sys/sysmacros.h>
-#include <unistd.h>
 
 #include "commands/commands.h"
+#include "image/bitmaps.h"
 #include "image/extents.h"
 #include "image/image.h"
 #include "lib/util.h"
+#include "stack/attach.h"
 #include "stack/mapping.h"
 #include "system/device.h"
 #include "system/dm.h"
-#include "system/live.h"
-#include "system/target.h"
 
 struct map {
 	struct image img;
 	struct qcow2_geometry g;
-	bool backing;
+	bool backing, raw;
+	/* With --bitmap: what is not printed yet, for it may be longer */
+	struct bitmaps bitmaps;
+	struct bitmap_reader reader;
+	struct dirty_extent {
+		uint64_t start, length;
+		bool dirty, zero;
+	} last;
+	int (*print)(struct map *m, const struct dirty_extent *e);
 	uint64_t printed;
 	struct libscols_table *table;
 	size_t rows;
@@ -55,6 +59,19 @@ static int print_json(const struct extent *e, void *arg)
 	       "true" : "false",
 	       e->state == QCOW2_DATA ? "true" : "false");
 	if (e->has_offset && !below)
+		printf(", \"offset\": %" PRIu64, e->start);
+	printf("}");
+	return 0;
+}
+
+/* As qemu-img shows it over NBD: what is dirty is no data. */
+static int print_dirty_json(struct map *m, const struct dirty_extent *e)
+{
+	printf("%s{ \"start\": %" PRIu64 ", \"length\": %" PRIu64 ", \"depth\": 0, \"present\": %s, \"zero\": %s, \"data\": %s",
+	       m->printed++ ? ",\n" : "", e->start, e->length,
+	       e->dirty ? "false" : "true", e->zero ? "true" : "false",
+	       e->dirty ? "false" : "true");
+	if (!e->dirty)
 		printf(", \"offset\": %" PRIu64, e->start);
 	printf("}");
 	return 0;
@@ -106,9 +123,9 @@ static int print_table(struct map *m)
 	return ret ? fail_nomem() : 0;
 }
 
-static int add_row(const struct extent *e, void *arg)
+static int add_row(struct map *m, uint64_t from, uint64_t bytes,
+		   const char *state)
 {
-	struct map *m = arg;
 	struct libscols_line *line;
 	char start[24], length[24];
 	int ret = 0;
@@ -119,16 +136,56 @@ static int add_row(const struct extent *e, void *arg)
 		ret = new_table(m);
 	if (ret)
 		return ret;
-	snprintf(start, sizeof(start), "%" PRIu64, e->start);
-	snprintf(length, sizeof(length), "%" PRIu64, e->length);
+	snprintf(start, sizeof(start), "%" PRIu64, from);
+	snprintf(length, sizeof(length), "%" PRIu64, bytes);
 	line = scols_table_new_line(m->table, NULL);
 	if (!line || scols_line_set_data(line, 0, start) ||
 	    scols_line_set_data(line, 1, length) ||
-	    scols_line_set_data(line, 2, state_name(e->state)))
+	    scols_line_set_data(line, 2, state))
 		return fail_nomem();
 	m->rows++;
 	m->printed++;
 	return 0;
+}
+
+static int print_row(const struct extent *e, void *arg)
+{
+	return add_row(arg, e->start, e->length, state_name(e->state));
+}
+
+static int print_dirty_row(struct map *m, const struct dirty_extent *e)
+{
+	return add_row(m, e->start, e->length,
+		       e->dirty ? e->zero ? "dirty, zero" : "dirty" :
+				  e->zero ? "clean, zero" : "clean");
+}
+
+/* What the bitmap says of one extent */
+static int split_dirty(const struct extent *x, void *arg)
+{
+	struct map *m = arg;
+	uint64_t at = x->start, stop = x->start + x->length, end;
+	struct dirty_extent *last = &m->last;
+	/* A raw data file has what it has where nothing is allocated, too. */
+	bool zero = !m->raw && (x->state == QCOW2_ZERO ||
+				(x->state == QCOW2_UNALLOCATED && !m->backing));
+	bool dirty;
+	int ret = 0;
+
+	for (; !ret && at < stop; at = end) {
+		ret = bitmap_reader_run(&m->reader, at, &dirty, &end);
+		if (ret)
+			break;
+		end = min_u64(end, stop);
+		if (last->length && dirty == last->dirty && zero == last->zero) {
+			last->length += end - at;
+			continue;
+		}
+		if (last->length)
+			ret = m->print(m, last);
+		*last = (struct dirty_extent){ at, end - at, dirty, zero };
+	}
+	return ret;
 }
 
 static int bad_entry(const struct map *m, uint64_t l1, int64_t l2,
@@ -199,6 +256,8 @@ static int walk(struct map *m, struct extents *x)
 		}
 	}
 	ret = extents_end(x);
+	if (!ret && m->last.length)
+		ret = m->print(m, &m->last);
 out:
 	free(l1);
 	free(l2);
@@ -208,10 +267,14 @@ out:
 static int print_map(struct map *m, bool json)
 {
 	struct extents x = {
-		.size = m->g.size, .states_only = !json,
-		.fn = json ? print_json : add_row, .arg = m,
+		.size = m->g.size, .states_only = !json || m->reader.b,
+		.fn = json ? print_json : print_row, .arg = m,
 	};
 	int ret;
+
+	m->print = json ? print_dirty_json : print_dirty_row;
+	if (m->reader.b)
+		x.fn = split_dirty;
 
 	/* If it ends with an error, the array does not end. */
 	if (json) {
@@ -245,102 +308,18 @@ static int get_geometry(struct map *m)
 			    esc(img->node.path), qcow2_fault_str(fault),
 			    shell_quote(img->node.path));
 	m->backing = img->h.backing_file.s;
+	m->raw = img->h.autoclear & QCOW2_AUTOCLEAR_RAW_DATA;
 	return 0;
 }
 
-/* What is only in the kernel's memory goes to the metadata device. */
-static int commit(const char *name)
+/* One that is not there, or not valid, is no empty bitmap. */
+static int open_bitmap(struct map *m, const char *name)
 {
-	char path[192];
-	int fd, err = 0;
-
-	snprintf(path, sizeof(path), "/dev/mapper/%s", name);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0 || fsync(fd))
-		err = errno;
-	if (fd >= 0)
-		close(fd);
-	if (!err)
-		return 0;
-	return fail(errno_to_exit(err),
-		    "/dev/mapper/%s: cannot make it write its metadata: %s; see what qcow2setup status says",
-		    esc(name), strerror(err));
-}
-
-/*
- * A suspended device has written what it could, and a flush would wait for the
- * resume.
- */
-static int check_suspended(const char *name)
-{
-	struct target_status status;
-	uint64_t unwritten;
 	int ret;
 
-	ret = live_unwritten(name, &status, &unwritten);
-	if (ret || !unwritten)
-		return ret;
-	return fail(EX_WRONG,
-		    "%s: is suspended, and holds metadata that could not be written; see dmesg, and resume it (dmsetup resume %s)",
-		    esc(name), esc(name));
-}
-
-/*
- * The metadata of a device that is open.  The kernel goes on writing it, but
- * an entry is never half written, and no L2 table moves or goes.
- */
-static int open_live(struct map *m, const char *name)
-{
-	struct dm_dev_info info;
-	struct target_table table;
-	struct device metadata;
-	char *type = NULL, *params = NULL;
-	enum device_kind kind;
-	struct node node;
-	uint64_t sectors;
-	bool known;
-	char number[32], target[64];
-	int ret;
-
-	ret = dm_query(name, &info);
-	if (ret)
-		return ret;
-	if (!info.exists)
-		return fail(EX_WRONG,
-			    "/dev/mapper/%s is inactive; open it first",
-			    esc(name));
-	/* Nothing is asked of a device that is none of this target's. */
-	kind = device_kind(name, info.uuid, target, sizeof(target));
-	if (kind == DEVICE_OTHER)
-		return device_not_ours(name, kind, target, "");
-	ret = info.suspended ? check_suspended(name) : commit(name);
-	if (ret)
-		return ret;
-	ret = dm_params(name, false, &type, &params, &sectors);
-	if (ret)
-		return ret == -ENXIO ? dm_gone(name) : ret;
-	known = !strcmp(type, DM_TARGET) && target_parse_table(params, &table);
-	free(type);
-	free(params);
-	if (!known || !device_look_up(table.metadata_dev, &metadata))
-		return fail(EX_WRONG,
-			    "%s: table is not understood; use a newer qcow2setup",
-			    esc(name));
-
-	/* Never through a file: what is live is what the device shows. */
-	ret = node_open(&node, AT_FDCWD, metadata.node, NODE_READ_ONLY);
-	snprintf(number, sizeof(number), "%u:%u", major(node.rdev),
-		 minor(node.rdev));
-	if (!ret && (!node.bdev || strcmp(number, table.metadata_dev)))
-		ret = fail(EX_WRONG,
-			   "%s: is not the device %s that it should be; run udevadm settle and try again",
-			   esc(metadata.node), table.metadata_dev);
-	if (ret) {
-		node_close(&node);
-		return ret;
-	}
-	node.path = name;
-	return image_attach(&m->img, &node);
+	m->img.geo = m->g;
+	ret = bitmaps_load(&m->bitmaps, &m->img);
+	return ret ? ret : bitmap_reader_open(&m->reader, &m->bitmaps, name);
 }
 
 int cmd_map(const struct options *opt, char **args)
@@ -356,14 +335,18 @@ int cmd_map(const struct options *opt, char **args)
 		if (!ret)
 			ret = dm_check(false);
 		if (!ret)
-			ret = open_live(&m, live);
+			ret = attach_live(&m.img, live, opt->map_bitmap);
 	} else {
 		ret = image_open_locked(&m.img, args[0], false);
 	}
 	if (!ret)
 		ret = get_geometry(&m);
+	if (!ret && opt->map_bitmap)
+		ret = open_bitmap(&m, opt->map_bitmap);
 	if (!ret)
 		ret = print_map(&m, opt->json);
+	bitmap_reader_close(&m.reader);
+	bitmaps_free(&m.bitmaps);
 	image_close(&m.img);
 	return ret;
 }

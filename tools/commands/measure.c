@@ -48,7 +48,8 @@ static int count_bitmaps(const struct options *opt,
 	int ret = 0;
 
 	for (i = 0; !ret && i < opt->bitmaps; i++)
-		ret = bitmaps_add_option(&s, opt->bitmap[i]);
+		ret = bitmaps_add_option(&s, opt->bitmap[i],
+					 "bitmap");
 	*clusters = bitmaps_new_clusters(&s, bits);
 	bitmaps_free(&s);
 	return ret;

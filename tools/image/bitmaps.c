@@ -334,6 +334,48 @@ bool bitmaps_count(const struct bitmaps *s, const struct bitmap_item *b,
 	return !*why;
 }
 
+int bitmap_reader_open(struct bitmap_reader *r, const struct bitmaps *s,
+		       const char *name)
+{
+	struct bitmap_item *b;
+	int ret;
+
+	*r = (struct bitmap_reader){ .s = s, .i = UINT64_MAX };
+	ret = get(s, name, &b);
+	if (ret)
+		return ret;
+	r->b = b;
+	r->bits = malloc(cluster_size(s));
+	return r->bits ? 0 : fail_nomem();
+}
+
+int bitmap_reader_run(struct bitmap_reader *r, uint64_t at, bool *dirty,
+		      uint64_t *end)
+{
+	unsigned int g = r->b->head.granularity_bits;
+	uint64_t size = r->s->img->geo.size, bit = at >> g, n;
+	uint64_t i = bit / bits_per_cluster(r->s);
+	uint64_t base = i * bits_per_cluster(r->s);
+	int ret = 0;
+
+	if (i != r->i)
+		ret = read_bits(r->s, r->b, i, r->bits);
+	r->i = ret ? UINT64_MAX : i;
+	if (ret)
+		return ret;
+	n = bits_in(r->s, r->b, i, size);
+	bit -= base;
+	*dirty = bits_find(r->bits, bit, bit + 1, true) == bit;
+	*end = min_u64(size, (base + bits_find(r->bits, bit, n, !*dirty)) << g);
+	return 0;
+}
+
+void bitmap_reader_close(struct bitmap_reader *r)
+{
+	free(r->bits);
+	r->bits = NULL;
+}
+
 /*
  * Changes
  */
@@ -444,16 +486,16 @@ int bitmaps_add(struct bitmaps *s, const char *name,
 	return 0;
 }
 
-int bitmaps_add_option(struct bitmaps *s, const char *option)
+int bitmaps_add_option(struct bitmaps *s, const char *text, const char *option)
 {
 	static const char key[] = ",granularity=";
-	const char *comma = strstr(option, key);
+	const char *comma = strstr(text, key);
 	uint64_t granularity;
 	char *name;
 	int ret;
 
 	if (!comma)
-		return bitmaps_add(s, option,
+		return bitmaps_add(s, text,
 				   bitmap_granularity_bits(s->img->geo.cluster_bits),
 				   true);
 	if (!parse_size(comma + strlen(key), &granularity) ||
@@ -461,9 +503,9 @@ int bitmaps_add_option(struct bitmaps *s, const char *option)
 	    granularity < 1ULL << QCOW2_MIN_GRANULARITY_BITS ||
 	    granularity > 1ULL << QCOW2_MAX_GRANULARITY_BITS)
 		return fail(EX_PARAMETER,
-			    "--bitmap %s: granularity is not possible; use a power of two from 512 to 2G",
-			    esc(option));
-	name = strndup(option, comma - option);
+			    "--%s %s: granularity is not possible; use a power of two from 512 to 2G",
+			    option, esc(text));
+	name = strndup(text, comma - text);
 	if (!name)
 		return fail_nomem();
 	ret = bitmaps_add(s, name, __builtin_ctzll(granularity), true);
@@ -520,6 +562,20 @@ int bitmaps_record(struct bitmaps *s, const char *name, bool records)
 	if (!ret && records)
 		b->head.flags |= QCOW2_BITMAP_AUTO;
 	return ret;
+}
+
+int bitmaps_stop(struct bitmaps *s, const char *name)
+{
+	struct bitmap_item *b;
+	int ret;
+
+	ret = get(s, name, &b);
+	if (!ret && !qcow2_bitmap_records(&b->head))
+		ret = fail(EX_WRONG,
+			   "%s: bitmap %s does not record, and so does not know what was written until now; choose one that does, see qcow2setup bitmap list %s",
+			   image_name(s), esc(name),
+			   shell_quote(s->img->node.path));
+	return ret ? ret : bitmaps_record(s, name, false);
 }
 
 /* The bitmap that others are merged into, and one of its clusters. */
@@ -961,6 +1017,24 @@ static int write_flags(struct bitmaps *s, struct bitmap_item *b)
 			    offsetof(struct qcow2_bitmap_head, flags));
 }
 
+uint64_t bitmaps_need(const struct bitmaps *s)
+{
+	uint64_t n = div_up(bitmaps_dir_size(s->item, s->n), cluster_size(s));
+	const struct bitmap_item *b;
+	uint32_t i;
+
+	for (b = s->item; b < s->item + s->n; b++) {
+		/* Which of its clusters have bits may change until then. */
+		if (b->fresh)
+			n += table_clusters(s, b) + b->head.table_size;
+		else if (qcow2_bitmap_records(&b->head))
+			for (i = 0; i < b->head.table_size; i++)
+				n += !(be64_to_cpu(b->table[i]) &
+				       QCOW2_OFFSET_MASK);
+	}
+	return n;
+}
+
 int bitmaps_write(struct bitmaps *s)
 {
 	struct bitmap_item *b, *other = NULL;
@@ -1017,25 +1091,73 @@ static int clear_rest(struct bitmaps *s, struct bitmap_item *b)
 	return ret;
 }
 
-int bitmaps_grow_begin(struct bitmaps *s, struct image *img, uint64_t size)
+/* Can they have bits for so many bytes? */
+static int check_growth(const struct bitmaps *s, uint64_t size)
 {
-	unsigned int cluster_bits = img->geo.cluster_bits, marked = 0;
-	struct bitmap_item *b;
+	const struct bitmap_item *b;
 	const char *why;
-	int ret;
 
-	ret = bitmaps_load(s, img);
-	for (b = s->item; !ret && b < s->item + s->n; b++) {
+	for (b = s->item; b < s->item + s->n; b++) {
 		if (bitmap_inconsistent(b))
 			continue;
 		why = why_unusable(s, b);
 		if (!why && bitmap_too_large(size, b->head.granularity_bits,
-					     cluster_bits))
+					     s->img->geo.cluster_bits))
 			why = "it would be too large for the new size";
-		ret = why ? cannot_use(s, b, why) : clear_rest(s, b);
-		b->grows = b->head.table_size !=
-			   qcow2_bitmap_entries(size, b->head.granularity_bits,
-						cluster_bits);
+		if (why)
+			return cannot_use(s, b, why);
+	}
+	return 0;
+}
+
+static uint64_t entries_for(const struct bitmaps *s,
+			    const struct bitmap_item *b, uint64_t size)
+{
+	return qcow2_bitmap_entries(size, b->head.granularity_bits,
+				    s->img->geo.cluster_bits);
+}
+
+int bitmaps_grow_plan(struct image *img, uint64_t size, uint64_t *need)
+{
+	const struct bitmap_item *b;
+	struct bitmaps s;
+	uint64_t n;
+	int ret;
+
+	*need = 0;
+	ret = bitmaps_load(&s, img);
+	if (!ret)
+		ret = check_growth(&s, size);
+	for (b = s.item; !ret && b < s.item + s.n; b++) {
+		if (bitmap_inconsistent(b))
+			continue;
+		/* Its rest is cleared, then it gets longer, and its bits clusters. */
+		n = entries_for(&s, b, size);
+		*need += 1 + table_clusters(&s, b) +
+			 div_up(n * 8, cluster_size(&s)) +
+			 n - b->head.table_size;
+	}
+	if (s.n)
+		*need += 2 * div_up(bitmaps_dir_size(s.item, s.n),
+				    cluster_size(&s));
+	bitmaps_free(&s);
+	return ret;
+}
+
+int bitmaps_grow_begin(struct bitmaps *s, struct image *img, uint64_t size)
+{
+	unsigned int marked = 0;
+	struct bitmap_item *b;
+	int ret;
+
+	ret = bitmaps_load(s, img);
+	if (!ret)
+		ret = check_growth(s, size);
+	for (b = s->item; !ret && b < s->item + s->n; b++) {
+		if (bitmap_inconsistent(b))
+			continue;
+		ret = clear_rest(s, b);
+		b->grows = b->head.table_size != entries_for(s, b, size);
 	}
 	if (!ret)
 		ret = bitmaps_write(s);

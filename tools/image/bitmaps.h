@@ -53,16 +53,23 @@ static inline bool bitmap_inconsistent(const struct bitmap_item *b)
  */
 int bitmaps_add(struct bitmaps *s, const char *name, unsigned int granularity_bits,
 		bool records);
-/* NAME[,granularity=SIZE]: one that records */
-int bitmaps_add_option(struct bitmaps *s, const char *option);
+/* NAME[,granularity=SIZE], given with --@option: one that records */
+int bitmaps_add_option(struct bitmaps *s, const char *text, const char *option);
 int bitmaps_remove(struct bitmaps *s, const char *name);
 int bitmaps_clear(struct bitmaps *s, const char *name);
 int bitmaps_record(struct bitmaps *s, const char *name, bool records);
+/* The end of a history: it must record until now. */
+int bitmaps_stop(struct bitmaps *s, const char *name);
 /* What is set in @source is set in @target, too. */
 int bitmaps_merge(struct bitmaps *s, const char *target, const char *source);
 
 /* Make all of them true; durable when it returns 0. */
 int bitmaps_write(struct bitmaps *s);
+/*
+ * Clusters that bitmaps_write() and image_bitmaps_ready() can need for what has been
+ * changed so far, at most, if the image is live now and at rest then.
+ */
+uint64_t bitmaps_need(const struct bitmaps *s);
 
 /*
  * How many bytes of the disk are dirty.  False: that cannot be told, of what is
@@ -70,6 +77,25 @@ int bitmaps_write(struct bitmaps *s);
  */
 bool bitmaps_count(const struct bitmaps *s, const struct bitmap_item *b,
 		   uint64_t *bytes, const char **why);
+
+/* One bitmap, cluster by cluster. */
+struct bitmap_reader {
+	const struct bitmaps *s;
+	const struct bitmap_item *b;
+	uint64_t i;			/* whose bits these are */
+	uint8_t *bits;
+};
+
+/*
+ * Refuses, with cause and remedy, what is not there or inconsistent; to be closed in
+ * any case.
+ */
+int bitmap_reader_open(struct bitmap_reader *r, const struct bitmaps *s,
+		       const char *name);
+/* Is the byte @at of the disk dirty; and up to which one, or one before it, are others? */
+int bitmap_reader_run(struct bitmap_reader *r, uint64_t at, bool *dirty,
+		      uint64_t *end);
+void bitmap_reader_close(struct bitmap_reader *r);
 
 /* What a bitmap of a disk of @size bytes has unless it is told: as QEMU does it. */
 unsigned int bitmap_granularity_bits(unsigned int cluster_bits);
@@ -83,6 +109,11 @@ bool bitmap_too_large(uint64_t size, unsigned int granularity_bits,
  * known to be invalid; others are valid all the time.
  */
 int bitmaps_grow_begin(struct bitmaps *s, struct image *img, uint64_t size);
+/*
+ * Refuses what these would refuse; *@need: clusters that these two, and
+ * image_bitmaps_ready() then, need at most.
+ */
+int bitmaps_grow_plan(struct image *img, uint64_t size, uint64_t *need);
 int bitmaps_grow_end(struct bitmaps *s);
 
 /*

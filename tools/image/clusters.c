@@ -220,6 +220,7 @@ static int take_behind(struct image *img, uint64_t n, uint64_t *at)
 		ret = area_lay_out(&area, img);
 	if (!ret)
 		ret = area_write(&area, img);
+	img->taken_end = max_u64(img->taken_end, area.end * cluster_size(img));
 	/* Blocks are there before they are named. */
 	if (!ret)
 		ret = image_sync(img);
@@ -243,7 +244,11 @@ int clusters_take(struct image *img, const struct refs *used, uint64_t n,
 				at);
 	if (ret)
 		return ret;
-	return *at ? count_hole(img, *at, n) : take_behind(img, n, at);
+	if (!*at)
+		return take_behind(img, n, at);
+	img->taken_end = max_u64(img->taken_end,
+				 (*at + n) * cluster_size(img));
+	return count_hole(img, *at, n);
 }
 
 /*

@@ -52,6 +52,7 @@ struct grower {
 	uint64_t l1_clusters;		/* of a new place for it */
 	uint64_t new_tables;
 	struct area area;		/* L1, L2 tables */
+	struct bitmaps bitmaps;
 };
 
 static uint64_t start_of(uint64_t v, uint64_t unit)
@@ -62,50 +63,6 @@ static uint64_t start_of(uint64_t v, uint64_t unit)
 static uint64_t end_of(uint64_t v, uint64_t unit)
 {
 	return (v + unit - 1) & ~(unit - 1);
-}
-
-/*
- * A bitmap whose table does not have just the entries that the size needs is
- * not loaded by QEMU.  One that is in use is not valid in any case.  While the image
- * is live no room was taken for longer tables.
- */
-static int check_bitmap(const struct bitmap *b, void *arg)
-{
-	const struct grower *w = arg;
-
-	if (b->head.flags & QCOW2_BITMAP_IN_USE ||
-	    b->head.table_size == qcow2_bitmap_entries(w->geo.size,
-						       b->head.granularity_bits,
-						       w->geo.cluster_bits))
-		return 0;
-	return fail(EX_WRONG,
-		    "%s: bitmap %s would have to grow, too, which is not supported; remove it: qemu-img bitmap --remove --image-opts %s %s, and add it again then",
-		    esc(w->img->node.path), escn(b->name.s, b->name.len),
-		    qemu_image_opts(w->img->node.path, QEMU_NO_DATA),
-		    shell_word(b->name.s, b->name.len));
-}
-
-static int check_bitmaps(struct grower *w)
-{
-	struct image *img = w->img;
-	const char *why;
-	int ret;
-
-	if (!image_has_bitmaps(img))
-		return 0;
-	ret = image_load_bitmaps(img, &why);
-	if (!ret)
-		ret = bitmaps_parse(img->bitmap_dir, img->h.bitmap_dir_size,
-				    img->h.bitmap_count, img->h.cluster_bits,
-				    check_bitmap, w, &why);
-	else
-		ret = -1;
-	if (ret < 0)
-		return fail(EX_WRONG,
-			    "%s: %s; remove the bitmaps: qcow2setup check --repair bitmaps %s",
-			    esc(img->node.path), why,
-			    shell_quote(img->node.path));
-	return ret;
 }
 
 /* Can there be an image of that size at all? */
@@ -630,7 +587,7 @@ static int begin(struct grower *w)
 {
 	struct image *img = w->img;
 	struct room room = { .size = w->geo.size, .quiet = w->live };
-	uint64_t reftable;
+	uint64_t reftable, bitmaps = 0;
 	int ret;
 
 	if (w->geo.size == w->old_size) {
@@ -639,13 +596,13 @@ static int begin(struct grower *w)
 		       image_take_room(img, &room, &w->area.from, &reftable);
 	}
 	ret = check_size(w);
-	if (!ret && w->live)
-		ret = check_bitmaps(w);
+	if (!ret)
+		ret = bitmaps_grow_plan(img, w->geo.size, &bitmaps);
 	if (ret)
 		return ret;
 	plan_l1(w);
 	count_tables(w);
-	room.more = w->l1_clusters;
+	room.more = w->l1_clusters + bitmaps;
 	room.tables = w->new_tables;
 	room.required = true;
 	if (w->live)
@@ -715,6 +672,9 @@ static int end(struct grower *w)
 				      made : UINT64_MAX);
 	if (!ret && w->area.table)
 		ret = area_count(&w->area, img);
+	/* These take clusters: none of the area's. */
+	if (!ret)
+		ret = bitmaps_grow_begin(&w->bitmaps, img, w->geo.size);
 	/* An entry must not name a table before that is initialised. */
 	if (!ret)
 		ret = image_sync(img);
@@ -728,7 +688,7 @@ static int end(struct grower *w)
 		ret = switch_over(w);
 	if (!ret && unused)
 		ret = image_put_clusters(img, unused, 1);
-	return ret;
+	return ret ? ret : bitmaps_grow_end(&w->bitmaps);
 }
 
 int image_grow_end(struct image *img, struct grower *w)
@@ -745,6 +705,7 @@ void image_grow_free(struct grower *w)
 {
 	if (!w)
 		return;
+	bitmaps_free(&w->bitmaps);
 	free(w->l1);
 	area_free(&w->area);
 	free(w);
@@ -754,22 +715,15 @@ int image_grow(struct image *img, const struct growth *g)
 {
 	struct room room = { .size = g->size };
 	struct grower w = { .img = img, .g = g, .geo = img->geo };
-	struct bitmaps bitmaps = { .img = NULL };
 	int ret;
 
 	if (g->size == img->geo.size)
 		return image_make_room(img, &room);
 	setup(&w);
-	ret = check_size(&w);
-	if (!ret)
-		ret = bitmaps_grow_begin(&bitmaps, img, g->size);
-	if (!ret)
-		ret = begin(&w);
+	ret = begin(&w);
 	if (!ret)
 		ret = end(&w);
-	if (!ret)
-		ret = bitmaps_grow_end(&bitmaps);
-	bitmaps_free(&bitmaps);
+	bitmaps_free(&w.bitmaps);
 	free(w.l1);
 	area_free(&w.area);
 	return ret;

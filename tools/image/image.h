@@ -37,6 +37,7 @@ struct image {
 	unsigned int recording;		/* bitmaps that it keeps then */
 	struct undo *undo;		/* newest first */
 	uint64_t put_end;		/* behind all clusters that were given back */
+	uint64_t taken_end;		/* bytes; behind all that clusters_take() gave */
 	/* The file, or the one behind a device; fd -1: it cannot get longer. */
 	struct space space;
 	enum image_space space_kind;

@@ -497,6 +497,18 @@ void dm_remove_tails(const char *name)
 	}
 }
 
+int dm_message(const char *name, const char *text)
+{
+	struct dm_task *dmt = task_new(DM_DEVICE_TARGET_MSG, name);
+	int ret = -ENOMEM;
+
+	if (dmt && dm_task_set_sector(dmt, 0) && dm_task_set_message(dmt, text))
+		ret = task_run(dmt);
+	if (dmt)
+		dm_task_destroy(dmt);
+	return ret;
+}
+
 int dm_params(const char *name, bool status, char **type, char **params,
 	      uint64_t *sectors)
 {

@@ -59,6 +59,8 @@ int dm_suspend(const char *name);
 /* Load another table; it becomes live with dm_resume(). */
 int dm_load(const char *name, const struct dm_line *line);
 int dm_resume(const char *name);
+/* Tell the target of a device with one.  0 or -errno, without a message. */
+int dm_message(const char *name, const char *text);
 /* Wait a few seconds for a device that is unused to go by itself. */
 void dm_wait_gone(const char *name);
 /* -EBUSY is returned without a message; @deferred: when the last user goes */

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Change the image of a device that is open.
+ *
+ * It is suspended for the switch: the kernel has then written all that it knows, and
+ * reads the metadata again when it is resumed.  All that takes longer is done
+ * before, beside the guest's requests.  Whatever goes wrong, the old image and
+ * the old table come back.
+ *
+ * If this program is killed on the way, a helper brings them back (system/keeper.c).  If
+ * that is killed, too, the device stays suspended.  Before the image changes
+ * another table is loaded, the old one at first, so that a device in that state is
+ * known again: another change goes on from there.
+ */
+#ifndef QCOW2SETUP_CHANGE_H
+#define QCOW2SETUP_CHANGE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "image/image.h"
+#include "stack/part.h"
+#include "system/keeper.h"
+#include "system/target.h"
+
+struct live {
+	const char *name;
+	const char *what;		/* that is done, for messages: "resize" */
+	bool takes;			/* clusters for bitmaps, perhaps */
+	uint64_t sectors;
+	char *params;			/* of the table that is live */
+	struct target_table table;
+	struct part meta, data, backing;
+	/* As it is while the kernel has it, and when it is at rest */
+	struct image before, img;
+	/* kept here */
+	struct keeper keeper;
+	int meta_fd;			/* the helper has this one, too */
+	int lock;
+	bool left;			/* suspended by one that was killed */
+};
+
+#define LIVE_CLOSED							\
+	{								\
+		.before = IMAGE_CLOSED, .img = IMAGE_CLOSED,		\
+		.meta = PART_CLOSED, .data = PART_CLOSED,		\
+		.backing = PART_CLOSED, .keeper = KEEPER_NONE,		\
+		.lock = -1,						\
+	}
+
+/* All of these print why they failed and return an exit code. */
+
+/*
+ * Find a device that is open and can be written, with all that is below, and keep
+ * other changes of it away; live_close() is due in any case.  @remedy: what to do
+ * with the image of one that cannot be changed, "resize the image".
+ */
+int live_open(struct live *l, const char *name, const char *what,
+	      const char *remedy);
+void live_close(struct live *l);
+
+/* Read l->before, beside the kernel; its file can get longer, by holes if @sparse. */
+int live_look(struct live *l, bool sparse);
+
+struct change {
+	/*
+	 * Beside the guest's requests: calls live_look(), and takes the space that will
+	 * be needed.  What it has written nothing refers to.
+	 */
+	int (*prepare)(struct live *l, void *arg);
+	/* Changes l->img, which is at rest, by few writes. */
+	int (*apply)(struct live *l, void *arg);
+	void *arg;
+};
+
+int live_change(struct live *l, const struct change *c);
+
+#endif
