@@ -344,7 +344,8 @@ static int qcow2_load_bits(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
 		goto out;
 	}
 	spin_lock_irq(&bm->lock);
-	list_add_tail(&b->lru, &bm->lru);
+	/* qcow2_bitmaps_pass() may have found it, and moved it there, already. */
+	list_move_tail(&b->lru, &bm->lru);
 	spin_unlock_irq(&bm->lock);
 	*bits = b;
 out:
