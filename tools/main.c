@@ -55,7 +55,7 @@ const struct action actions[] = {
 		"qcow2setup resize vm --size 20G"
 	}, {
 		"bitmap", cmd_bitmap, 2, INT_MAX,
-		"WHAT IMAGE|DEVICE [NAME...]",
+		"WHAT IMAGE|NAME [BITMAP...]",
 		"list, add, remove, clear, enable, disable, merge bitmaps",
 		"qcow2setup bitmap add vm.qcow2 monday"
 	}, {

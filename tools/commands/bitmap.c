@@ -88,14 +88,14 @@ static const struct what {
 	int min_names, max_names;
 	const char *options;		/* that it takes: words */
 } whats[] = {
-	{ "list", "IMAGE|DEVICE [--json]", NULL, 0, 0, "json" },
-	{ "add", "IMAGE|DEVICE NAME [--granularity SIZE] [--disabled]", add, 1, 1,
+	{ "list", "IMAGE|NAME [--json]", NULL, 0, 0, "json" },
+	{ "add", "IMAGE|NAME BITMAP [--granularity SIZE] [--disabled]", add, 1, 1,
 	  "granularity disabled" },
-	{ "remove", "IMAGE|DEVICE NAME", remove_one, 1, 1, "" },
-	{ "clear", "IMAGE|DEVICE NAME", clear, 1, 1, "" },
-	{ "enable", "IMAGE|DEVICE NAME", enable, 1, 1, "" },
-	{ "disable", "IMAGE|DEVICE NAME", disable, 1, 1, "" },
-	{ "merge", "IMAGE|DEVICE TARGET SOURCE...", merge, 2, 1 << 20, "" },
+	{ "remove", "IMAGE|NAME BITMAP", remove_one, 1, 1, "" },
+	{ "clear", "IMAGE|NAME BITMAP", clear, 1, 1, "" },
+	{ "enable", "IMAGE|NAME BITMAP", enable, 1, 1, "" },
+	{ "disable", "IMAGE|NAME BITMAP", disable, 1, 1, "" },
+	{ "merge", "IMAGE|NAME TARGET SOURCE...", merge, 2, 1 << 20, "" },
 };
 
 static void print_json(const struct bitmaps *s)
@@ -271,7 +271,7 @@ static int change_device(const struct what *what, const struct options *opt,
 	struct live l = LIVE_CLOSED;
 	int ret;
 
-	ret = live_open(&l, name, what->name, "change the image");
+	ret = live_open(&l, name, what->name);
 	l.takes = true;
 	if (!ret)
 		ret = live_change(&l, &c);

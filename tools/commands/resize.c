@@ -349,7 +349,7 @@ static int resize_device(const struct options *opt, const char *name)
 		return fail(EX_PARAMETER,
 			    "%s: is open and has its data; leave --data-file and --backing-file out",
 			    esc(name));
-	ret = live_open(&l, name, "resize", "resize the image");
+	ret = live_open(&l, name, "resize");
 	if (!ret)
 		ret = resize_live(&l, &r);
 	image_grow_free(r.grower);

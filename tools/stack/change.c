@@ -46,9 +46,9 @@ static int live_lock(struct live *l)
 }
 
 /* Is there such a device, and is it ours?  Before it is locked. */
-static int check_device(const struct live *l, const char *remedy)
+static int check_device(const struct live *l)
 {
-	char type[64], how[300];
+	char type[64], remedy[300];
 	enum device_kind kind;
 	struct dm_dev_info info;
 	int ret;
@@ -60,15 +60,15 @@ static int check_device(const struct live *l, const char *remedy)
 		return dm_gone(l->name);
 	kind = device_kind(l->name, info.uuid, type, sizeof(type));
 	if (kind != DEVICE_OURS) {
-		snprintf(how, sizeof(how),
-			 "remove it (dmsetup remove %s), and %s",
-			 shell_quote(l->name), remedy);
-		return device_not_ours(l->name, kind, type, how);
+		snprintf(remedy, sizeof(remedy),
+			 "remove it (dmsetup remove %s), and change the image",
+			 shell_quote(l->name));
+		return device_not_ours(l->name, kind, type, remedy);
 	}
 	if (info.read_only)
 		return fail(EX_WRONG,
-			    "%s: is open read-only; close it (qcow2setup close %s), and %s",
-			    esc(l->name), shell_quote(l->name), remedy);
+			    "%s: is open read-only; close it (qcow2setup close %s), and change the image",
+			    esc(l->name), shell_quote(l->name));
 	return 0;
 }
 
@@ -121,8 +121,7 @@ static int check_state(struct live *l)
 	return 0;
 }
 
-int live_open(struct live *l, const char *name, const char *what,
-	      const char *remedy)
+int live_open(struct live *l, const char *name, const char *what)
 {
 	int ret;
 
@@ -130,7 +129,7 @@ int live_open(struct live *l, const char *name, const char *what,
 	l->what = what;
 	ret = dm_check(true);
 	if (!ret)
-		ret = check_device(l, remedy);
+		ret = check_device(l);
 	if (!ret)
 		ret = read_table(l);
 	if (!ret)

@@ -52,11 +52,9 @@ struct live {
 
 /*
  * Find a device that is open and can be written, with all that is below, and keep
- * other changes of it away; live_close() is due in any case.  @remedy: what to do
- * with the image of one that cannot be changed, "resize the image".
+ * other changes of it away; live_close() is due in any case.
  */
-int live_open(struct live *l, const char *name, const char *what,
-	      const char *remedy);
+int live_open(struct live *l, const char *name, const char *what);
 void live_close(struct live *l);
 
 /* Read l->before, beside the kernel; its file can get longer, by holes if @sparse. */

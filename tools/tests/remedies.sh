@@ -428,6 +428,8 @@ refused 1 '1 to 1023' bitmap add t.qcow2 '' && works bitmap add t.qcow2 c
 ok "bitmap: no name"
 refused 5 'bitmap c already' bitmap add t.qcow2 c && printed && works bitmap add t.qcow2 c
 ok "bitmap: exists"
+refused 1 'give --start' checkpoint t.qcow2 --stop b && works checkpoint t.qcow2 --stop b --start b2
+ok "checkpoint: nothing begins"
 refused 4 'no bitmap d' bitmap clear t.qcow2 d && works bitmap clear t.qcow2 "$(between 'is there: ' ,)"
 ok "bitmap: another one is there"
 image 20M

@@ -1,0 +1,400 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""qcow2setup bitmap, checkpoint and map --bitmap of a device that is in use: what a chain of
+checkpoints says has changed is all that has, whatever goes on meanwhile.
+
+Environment: SEED (printed, to repeat a run), ROUNDS (checkpoints of each image).
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+
+import qcow2test
+from bitmaps import bitmaps
+from qcow2test import KIB, MIB, Failure, Io, Task, expect, main, note, run, same, test, wait_for
+
+SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
+ROUNDS = int(os.environ.get("ROUNDS", 12))
+TOOLS = os.path.join(qcow2test.HERE, "../../tools")
+TOOL = f"{TOOLS}/qcow2setup"
+INJECT = f"{TOOLS}/tests/inject-lib"
+
+# Cluster size, size, granularity of the bitmaps (None: the default), and other options
+KINDS = [
+    (64 * KIB, 9 * MIB + 512, None, {}),
+    (4 * KIB, 5 * MIB + 1536, 512, {}),
+    (512, 2 * MIB, 4 * KIB, {}),
+    (64 * KIB, 9 * MIB + 512, 64 * KIB, {"raw": True}),
+    (16 * KIB, 7 * MIB + 3 * KIB, 32 * KIB, {"extended": True}),
+    (64 * KIB, 6 * MIB + 512, 4 * KIB, {"backing": True}),
+    (2 * MIB, 13 * MIB, 1 * MIB, {}),
+]
+
+
+def words(kind):
+    cluster, size, granularity, options = kind
+    return f"clusters of {cluster}, {size} bytes, granularity {granularity or 'as it comes'}" + "".join(
+        f", {name}" for name in options)
+
+
+class Opened:
+    """A device that qcow2setup has made."""
+
+    def __init__(self, image, *options):
+        self.image = image
+        self.name = f"qcow2test{os.getpid()}-checkpoint"
+        self.path = f"/dev/mapper/{self.name}"
+        self.options = options
+        run(TOOL, "open", image.path, self.name, "--data-file", image.data, *options)
+
+    def tool(self, action, *argv, **options):
+        return run(TOOL, *action.split(), self.name, *argv, **options)
+
+    def list(self):
+        return {b["name"]: b for b in json.loads(self.tool("bitmap list", "--json"))}
+
+    def map(self, bitmap):
+        return json.loads(self.tool("map", "--bitmap", bitmap, "--json"))
+
+    def info(self, field):
+        return run("dmsetup", "info", "-c", "--noheadings", "-o", field, self.name).strip()
+
+    def close(self):
+        run(TOOL, "close", self.name)
+
+
+def setup(bench, cluster, size, granularity, options):
+    options = dict(options)
+    more = []
+    if options.pop("backing", False):
+        options["backing"] = bench.file("backing", size)
+        with open(options["backing"], "wb") as f:
+            f.write(random.Random(SEED).randbytes(size))
+        more = ["--backing-file", options["backing"]]
+    image = bench.image(size, cluster=cluster, **options)
+    dm = bench.add(Opened(image, *more))
+    return image, dm, f",granularity={granularity}" if granularity else ""
+
+
+class Writers:
+    """Threads that write, until they are stopped."""
+
+    def __init__(self, bench, dm, size, rng, threads=3):
+        self.path, self.size = dm.path, size
+        self.stopped = threading.Event()
+        self.done = 0
+        self.tasks = [Task(self._write, random.Random(rng.random())) for _ in range(threads)]
+        bench.add(self)
+
+    def _write(self, rng):
+        disk = Io(self.path)
+        while not self.stopped.is_set():
+            length = rng.choice((512, 4096, 4096, 64 * KIB, rng.randrange(1, 300) * 512))
+            at = rng.randrange(self.size // 512) * 512
+            if rng.random() < 0.5:
+                at -= at % 4096
+            length = min(length, self.size - at)
+            kind = rng.choice(("write", "write", "write", "zero_range", "zero_out", "discard", "sync"))
+            if kind in ("write", "sync"):
+                disk.write(at, rng.randbytes(length))
+                if kind == "sync":
+                    disk.fsync()
+            else:
+                getattr(disk, kind)(at, length)
+            self.done += 1
+        disk.close()
+
+    def some(self):
+        """Let them do something."""
+        before = self.done
+        wait_for("requests", 60, lambda: self.done > before + 5 or any(t.fault for t in self.tasks))
+
+    def close(self):
+        self.stopped.set()
+        for task in self.tasks:
+            task.join()
+        for task in self.tasks:
+            task.finish()
+
+
+class Copy:
+    """Of a device, brought up to date by what its bitmaps say"""
+
+    def __init__(self, dm, size):
+        self.dm, self.size = dm, size
+        self.data = bytearray(size)
+        self._copy([(0, size)])
+
+    def _copy(self, extents):
+        disk = Io(self.dm.path, readonly=True)
+        for start, length in extents:
+            for at in range(start, start + length, MIB):
+                n = min(MIB, start + length - at)
+                self.data[at:at + n] = disk.read(at, n)
+        disk.close()
+
+    def update(self, bitmap):
+        extents = self.dm.map(bitmap)
+        at = 0
+        for e in extents:
+            expect(e["start"] == at and e["length"] > 0, f"extent {e} after {at}")
+            at += e["length"]
+        expect(at == self.size, f"extents up to {at}")
+        self._copy((e["start"], e["length"]) for e in extents if not e["data"])
+        return extents
+
+    def grown(self, size):
+        self.data += bytes(size - self.size)
+        self.size = size
+
+    def compare(self, what):
+        disk = Io(self.dm.path, readonly=True)
+        for at in range(0, self.size, MIB):
+            n = min(MIB, self.size - at)
+            same(disk.read(at, n), bytes(self.data[at:at + n]), at, what)
+        disk.close()
+
+
+def zeros_are_zeros(dm, extents):
+    disk = Io(dm.path, readonly=True)
+    for e in extents:
+        if e["zero"]:
+            expect(not any(disk.read(e["start"], min(e["length"], MIB))), f"{e} does not read as zeros")
+    disk.close()
+
+
+def finish(bench, image, dm, names):
+    """QEMU is content, and has these bitmaps."""
+    bench.drop(dm)
+    # QEMU's own data file is as long as whole clusters
+    run("qemu-img", "check", "-q", image.path)
+    info = json.loads(run("qemu-img", "info", "--output=json", image.path))
+    found = info["format-specific"]["data"].get("bitmaps", [])
+    expect(sorted(b["name"] for b in found) == sorted(names), f"QEMU finds {found}")
+    expect(not any("in-use" in b["flags"] for b in found), f"QEMU finds {found}")
+
+
+def chain(bench, kind):
+    """A backup by checkpoints alone, of a disk that is never at rest, and grows"""
+    note(f"SEED={SEED}")
+    rng = random.Random(SEED)
+    image, dm, granularity = setup(bench, *kind)
+    size = image.size
+    dm.tool("checkpoint", "--start", f"c0{granularity}")
+    writers = Writers(bench, dm, size, rng)
+    copy = Copy(dm, size)
+    grow = rng.randrange(ROUNDS)
+    for n in range(ROUNDS):
+        writers.some()
+        if n == grow:
+            more = rng.choice((64 * KIB, 3 * MIB, 40 * MIB))
+            size = (size + more) // 4096 * 4096
+            dm.tool("resize", "--size", size)
+            copy.grown(size)
+            bench.drop(writers)
+            writers = Writers(bench, dm, size, rng)
+        dm.tool("checkpoint", "--stop", f"c{n}", "--start", f"c{n + 1}{granularity}")
+        copy.update(f"c{n}")
+        if rng.random() < 0.7:
+            dm.tool("bitmap remove", f"c{n}")
+    bench.drop(writers)
+    dm.tool("checkpoint", "--stop", f"c{ROUNDS}", "--start", "last")
+    zeros_are_zeros(dm, copy.update(f"c{ROUNDS}"))
+    copy.compare("copy by checkpoints")
+    expect(dm.list()["last"]["count"] == 0, "something is dirty, and nobody writes")
+    finish(bench, image, dm, bitmaps_left(dm))
+
+
+def bitmaps_left(dm):
+    return list(dm.list())
+
+
+for _kind in KINDS:
+    test(f"a chain of checkpoints: {words(_kind)}", _kind, all_cpus=True)(chain)
+
+
+def injected(dm, variables, action, *argv):
+    """Its status, and what it says"""
+    env = dict(os.environ, LD_PRELOAD=INJECT, **{k: str(v) for k, v in variables.items()})
+    done = subprocess.run([TOOL, *action.split(), dm.name, *argv], env=env, check=False, text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.returncode, done.stdout
+
+
+def no_helper():
+    return subprocess.run(["pgrep", "-x", "qcow2setup-keep"], check=False, stdout=subprocess.DEVNULL).returncode
+
+
+def calls_of(bench, dm, action, *argv):
+    path = bench.path("calls")
+    status, out = injected(dm, {"INJECT_SENDS": 1, "INJECT_COUNT": path}, action, *argv)
+    expect(status == 0, out)
+    with open(path, encoding="ascii") as f:
+        return int(f.read())
+
+
+@test("checkpoints that are killed at each call: before or after, and no history is lost", all_cpus=True)
+def killed(bench):
+    note(f"SEED={SEED}")
+    rng = random.Random(SEED)
+    image, dm, _ = setup(bench, 4 * KIB, 4 * MIB, None, {})
+    size = image.size
+    dm.tool("checkpoint", "--start", "c0")
+    writers = Writers(bench, dm, size, rng)
+    copy = Copy(dm, size)
+    calls = calls_of(bench, dm, "checkpoint", "--stop", "c0", "--start", "c1")
+    copy.update("c0")
+    now, done, undone = 1, 0, 0
+    for k in range(calls, 0, -1 - calls // 60):
+        old, new = f"c{now}", f"c{now + 1}"
+        status, out = injected(dm, {"INJECT_SENDS": 1, "INJECT_AT": k, "INJECT_SIGNAL": 9}, "checkpoint",
+                               "--stop", old, "--start", new)
+        if status == 0:
+            # It has become shorter, for what it found was another thing.
+            expect(k > calls // 2, f"call {k}: not killed: {out}")
+        wait_for("the helper's end", 60, no_helper)
+        expect(dm.info("suspended") == "Active", f"call {k}: suspended")
+        found = dm.list()
+        expect(not any(b["inconsistent"] for b in found.values()), f"call {k}: {found}")
+        recording = [name for name, b in found.items() if b["recording"]]
+        if recording == [new]:
+            copy.update(old)
+            dm.tool("bitmap remove", old)
+            now += 1
+            done += 1
+        else:
+            expect(recording == [old], f"call {k}: {recording} record")
+            undone += 1
+    note(f"{calls} calls, {undone} times the old bitmap, {done} times the new one")
+    expect(undone > 10 and done > 0, f"{undone} times the old bitmap, {done} times the new one")
+    bench.drop(writers)
+    dm.tool("checkpoint", "--stop", f"c{now}", "--start", "last")
+    copy.update(f"c{now}")
+    copy.compare("copy by checkpoints")
+    finish(bench, image, dm, bitmaps_left(dm))
+
+
+@test("a checkpoint that is interrupted, or whose calls fail: all is as it was, or it is done")
+def fails(bench):
+    image, dm, _ = setup(bench, 4 * KIB, 4 * MIB, None, {})
+    dm.tool("checkpoint", "--start", "c0")
+    disk = Io(dm.path)
+    disk.write(0, bytes(4096))
+    disk.close()
+    calls = calls_of(bench, dm, "checkpoint", "--stop", "c0", "--start", "c1")
+    now = 1
+    for k in range(1, calls + 1, 1 + calls // 40):
+        for variables in ({"INJECT_SIGNAL": signal.SIGINT}, {"INJECT_ERRNO": 5}):
+            old, new = f"c{now}", f"c{now + 1}"
+            table = run("dmsetup", "table", dm.name)
+            status, out = injected(dm, {"INJECT_AT": k, **variables}, "checkpoint", "--stop", old, "--start", new)
+            expect(dm.info("suspended") == "Active", f"call {k}: suspended: {out}")
+            found = dm.list()
+            recording = [name for name, b in found.items() if b["recording"]]
+            if status == 0:
+                expect(recording == [new], f"call {k}: {recording}")
+                dm.tool("bitmap remove", old)
+                now += 1
+            else:
+                expect(recording == [old], f"call {k}, status {status}: {recording} record: {out}")
+                expect("INJECT_SIGNAL" in variables or "c0" in out or len(out) > 10, f"call {k}: no message: {out}")
+                before, after = (t.split() for t in (table, run("dmsetup", "table", dm.name)))
+                expect(before[:11] == after[:11], f"call {k}: another table")
+    note(f"{calls} calls, {now} checkpoints")
+    expect(no_helper(), "a helper is left")
+    finish(bench, image, dm, bitmaps_left(dm))
+
+
+@test("each command of a live device does what it does to a closed image")
+def commands(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 64 * MIB, None, {})
+    disk = Io(dm.path)
+    expect(bitmaps_left(dm) == [], "it has bitmaps")
+    expect("bitmaps" not in run("dmsetup", "table", dm.name).split(), "a table with bitmaps")
+    dm.tool("bitmap add", "a")
+    expect("bitmaps" in run("dmsetup", "table", dm.name).split(), "a table without bitmaps")
+    disk.write(MIB, bytes(64 * KIB))
+    dm.tool("bitmap add", "fine", "--granularity", "4K")
+    dm.tool("bitmap add", "still", "--disabled", "--granularity", "1M")
+    disk.write(5 * MIB, bytes(4 * KIB))
+    found = dm.list()
+    expect({n: b["count"] for n, b in found.items()} == {"a": 128 * KIB, "fine": 4 * KIB, "still": 0}, f"{found}")
+    dm.tool("bitmap merge", "still", "a", "fine")
+    expect(dm.list()["still"]["count"] == 2 * MIB, f"{dm.list()}")
+    dm.tool("bitmap disable", "a")
+    disk.write(9 * MIB, bytes(4 * KIB))
+    dm.tool("bitmap enable", "still")
+    disk.write(11 * MIB, bytes(4 * KIB))
+    dm.tool("bitmap clear", "fine")
+    disk.write(13 * MIB, bytes(4 * KIB))
+    found = dm.list()
+    expect({n: b["count"] for n, b in found.items()} == {"a": 128 * KIB, "fine": 4 * KIB, "still": 4 * MIB}, f"{found}")
+    dm.tool("bitmap merge", "a", "fine")
+    expect(dm.list()["a"]["count"] == 192 * KIB, f"{dm.list()}")
+    disk.close()
+    dm.tool("bitmap remove", "a")
+    bench.drop(dm)
+    found = bitmaps(image)
+    expect(sorted(found) == ["fine", "still"], f"{sorted(found)}")
+    expect(found["still"].content() == 1 << 1 | 1 << 5 | 1 << 11 | 1 << 13, f"{found['still'].content():b}")
+    run("qemu-img", "check", "-q", image.path)
+    # What is live shows the same as what is closed.
+    closed = json.loads(run(TOOL, "map", image.path, "--bitmap", "still", "--json"))
+    dm = bench.add(Opened(image))
+    expect(dm.map("still") == closed, "live and closed are not the same")
+    for name in ("fine", "still"):
+        dm.tool("bitmap remove", name)
+    expect("bitmaps" not in run("dmsetup", "table", dm.name).split(), "a table with bitmaps")
+    finish(bench, image, dm, [])
+
+
+@test("what cannot be is refused, and nothing has changed")
+def refused(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 8 * MIB, None, {})
+
+    def no(message, action, *argv):
+        table = run("dmsetup", "table", dm.name)
+        status, out = dm.tool(action, *argv, ok=False)
+        expect(status and message in out, f"{action} {argv}: status {status}: {out}")
+        expect(run("dmsetup", "table", dm.name) == table and dm.info("suspended") == "Active", f"{action}: {out}")
+    no("has no bitmaps", "bitmap remove", "x")
+    no("has no bitmaps", "map", "--bitmap", "x")
+    no("give --start", "checkpoint", "--stop", "x")
+    dm.tool("bitmap add", "x")
+    no("has a bitmap x already", "bitmap add", "x")
+    no("has no bitmap y", "checkpoint", "--stop", "y", "--start", "z")
+    no("has a bitmap x already", "checkpoint", "--stop", "x", "--start", "x")
+    no("granularity is not possible", "checkpoint", "--stop", "x", "--start", "z,granularity=5")
+    for n in range(15):
+        dm.tool("bitmap add", f"b{n}")
+    no("one too many", "bitmap add", "more")
+    # One goes when the other comes.
+    dm.tool("checkpoint", "--stop", "x", "--start", "y")
+    no("does not record", "checkpoint", "--stop", "x", "--start", "z")
+    # By somebody else: it cannot be told what has changed since.
+    run("dmsetup", "suspend", dm.name)
+    status, out = dm.tool("bitmap add", "z", ok=False)
+    expect(status and "is suspended" in out, f"status {status}: {out}")
+    run("dmsetup", "resume", dm.name)
+    bench.drop(dm)
+    dm = bench.add(Opened(image, "--readonly"))
+    no("is open read-only", "bitmap add", "z")
+    no("is open read-only", "checkpoint", "--start", "z")
+    expect(len(dm.list()) == 17, f"{dm.list()}")
+    bench.drop(dm)
+    dm = bench.add(Opened(image, "--drop-bitmaps"))
+    found = dm.list()
+    expect(all(b["inconsistent"] for n, b in found.items() if n != "x"), f"{found}")
+    no("inconsistent", "checkpoint", "--stop", "y", "--start", "z")
+    no("inconsistent", "map", "--bitmap", "y", "--json")
+    dm.tool("checkpoint", "--start", "z")
+    dm.tool("bitmap remove", "y")
+    expect("count" not in dm.list()["b0"] and dm.list()["z"]["count"] == 0, f"{dm.list()}")
+
+
+if __name__ == "__main__":
+    main()
