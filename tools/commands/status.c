@@ -111,7 +111,7 @@ struct number {
 	unsigned int given;		/* what must be, for there to be one */
 };
 
-#define MAX_NUMBERS	16
+#define MAX_NUMBERS	20
 
 static size_t numbers(const struct target_status *s, struct number *n)
 {
@@ -130,6 +130,12 @@ static size_t numbers(const struct target_status *s, struct number *n)
 		{ "unwritten", s->unwritten, STATUS_UNWRITTEN },
 		{ "free-clusters", s->free_clusters, STATUS_FREE_CLUSTERS },
 		{ "trims", s->trims, STATUS_TRIMS },
+		{ "bitmaps", s->bitmaps, STATUS_BITMAPS },
+		{ "exact-granules", s->exact_granules, STATUS_EXACT_GRANULES },
+		{ "durable-granules", s->durable_granules,
+		  STATUS_DURABLE_GRANULES },
+		{ "mark-waits", s->mark_waits, STATUS_MARK_WAITS },
+		{ "taken-back", s->taken_back, STATUS_TAKEN_BACK },
 	};
 	size_t i, count = 0;
 
@@ -297,7 +303,7 @@ static void print_text(const struct open_device *d)
 		for (p = label; *p; p++)
 			if (*p == '-')
 				*p = ' ';
-		printf("  %-15s%" PRIu64 "\n", label, n[i].value);
+		printf("  %-14s %" PRIu64 "\n", label, n[i].value);
 	}
 	print_trouble(d);
 }

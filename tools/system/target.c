@@ -175,6 +175,12 @@ static bool status_key(const char *key, const char *value,
 		{ "unwritten", STATUS_UNWRITTEN, &s->unwritten },
 		{ "free_clusters", STATUS_FREE_CLUSTERS, &s->free_clusters },
 		{ "trims", STATUS_TRIMS, &s->trims },
+		{ "bitmaps", STATUS_BITMAPS, &s->bitmaps },
+		{ "exact_granules", STATUS_EXACT_GRANULES, &s->exact_granules },
+		{ "durable_granules", STATUS_DURABLE_GRANULES,
+		  &s->durable_granules },
+		{ "mark_waits", STATUS_MARK_WAITS, &s->mark_waits },
+		{ "taken_back", STATUS_TAKEN_BACK, &s->taken_back },
 	};
 	size_t i;
 

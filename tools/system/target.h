@@ -59,12 +59,21 @@ struct target_status {
 	uint64_t unwritten;		/* blocks that wait to be written again */
 	uint64_t free_clusters;		/* of metadata, at most */
 	uint64_t trims;			/* slices with discards to be passed down */
+	/* If bitmaps are kept: how many, granules of what is in core of them ... */
+	uint64_t bitmaps, exact_granules, durable_granules;
+	/* ... requests that waited for a mark, and granules that were unmarked again */
+	uint64_t mark_waits, taken_back;
 	const char *mode;		/* "rw", "nospc", "ro" or "fail" */
 };
 
 #define STATUS_UNWRITTEN	(1U << 0)
 #define STATUS_FREE_CLUSTERS	(1U << 1)
 #define STATUS_TRIMS		(1U << 2)
+#define STATUS_BITMAPS		(1U << 3)
+#define STATUS_EXACT_GRANULES	(1U << 4)
+#define STATUS_DURABLE_GRANULES	(1U << 5)
+#define STATUS_MARK_WAITS	(1U << 6)
+#define STATUS_TAKEN_BACK	(1U << 7)
 
 bool target_parse_table(const char *params, struct target_table *t);
 /* The line of a target of version @v; false if it is not just what that has. */

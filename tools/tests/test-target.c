@@ -207,6 +207,18 @@ static void test_status(void **state)
 		assert_int_equal(s.trims, 13);
 		assert_string_equal(s.mode, modes[i]);
 	}
+	/* if bitmaps are kept */
+	assert_true(target_parse_status(NUMBERS "1 bitmaps 10 bitmaps 2 exact_granules 3 durable_granules 4 mark_waits 5 taken_back 6 rw",
+					&later, &s));
+	assert_true(s.f.bitmaps);
+	assert_int_equal(s.given, STATUS_BITMAPS | STATUS_EXACT_GRANULES |
+			 STATUS_DURABLE_GRANULES | STATUS_MARK_WAITS |
+			 STATUS_TAKEN_BACK);
+	assert_int_equal(s.bitmaps, 2);
+	assert_int_equal(s.exact_granules, 3);
+	assert_int_equal(s.durable_granules, 4);
+	assert_int_equal(s.mark_waits, 5);
+	assert_int_equal(s.taken_back, 6);
 	/* in any order, and among others that a newer target has */
 	assert_true(target_parse_status(NUMBERS "0 10 trims 1 a b unwritten 18446744073709551615 rw ro 7 seven rw",
 					&later, &s));
