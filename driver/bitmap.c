@@ -31,6 +31,10 @@
 
 /* Bits that nobody has asked for are taken back when there was no mark for so long. */
 #define QCOW2_IDLE_PERIOD	(2 * HZ)
+/* Waiting for more requests to mark for: this part of what a round takes, or so many ns */
+#define QCOW2_GATHER_PART	4
+#define QCOW2_GATHER_MOST	(2 * NSEC_PER_MSEC)
+
 /* Taking back is tried at suspend so often. */
 #define QCOW2_TAKE_TRIES	3
 
@@ -538,6 +542,20 @@ static void qcow2_kick_markers(struct qcow2_bitmaps *bm)
 		queue_work(bm->wq, &bm->markers[i].work);
 }
 
+/*
+ * Most of those who waited lately do so again, or half of them, for there are two
+ * rounds.  Any context.
+ */
+static bool qcow2_crowd_is_back(struct qcow2_bitmaps *bm)
+{
+	unsigned int waiting = READ_ONCE(bm->nr_waiting);
+	unsigned int crowd = READ_ONCE(bm->crowd);
+
+	crowd -= crowd / 8;
+	return 2 * waiting >= crowd ||
+	       waiting + READ_ONCE(bm->nr_served) >= crowd;
+}
+
 /* Has a mark failed that this range has waited for?  The lock is held. */
 static int qcow2_range_error(struct qcow2_bitmaps *bm, sector_t sector,
 			     sector_t nr, unsigned long round)
@@ -573,6 +591,50 @@ static void qcow2_want_marks(struct qcow2_bitmaps *bm, sector_t sector,
 	}
 }
 
+/* Row 4: have a range marked, and @waiter woken then.  The lock is held. */
+static void qcow2_wait_for_mark(struct qcow2_bitmaps *bm, sector_t sector,
+				sector_t nr, struct list_head *waiter,
+				unsigned long *round)
+{
+	qcow2_want_marks(bm, sector, nr);
+	if (!*round) {
+		qcow2_mark_ahead(bm, sector, sector + nr);
+		bm->waits++;
+	}
+	*round = bm->rounds + 1;
+	list_add_tail(waiter, &bm->waiters);
+	WRITE_ONCE(bm->nr_waiting, bm->nr_waiting + 1);
+	WRITE_ONCE(bm->crowd, max(bm->crowd, bm->nr_waiting + bm->nr_served));
+	if (qcow2_crowd_is_back(bm))
+		wake_up_all(&bm->gather);
+	/* Under the lock: the waiter may end as soon as it is not held. */
+	qcow2_kick_markers(bm);
+}
+
+bool qcow2_bitmaps_join(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr,
+			struct list_head *waiter, unsigned long *round)
+{
+	bool join;
+	unsigned long flags;
+	unsigned int i;
+
+	if (qcow2_bitmaps_piece(bm, sector, sector + nr) != sector + nr ||
+	    qcow2_mode(bm->health) == QCOW2_FAIL)
+		return false;
+	spin_lock_irqsave(&bm->lock, flags);
+	join = bm->count;
+	for (i = 0; join && i < bm->count; i++)
+		join = qcow2_range_bits(bm, bm->records + i, sector);
+	if (join) {
+		qcow2_range_set_exact(bm, sector, nr);
+		join = !qcow2_range_is_durable(bm, sector, nr);
+	}
+	if (join)
+		qcow2_wait_for_mark(bm, sector, nr, waiter, round);
+	spin_unlock_irqrestore(&bm->lock, flags);
+	return join;
+}
+
 int qcow2_bitmaps_mark(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr,
 		       struct list_head *waiter, unsigned long *round)
 {
@@ -601,16 +663,8 @@ int qcow2_bitmaps_mark(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr,
 	r = qcow2_range_error(bm, sector, nr, *round);
 	if (r)
 		goto out;
-	qcow2_want_marks(bm, sector, nr);
-	if (!*round) {
-		qcow2_mark_ahead(bm, sector, sector + nr);
-		bm->waits++;
-	}
-	*round = bm->rounds + 1;
-	list_add_tail(waiter, &bm->waiters);
+	qcow2_wait_for_mark(bm, sector, nr, waiter, round);
 	r = 1;
-	/* Under the lock: the waiter may end as soon as it is not held. */
-	qcow2_kick_markers(bm);
 out:
 	for (i = 0; i < pinned; i++)
 		bits[i]->users--;
@@ -756,16 +810,29 @@ static void qcow2_marked(struct qcow2_bitmaps *bm, struct qcow2_mark *mark,
 		durable[i] |= written[i];
 }
 
+static void qcow2_gather(struct qcow2_bitmaps *bm)
+{
+	u64 ns = min_t(u64, READ_ONCE(bm->round_ns) / QCOW2_GATHER_PART,
+		       QCOW2_GATHER_MOST);
+
+	if (!qcow2_crowd_is_back(bm))
+		wait_event_hrtimeout(bm->gather, qcow2_crowd_is_back(bm),
+				     ns_to_ktime(ns));
+}
+
 static void qcow2_marker_worker(struct work_struct *work)
 {
 	struct qcow2_marker *m = container_of(work, struct qcow2_marker, work);
 	struct qcow2_bitmaps *bm = m->bm;
+	unsigned int served, crowd;
 	unsigned long round;
+	u64 begun;
 	LIST_HEAD(waiters);
 	unsigned int i;
 	bool more;
 	int r = 0;
 
+	qcow2_gather(bm);
 	spin_lock_irq(&bm->lock);
 	qcow2_take_todo(bm, m);
 	if (!m->nr) {
@@ -779,7 +846,14 @@ static void qcow2_marker_worker(struct work_struct *work)
 	/* Who comes from here on is served by another round. */
 	spin_lock_irq(&bm->lock);
 	round = ++bm->rounds;
+	begun = ktime_get_ns();
 	list_splice_init(&bm->waiters, &waiters);
+	served = bm->nr_waiting;
+	WRITE_ONCE(bm->nr_waiting, 0);
+	WRITE_ONCE(bm->nr_served, bm->nr_served + served);
+	/* It gets smaller slowly, for some are late. */
+	crowd = bm->crowd - DIV_ROUND_UP(bm->crowd, 16);
+	WRITE_ONCE(bm->crowd, max(crowd, bm->nr_served));
 	for (i = 0; i < m->nr; i++)
 		qcow2_fill_mark(bm, m->marks + i);
 	spin_unlock_irq(&bm->lock);
@@ -799,6 +873,8 @@ static void qcow2_marker_worker(struct work_struct *work)
 		qcow2_marked(bm, m->marks + i, round,
 			     r ? BLK_STS_IOERR :
 			     qcow2_error_get(&m->marks[i].error));
+	WRITE_ONCE(bm->nr_served, bm->nr_served - served);
+	WRITE_ONCE(bm->round_ns, (3 * bm->round_ns + ktime_get_ns() - begun) / 4);
 	bm->nr_rounds--;
 	wake_up_all(&bm->quiet);
 	spin_unlock_irq(&bm->lock);
@@ -1136,6 +1212,7 @@ int qcow2_bitmaps_init(struct qcow2_bitmaps *bm)
 	mutex_init(&bm->loading);
 	mutex_init(&bm->taking);
 	init_waitqueue_head(&bm->quiet);
+	init_waitqueue_head(&bm->gather);
 	INIT_LIST_HEAD(&bm->todo);
 	INIT_LIST_HEAD(&bm->lru);
 	INIT_LIST_HEAD(&bm->waiters);

@@ -40,6 +40,11 @@
  *	10 a block is dropped		gone	gone		closed first; what requests
  *								have seen open is on disk
  *
+ * Requests that a round has let go are often back at once with the next granule. A round
+ * that began with the first of them would leave the others to the round after it; so it
+ * waits until about as many have come as there were, or half of them (the other round has
+ * the other half), but for a quarter of a round at most.
+ *
  * A block is written by one worker at a time.  What a mark writes is what is exact or durable when
  * the write begins, and a piece ahead of sequential writers, which does not get smaller as long
  * as a mark of the block is on its way.  So two marks overlap: while one waits for its flush the
@@ -138,6 +143,12 @@ struct qcow2_bitmaps {
 	struct list_head todo;		/* struct qcow2_bits to be written */
 	struct list_head lru;		/* all of them; those used last are last */
 	struct list_head waiters;	/* for map->wake(), when a round has ended */
+	/* How many those are; @lock, but read without by who gathers them */
+	unsigned int nr_waiting;
+	unsigned int nr_served;		/* in the rounds that are on their way; likewise */
+	unsigned int crowd;		/* the most of both, lately; likewise */
+	u64 round_ns;			/* how long a round takes */
+	wait_queue_head_t gather;	/* for there to be as many as before */
 	/* Rounds of marks: how many have begun */
 	unsigned long rounds;
 	unsigned int nr_rounds;		/* on their way */
@@ -226,6 +237,21 @@ static __always_inline bool qcow2_gate_open(const struct qcow2_gate *gate,
  */
 bool qcow2_bitmaps_pass(struct qcow2_bitmaps *bm, sector_t sector,
 			sector_t nr);
+
+/**
+ * qcow2_bitmaps_join() - have a range marked before it changes, if that is soon said
+ * @bm: the bitmaps
+ * @sector: first sector, inside the device
+ * @nr: number of sectors, at least 1
+ * @waiter: is left there if there is something to wait for
+ * @round: 0; kept for qcow2_bitmaps_mark()
+ *
+ * For who has just heard from qcow2_bitmaps_pass() that he may not go on.  Returns true if
+ * @waiter has been left: then map->wake() is called for it.  If not, or then, it is for
+ * qcow2_bitmaps_mark() to go on.  Any context.
+ */
+bool qcow2_bitmaps_join(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr,
+			struct list_head *waiter, unsigned long *round);
 
 /* How much can be asked for at once, from a sector on: up to @end, or less */
 sector_t qcow2_bitmaps_piece(struct qcow2_bitmaps *bm, sector_t sector,

@@ -40,12 +40,10 @@ static int qcow2_would_block(struct bio *bio)
 	return DM_MAPIO_SUBMITTED;
 }
 
-/* Leave a bio to the workqueue. */
-static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
-		       struct bio *bio)
+/* A bio is for the workqueue. */
+static void qcow2_prepare(struct qcow2_target *q, struct qcow2_io *io,
+			  struct bio *bio)
 {
-	if (bio->bi_opf & REQ_NOWAIT)
-		return qcow2_would_block(bio);
 	qcow2_io_init(q, io, bio, NULL);
 	io->sector = bio->bi_iter.bi_sector;
 	io->left = bio_sectors(bio);
@@ -54,7 +52,29 @@ static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
 	/* Changes of states are all that it writes, if it is not passed on. */
 	if (qcow2_zeroing(bio) && !q->raw)
 		qcow2_fua_to_commit(io, bio);
+}
+
+/* Leave a bio to the workqueue. */
+static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
+		       struct bio *bio)
+{
+	if (bio->bi_opf & REQ_NOWAIT)
+		return qcow2_would_block(bio);
+	qcow2_prepare(q, io, bio);
 	qcow2_io_queue(io);
+	return DM_MAPIO_SUBMITTED;
+}
+
+/* Leave a bio to the workqueue when what it changes has been marked. */
+static int qcow2_defer_to_mark(struct qcow2_target *q, struct qcow2_io *io,
+			       struct bio *bio)
+{
+	if (bio->bi_opf & REQ_NOWAIT)
+		return qcow2_would_block(bio);
+	qcow2_prepare(q, io, bio);
+	if (!qcow2_bitmaps_join(&q->bitmaps, io->sector, io->left,
+				&io->wait.node, &io->mark_round))
+		qcow2_io_queue(io);
 	return DM_MAPIO_SUBMITTED;
 }
 
@@ -139,7 +159,7 @@ static noinline int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 	    (qcow2_mode_no_writes(&q->health, mode) || (bio->bi_opf & REQ_FUA)))
 		return DM_MAPIO_KILL;
 	if (!qcow2_may_change(q, bio))
-		return qcow2_defer(q, io, bio);
+		return qcow2_defer_to_mark(q, io, bio);
 	nr = qcow2_lookup(map, sector, bio_sectors(bio), &state);
 	if (!nr)
 		return qcow2_defer(q, io, bio);
@@ -190,7 +210,7 @@ static int qcow2_map_zeroes(struct qcow2_target *q, struct qcow2_io *io,
 	if (unlikely(qcow2_mode_no_writes(&q->health, qcow2_mode(&q->health))))
 		return DM_MAPIO_KILL;
 	if (!qcow2_may_change(q, bio))
-		return qcow2_defer(q, io, bio);
+		return qcow2_defer_to_mark(q, io, bio);
 	/* Whatever the data device reads as then, the guest does, too. */
 	if (q->raw)
 		return qcow2_remap(q, bio);

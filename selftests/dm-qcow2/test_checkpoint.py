@@ -18,7 +18,7 @@ from bitmaps import bitmaps
 from qcow2test import KIB, MIB, Failure, Io, Task, expect, main, note, run, same, test, wait_for
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
-ROUNDS = int(os.environ.get("ROUNDS", 12))
+ROUNDS = int(os.environ.get("ROUNDS", 6))
 TOOLS = os.path.join(qcow2test.HERE, "../../tools")
 TOOL = f"{TOOLS}/qcow2setup"
 INJECT = f"{TOOLS}/tests/inject-lib"
@@ -237,6 +237,29 @@ def calls_of(bench, dm, action, *argv):
         return int(f.read())
 
 
+@test("a checkpoint in two steps would lose what is written between them: the copy shows it")
+def two_steps(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 4 * MIB, None, {})
+    dm.tool("checkpoint", "--start", "c0")
+    copy = Copy(dm, image.size)
+    disk = Io(dm.path)
+    disk.write(0, b"1" * 4096)
+    dm.tool("bitmap disable", "c0")
+    disk.write(MIB, b"2" * 4096)
+    dm.tool("bitmap add", "c1")
+    disk.write(2 * MIB, b"3" * 4096)
+    copy.update("c0")
+    dm.tool("checkpoint", "--stop", "c1", "--start", "c2")
+    copy.update("c1")
+    try:
+        copy.compare("copy by checkpoints")
+    except Failure as e:
+        expect("at 0x100000" in str(e), f"another difference: {e}")
+    else:
+        raise Failure("the copy has what no bitmap has")
+    disk.close()
+
+
 @test("checkpoints that are killed at each call: before or after, and no history is lost", all_cpus=True)
 def killed(bench):
     note(f"SEED={SEED}")
@@ -350,6 +373,38 @@ def commands(bench):
         dm.tool("bitmap remove", name)
     expect("bitmaps" not in run("dmsetup", "table", dm.name).split(), "a table with bitmaps")
     finish(bench, image, dm, [])
+
+
+@test("the section of README.md about what has changed: each command as it stands there")
+def readme(bench):
+    path = os.path.join(qcow2test.HERE, "../../README.md")
+    with open(path, encoding="utf-8") as f:
+        section = f.read().split("### What has changed since the last backup\n", 1)[1].split("\n### ", 1)[0]
+    commands = [line.split("#")[0].split() for line in section.splitlines() if line.startswith("    ")]
+    expect(len(commands) == 5 and all(c[0] == "qcow2setup" for c in commands), f"{commands}")
+    data = bench.file("vm.raw", 8 * MIB)
+    name = f"qcow2test{os.getpid()}-vm"
+    here = {"vm.qcow2": bench.path("vm.qcow2"), "/dev/vg/vm": bench.add(qcow2test.Loop(data)).path, "vm": name}
+
+    class Closed:
+        """By the tool, at the end"""
+        @staticmethod
+        def close():
+            run(TOOL, "close", name)
+    for command in commands:
+        done = run(TOOL, *(here.get(word, word) for word in command[1:]))
+        if command[1] == "open":
+            opened = bench.add(Closed())
+        if command[1] in ("open", "checkpoint"):
+            disk = Io(f"/dev/mapper/{name}")
+            disk.write(MIB if command[1] == "open" else 4 * MIB, b"x" * 65536)
+            disk.close()
+        if command[1] == "map":
+            dirty = [(e["start"], e["length"]) for e in json.loads(done) if not e["data"]]
+            expect(dirty == [(MIB, 64 * KIB)], f"{dirty}")
+    bench.drop(opened)
+    found = json.loads(run(TOOL, "bitmap", "list", here["vm.qcow2"], "--json"))
+    expect([(b["name"], b["count"], b["recording"]) for b in found] == [("tuesday", 64 * KIB, True)], f"{found}")
 
 
 @test("what cannot be is refused, and nothing has changed")
