@@ -812,7 +812,7 @@ static void qcow2_marked(struct qcow2_bitmaps *bm, struct qcow2_mark *mark,
 
 static void qcow2_gather(struct qcow2_bitmaps *bm)
 {
-	u64 ns = min_t(u64, READ_ONCE(bm->round_ns) / QCOW2_GATHER_PART,
+	u32 ns = min_t(u32, READ_ONCE(bm->round_ns) / QCOW2_GATHER_PART,
 		       QCOW2_GATHER_MOST);
 
 	if (!qcow2_crowd_is_back(bm))
@@ -827,6 +827,7 @@ static void qcow2_marker_worker(struct work_struct *work)
 	unsigned int served, crowd;
 	unsigned long round;
 	u64 begun;
+	u32 took;
 	LIST_HEAD(waiters);
 	unsigned int i;
 	bool more;
@@ -874,7 +875,8 @@ static void qcow2_marker_worker(struct work_struct *work)
 			     r ? BLK_STS_IOERR :
 			     qcow2_error_get(&m->marks[i].error));
 	WRITE_ONCE(bm->nr_served, bm->nr_served - served);
-	WRITE_ONCE(bm->round_ns, (3 * bm->round_ns + ktime_get_ns() - begun) / 4);
+	took = min_t(u64, ktime_get_ns() - begun, NSEC_PER_SEC);
+	WRITE_ONCE(bm->round_ns, bm->round_ns / 4 * 3 + took / 4);
 	bm->nr_rounds--;
 	wake_up_all(&bm->quiet);
 	spin_unlock_irq(&bm->lock);

@@ -147,7 +147,7 @@ struct qcow2_bitmaps {
 	unsigned int nr_waiting;
 	unsigned int nr_served;		/* in the rounds that are on their way; likewise */
 	unsigned int crowd;		/* the most of both, lately; likewise */
-	u64 round_ns;			/* how long a round takes */
+	u32 round_ns;			/* what a round takes, a second at most; likewise */
 	wait_queue_head_t gather;	/* for there to be as many as before */
 	/* Rounds of marks: how many have begun */
 	unsigned long rounds;

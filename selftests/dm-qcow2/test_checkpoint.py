@@ -409,6 +409,51 @@ def readme(bench):
     expect([(b["name"], b["count"], b["recording"]) for b in found] == [("tuesday", 64 * KIB, True)], f"{found}")
 
 
+@test("other people's clients read from qemu-nbd what map says: nbdinfo, qemu-img")
+def clients(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 40 * MIB + 512, None, {})
+    dm.tool("bitmap add", "b", "--granularity", "32K")
+    rng = random.Random(SEED)
+    disk = Io(dm.path)
+    for _ in range(40):
+        disk.write(rng.randrange(image.size // 512) * 512, b"w" * 512)
+    disk.discard(3 * MIB, MIB)
+    disk.close()
+    live = dm.map("b")
+    bench.drop(dm)
+    socket = bench.path("socket")
+    # pylint: disable=consider-using-with # it is ended below
+    server = subprocess.Popen(["qemu-nbd", "-r", "-t", "-k", socket, "-B", "b", "-f", "qcow2", image.path])
+    try:
+        wait_for("the server", 30, lambda: os.path.exists(socket))
+        nbd = json.loads(run("nbdinfo", "--json", "--map=qemu:dirty-bitmap:b", f"nbd+unix:///?socket={socket}"))
+        qemu = json.loads(run("qemu-img", "map", "--output=json", "--image-opts", "driver=nbd,server.type=unix,"
+                              f"server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:b"))
+    finally:
+        server.terminate()
+        server.wait()
+    closed = json.loads(run(TOOL, "map", image.path, "--bitmap", "b", "--json"))
+    expect(closed == live, "live and closed are not the same")
+    ours = joined((e["start"], e["length"], not e["data"]) for e in closed)
+    expect(joined((e["offset"], e["length"], e["type"] == 1) for e in nbd) == ours, f"nbdinfo: {nbd}, map: {closed}")
+    expect(joined((e["start"], e["length"], not e["data"]) for e in qemu) == ours, f"qemu-img: {qemu}, map: {closed}")
+    # What is not split by zeros has QEMU's keys and values, one by one.
+    for e in qemu:
+        mine = next(m for m in closed if m["start"] <= e["start"] < m["start"] + m["length"])
+        expect(all(mine[k] == e[k] for k in ("depth", "present", "data")), f"{mine} is not {e}")
+
+
+def joined(extents):
+    """Those of the same kind that follow each other are one."""
+    out = []
+    for start, length, dirty in extents:
+        if out and out[-1][2] == dirty:
+            out[-1] = (out[-1][0], out[-1][1] + length, dirty)
+        else:
+            out.append((start, length, dirty))
+    return out
+
+
 @test("what cannot be is refused, and nothing has changed")
 def refused(bench):
     image, dm, _ = setup(bench, 64 * KIB, 8 * MIB, None, {})

@@ -227,7 +227,7 @@ static int prepare(struct live *l, void *arg)
 {
 	struct live_bitmaps *b = arg;
 	struct image *img = &l->before;
-	struct room room = { .quiet = true };
+	struct room room = { .quiet = b->what->change != add };
 	uint64_t at, reftable;
 	struct bitmaps s;
 	int ret;
