@@ -453,6 +453,74 @@ static void qcow2_range_set_exact(struct qcow2_bitmaps *bm, sector_t sector,
 	}
 }
 
+static void qcow2_kick_markers(struct qcow2_bitmaps *bm)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(bm->markers); i++)
+		queue_work(bm->wq, &bm->markers[i].work);
+}
+
+/* Have a range marked with the next marks of its blocks, those in core.  The lock is held. */
+static void qcow2_ahead_range(struct qcow2_bitmaps *bm, sector_t from,
+			      sector_t end, bool todo)
+{
+	unsigned int i;
+
+	while (from < end) {
+		sector_t to = qcow2_bitmaps_piece(bm, from, end);
+
+		for (i = 0; i < bm->count; i++) {
+			struct qcow2_record *rec = bm->records + i;
+			struct qcow2_bits *b = qcow2_range_bits(bm, rec, from);
+			unsigned int first, n;
+
+			if (!b)
+				continue;
+			qcow2_bits_range(bm, rec, from, to - from, &first, &n);
+			if (b->ahead_first != b->ahead_end &&
+			    first <= b->ahead_end && first + n >= b->ahead_first) {
+				b->ahead_first = min(b->ahead_first, first);
+				b->ahead_end = max(b->ahead_end, first + n);
+			} else if (!b->rounds) {
+				b->ahead_first = first;
+				b->ahead_end = first + n;
+			}
+			if (todo && list_empty(&b->todo) &&
+			    !qcow2_bits_all(b->durable, first, n))
+				list_add_tail(&b->todo, &bm->todo);
+		}
+		from = to;
+	}
+}
+
+/* More is marked ahead from now on; up to where.  The lock is held. */
+static sector_t qcow2_ahead_end(struct qcow2_bitmaps *bm, sector_t from)
+{
+	sector_t size = bm->map->geo.size >> SECTOR_SHIFT;
+
+	bm->ahead = clamp_t(sector_t, 2 * bm->ahead, QCOW2_AHEAD_FIRST,
+			    QCOW2_AHEAD_MOST);
+	return min(from + bm->ahead, size);
+}
+
+/*
+ * A sequential writer has used half of what is marked ahead of him: he need not wait
+ * for what comes then.  The lock is held.
+ */
+static void qcow2_mark_on(struct qcow2_bitmaps *bm, sector_t sector,
+			  sector_t end)
+{
+	sector_t from = bm->next;
+
+	if (!bm->ahead || end > from || from - sector > bm->ahead ||
+	    from - end > bm->ahead / 2)
+		return;
+	bm->next = qcow2_ahead_end(bm, from);
+	qcow2_ahead_range(bm, from, bm->next, true);
+	qcow2_kick_markers(bm);
+}
+
 bool qcow2_bitmaps_pass(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr)
 {
 	unsigned long flags;
@@ -469,6 +537,7 @@ bool qcow2_bitmaps_pass(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr)
 	if (durable) {
 		qcow2_range_set_exact(bm, sector, nr);
 		qcow2_open_gate(bm, sector, nr);
+		qcow2_mark_on(bm, sector, sector + nr);
 	}
 	spin_unlock_irqrestore(&bm->lock, flags);
 	return durable;
@@ -481,7 +550,6 @@ bool qcow2_bitmaps_pass(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr)
 static void qcow2_mark_ahead(struct qcow2_bitmaps *bm, sector_t sector,
 			     sector_t end)
 {
-	sector_t size = bm->map->geo.size >> SECTOR_SHIFT, from;
 	/* In what has been marked ahead last, or will be */
 	bool follows = sector < bm->next && bm->next - sector <= bm->ahead;
 	unsigned int i;
@@ -505,41 +573,8 @@ static void qcow2_mark_ahead(struct qcow2_bitmaps *bm, sector_t sector,
 		bm->next = end;
 		return;
 	}
-	bm->ahead = clamp_t(sector_t, 2 * bm->ahead, QCOW2_AHEAD_FIRST,
-			    QCOW2_AHEAD_MOST);
-	from = end;
-	end = min(end + bm->ahead, size);
-	bm->next = end;
-	while (from < end) {
-		sector_t to = qcow2_bitmaps_piece(bm, from, end);
-
-		for (i = 0; i < bm->count; i++) {
-			struct qcow2_record *rec = bm->records + i;
-			struct qcow2_bits *b = qcow2_range_bits(bm, rec, from);
-			unsigned int first, n;
-
-			if (!b)
-				continue;
-			qcow2_bits_range(bm, rec, from, to - from, &first, &n);
-			if (b->ahead_first != b->ahead_end &&
-			    first <= b->ahead_end && first + n >= b->ahead_first) {
-				b->ahead_first = min(b->ahead_first, first);
-				b->ahead_end = max(b->ahead_end, first + n);
-			} else if (!b->rounds) {
-				b->ahead_first = first;
-				b->ahead_end = first + n;
-			}
-		}
-		from = to;
-	}
-}
-
-static void qcow2_kick_markers(struct qcow2_bitmaps *bm)
-{
-	unsigned int i;
-
-	for (i = 0; i < ARRAY_SIZE(bm->markers); i++)
-		queue_work(bm->wq, &bm->markers[i].work);
+	bm->next = qcow2_ahead_end(bm, end);
+	qcow2_ahead_range(bm, end, bm->next, false);
 }
 
 /*
