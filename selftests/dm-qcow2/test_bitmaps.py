@@ -300,6 +300,38 @@ def cannot_flush(bench):
     image.check(leaks=True)
 
 
+@test("a mark that cannot be written: it is among what is unwritten, also when the device is suspended, until it can be")
+def cannot_write(bench):
+    image, names = setup(bench, 64 * KIB, 8 * MIB, (64 * KIB, 4 * KIB), {"raw": True})
+    lower = on_linear(bench, image)
+    dm = image.open("bitmaps", meta=lower.path)
+    disk = bench.io(dm)
+    disk.write(MIB, b"a" * 4096)
+    lower.bad(bitmaps(image)[names[1]].clusters()[0] & OFFSET_MASK, 64 * KIB)
+    with fails_with(errno.EIO):
+        disk.write(3 * MIB, b"f" * 4096)
+    same(disk.read(3 * MIB, 4096), bytes(4096))
+    expect(dm.status().unwritten == 1, f"{dm.status()}")
+    dm.suspend()
+    expect(dm.status().unwritten == 1, f"suspended: {dm.status()}")
+    dm.resume()
+    disk.write(MIB, b"b" * 4096)
+    with fails_with(errno.EIO):
+        disk.write(3 * MIB, b"f" * 4096)
+    status = dm.status()
+    expect(status.mode == "rw" and status.unwritten == 1, f"resumed: {status}")
+    covers(image, names, [(MIB, 4096)], "as long as it cannot be written")
+    lower.good()
+    wait_for("the mark is written", 60, lambda: not dm.status().unwritten)
+    ranges = [(MIB, 4096), (3 * MIB, 4096)]
+    covers(image, names, ranges, "it can be written")
+    disk.write(3 * MIB, b"c" * 4096)
+    bench.drop(disk)
+    bench.drop(dm)
+    exact(image, names, ranges, "at the end")
+    qemu_takes(image, names)
+
+
 @test("those who wait for marks share them; who must not wait is told", all_cpus=True)
 def shared(bench):
     image, names = setup(bench, 64 * KIB, 64 * MIB, (64 * KIB,), {"raw": True})
