@@ -57,7 +57,8 @@ help:
 	@echo '  make check-kernels   all tests with each of these kernels, one after the other'
 	@echo '  make check-debug tests in kernels that look for races, leaks, wrong locking ...'
 	@echo '  make vm-shell    a root shell in the test VM'
-	@echo '  make soak        power cuts with ever new seeds; SOAK_MINUTES=, SOAK_SEED='
+	@echo '  make soak        $(SOAK_ROUNDS) backups by bitmaps (SOAK_ROUNDS=, 0: none), then power cuts with ever new'
+	@echo '                   seeds; SOAK_MINUTES= of them, SOAK_SEED='
 	@echo '  make seeds       what has random requests with SEEDS=$(SEEDS) seeds from FIRST_SEED= on; TESTS='
 	@echo 'Parts of make check:'
 	@echo '  make deps        install what make check needs'
@@ -197,16 +198,21 @@ check-planted:
 	@$(MAKE) --no-print-directory vm-build planted-build
 	@selftests/vm/run --tests selftests/planted
 
+# Rounds are those of all kinds of images together, of which there are seven.
+SOAK_ROUNDS ?= 10000
 soak:
 	@selftests/vm/deps check
 	@$(MAKE) --no-print-directory vm-build
+	@[ $(SOAK_ROUNDS) = 0 ] || selftests/vm/run --load --timeout 172800 --cmd '$(if $(SOAK_SEED),SEED=$(SOAK_SEED)) \
+		ROUNDS=$$((($(SOAK_ROUNDS) + 6) / 7)) selftests/dm-qcow2/test_bitmaps.py "a backup by bitmaps"'
 	@selftests/powercut --soak
 
 # One VM runs them all; each run is a short one, except where it says how many.
 SEEDS ?= 200
 FIRST_SEED ?= 1
 RANDOM_TESTS := "extl2:bits after" "extl2:same entries" differential matrix "entries:random" "entries:some" \
-	"cache:spread" "cache:dropped under" "cache:smallest" "corrupt:random" fuzz race
+	"cache:spread" "cache:dropped under" "cache:smallest" "corrupt:random" fuzz race "bitmaps:all kinds" \
+	"bitmaps:a backup"
 seeds: export VM_EXPORT += REQUESTS ROUNDS FACTOR FUZZ_IMAGES
 seeds: export REQUESTS ?= 40
 seeds: export ROUNDS ?= 1

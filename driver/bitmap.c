@@ -1225,6 +1225,7 @@ void qcow2_bitmaps_count(struct qcow2_bitmaps *bm,
 							   qcow2_bits_bytes(bm));
 				counts->durable += memweight(b->durable,
 							     qcow2_bits_bytes(bm));
+				counts->unwritten += b->unsure;
 			}
 			spin_unlock_irq(&bm->lock);
 			index++;

@@ -280,6 +280,7 @@ unsigned long qcow2_bitmaps_drop(struct qcow2_bitmaps *bm, unsigned long nr);
 
 struct qcow2_bitmap_counts {
 	u64 exact, durable;		/* granules of blocks that are in core */
+	unsigned long unwritten;	/* blocks whose last write has failed */
 	unsigned long waits, taken_back;
 };
 

@@ -71,6 +71,7 @@ static void qcow2_wait_slow(struct qcow2_target *q)
 
 static void qcow2_postsuspend(struct dm_target *ti)
 {
+	struct qcow2_bitmap_counts counts = {};
 	struct qcow2_target *q = ti->private;
 	bool failed, settled;
 
@@ -107,8 +108,10 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	} else if (failed) {
 		qcow2_claim_park(&q->claim);
 	} else {
+		if (q->recording)
+			qcow2_bitmaps_count(&q->bitmaps, &counts);
 		DMWARN("%s: %lu blocks of metadata could not be written yet",
-		       q->mdio.name, q->map.unwritten);
+		       q->mdio.name, q->map.unwritten + counts.unwritten);
 		qcow2_claim_wait(&q->claim);
 	}
 }
@@ -600,7 +603,7 @@ static unsigned int qcow2_status_info(struct qcow2_target *q, char *result,
 	struct qcow2_map *map = &q->map;
 	const struct qcow2_geometry *geo = &map->geo;
 	u64 hits = 0, misses = 0, first_writes = 0;
-	struct qcow2_bitmap_counts counts;
+	struct qcow2_bitmap_counts counts = {};
 	unsigned int sz = 0;
 	int cpu;
 
@@ -618,11 +621,13 @@ static unsigned int qcow2_status_info(struct qcow2_target *q, char *result,
 	       hits, misses, first_writes, READ_ONCE(q->commit.commits),
 	       READ_ONCE(map->drops), READ_ONCE(q->refused));
 	sz = qcow2_emit_features(q, result, maxlen, sz);
+	if (q->recording)
+		qcow2_bitmaps_count(&q->bitmaps, &counts);
 	DMEMIT(" %u unwritten %lu free_clusters %llu trims %lu",
-	       q->recording ? 16 : 6, READ_ONCE(map->unwritten),
+	       q->recording ? 16 : 6,
+	       READ_ONCE(map->unwritten) + counts.unwritten,
 	       qcow2_alloc_free(&q->alloc), READ_ONCE(map->nr_trims_todo));
 	if (q->recording) {
-		qcow2_bitmaps_count(&q->bitmaps, &counts);
 		DMEMIT(" bitmaps %u exact_granules %llu durable_granules %llu",
 		       q->bitmaps.count, counts.exact, counts.durable);
 		DMEMIT(" mark_waits %lu taken_back %lu", counts.waits,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Dirty bitmaps of an image, as they are on disk."""
+import random
 import struct
 
 from qcow2image import OFFSET_MASK
+from qcow2test import expect, run
 
 EXTENSION = 0x23852875
 AUTOCLEAR = 1
@@ -91,3 +93,64 @@ def allocate(image, *names):
             image.patch(number * image.cluster, bytes(image.cluster))
             image.set_refcount(number, 1)
             image.set_u64(b.table + 8 * i, number * image.cluster)
+
+
+def record(image, granularities):
+    """Give an image bitmaps b0, b1 ..., whose entries all have clusters; their names"""
+    names = [f"b{n}" for n in range(len(granularities))]
+    for name, granularity in zip(names, granularities):
+        run("qemu-img", "bitmap", "--add", "-g", granularity, image.path, name)
+    image.trim()
+    allocate(image, *names)
+    return names
+
+
+def setup(bench, cluster, size, granularities, options, seed=1):
+    """An image with bitmaps that record, and with another one that does not. seed: of what backs
+    it. Option written: so many bytes have been."""
+    options = dict(options)
+    written = options.pop("written", 0)
+    if options.pop("backing", False):
+        options["backing"] = bench.file("backing", size)
+        with open(options["backing"], "wb") as f:
+            f.write(random.Random(seed).randbytes(size))
+    image = bench.image(size, cluster=cluster, **options)
+    if written:
+        # QEMU would make bitmaps of it that have no cluster for ones.
+        image.qemu_io(f"write -q -P 1 0 {written}")
+    run("qemu-img", "bitmap", "--add", "--disable", image.path, "other")
+    return image, record(image, granularities)
+
+
+def dirty(image, names):
+    found = bitmaps(image)
+    return {name: found[name].content() for name in names}
+
+
+def wanted(image, names, ranges):
+    found = bitmaps(image)
+    return {name: found[name].granules(ranges) for name in names}
+
+
+def covers(image, names, ranges, when):
+    have, want = dirty(image, names), wanted(image, names, ranges)
+    for name in names:
+        expect(not want[name] & ~have[name],
+               f"{when}: {name} lacks {(want[name] & ~have[name]).bit_count()} granules of {want[name].bit_count()}")
+
+
+def exact(image, names, ranges, when):
+    have, want = dirty(image, names), wanted(image, names, ranges)
+    for name in names:
+        expect(want[name] == have[name],
+               f"{when}: {name}: {(want[name] & ~have[name]).bit_count()} granules lack, "
+               f"{(have[name] & ~want[name]).bit_count()} are too many")
+
+
+def qemu_takes(image, names):
+    """They are there, recording, and not inconsistent; the image is sound."""
+    image.check(leaks=True)
+    for name in names:
+        expect(bitmaps(image)[name].flags == AUTO, f"{name}: flags {bitmaps(image)[name].flags}")
+    out = run("qemu-img", "info", "-U", "--output=json", image.path)
+    expect("in-use" not in out and out.count('"auto"') == len(names), out)

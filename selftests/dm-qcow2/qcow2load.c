@@ -58,7 +58,7 @@ static bool *in_flight;			/* per sector */
 static uint64_t size, seed = 1;		/* of the device, in sectors */
 static unsigned int unit = 8;		/* sectors */
 static const char *device, *log_name;
-static bool space_runs_out;
+static bool space_runs_out, along;
 
 static void die(const char *format, ...)
 {
@@ -109,6 +109,22 @@ static void mark(char kind, unsigned int number)
 	snprintf(m.text, sizeof(m.text), "mark %c%u", kind, number);
 	if (control < 0 || ioctl(control, DM_TARGET_MSG, &m))
 		die("no mark for %s: %s", log_name, strerror(errno));
+}
+
+/* Where the one before has ended: units, one after the other, from a third of the device on */
+static void go_on(uint64_t *rng, struct request *r)
+{
+	static uint64_t at;
+
+	if (!at || at >= size)
+		at = size / 3 / unit * unit;
+	r->sector = at;
+	r->nr = unit * (1 + below(rng, 3));
+	if (r->nr > MAX_SECTORS)
+		r->nr = MAX_SECTORS;
+	if (r->nr > size - at)
+		r->nr = size - at;
+	at += r->nr;
 }
 
 /* A range, most of them near others, and many that begin or end with a unit. */
@@ -191,7 +207,10 @@ static struct request *begin(uint64_t *rng)
 		}
 		if (k == FLUSH)
 			break;
-		choose(rng, &next);
+		if (along)
+			go_on(rng, &next);
+		else
+			choose(rng, &next);
 		if (k == FUA && fua_misleads(&next)) {
 			if (tries++ < 8)
 				continue;
@@ -343,6 +362,7 @@ static void usage(void)
 		"  -c TIME     of the clock to begin with\n"
 		"  -w W,U,Z,D,F  weights: write, FUA, zeroes, discard, flush\n"
 		"  -e          space may run out\n"
+		"  -a          each request goes on from where the one before has ended\n"
 		"Prints the number and the time to go on with.\n");
 	exit(1);
 }
@@ -359,7 +379,7 @@ int main(int argc, char **argv)
 		     strtoull(argv[5], NULL, 0));
 		return 0;
 	}
-	while ((c = getopt(argc, argv, "l:s:n:t:u:f:c:w:e")) >= 0) {
+	while ((c = getopt(argc, argv, "l:s:n:t:u:f:c:w:ea")) >= 0) {
 		switch (c) {
 		case 'l':
 			log_name = optarg;
@@ -389,6 +409,9 @@ int main(int argc, char **argv)
 			break;
 		case 'e':
 			space_runs_out = true;
+			break;
+		case 'a':
+			along = true;
 			break;
 		default:
 			usage();

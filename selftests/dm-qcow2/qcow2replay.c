@@ -33,8 +33,9 @@
  *	  (or another command judges the content: -c); with data_file_raw, those that
  *	  the data device has, too
  *	- in here: bitmaps that record are valid, and have the bit of each granule set
- *	  whose content is not what it was before the load; when the device has been
- *	  closed, of no other than those that requests have asked to change
+ *	  whose content is not what it was before the load, and each bit that was set then;
+ *	  of others than those that requests have asked to change so far at most 2 percent,
+ *	  and none when the device has been closed
  *	- by "qemu-img check" and "qcow2setup check", if the metadata is not that of
  *	  a state that they have seen; all three have to agree about leaks
  *	- a share of them by "qemu-img compare" with the view of this program
@@ -58,6 +59,8 @@
 
 #define NAME		"qcow2replay"
 #define MAX_REPORTS	5
+/* Percent of the granules that may be marked without a reason */
+#define MAX_OVER	2
 
 extern char **environ;
 
@@ -131,7 +134,7 @@ static struct list pending[2];
 static uint32_t *must;			/* per sector: oldest version that may be seen */
 static int64_t *zero_version;		/* latest that consists of zeros */
 static uint64_t size_must;		/* sectors */
-static uint8_t *asked;			/* per sector: by a request to change it */
+static uint64_t *asked;			/* per sector: when a request to change it was sent first */
 static int last_sync = -1;		/* number of the last mark 's' */
 
 /* Of all workers */
@@ -830,9 +833,13 @@ static bool judge_marks(const struct state *st, uint64_t sector, uint64_t end, e
 	return true;
 }
 
-/* Count bits that are set and that no request is the reason of; none may be if @exact. */
-static bool judge_excess(const struct state *st, bool exact)
+/*
+ * Count bits that are set and that no request is the reason of which has been sent so far, nor
+ * one from before the load: not many are, and none if @exact.
+ */
+static bool judge_excess(const struct state *st, unsigned int n, bool exact)
 {
+	const struct state before = { .meta = (uint8_t *)meta_before };
 	unsigned int i;
 
 	for (i = 0; i < now.nr_bitmaps; i++) {
@@ -841,14 +848,17 @@ static bool judge_excess(const struct state *st, bool exact)
 		uint64_t bits = qcow2_bitmap_bits(now.g.size, r->b.granularity_bits), bit, s, over = 0;
 
 		for (bit = 0; bit < bits; bit++) {
-			bool wanted = false;
+			bool wanted = is_set(&before, r, bit);
 
+			if (wanted && !is_set(st, r, bit))
+				return fault("unmarked", "granule %" PRIu64 " of bitmap %u was set before the load",
+					     bit, i);
 			for (s = bit * sectors; s < (bit + 1) * sectors && s < size && !wanted; s++)
-				wanted = asked[s];
+				wanted = asked[s] < entries[n].began;
 			if (is_set(st, r, bit) && !wanted)
 				over++;
 		}
-		if (over && exact)
+		if (over && (exact || over * 100 > bits * MAX_OVER))
 			return fault("excess", "%" PRIu64 " of %" PRIu64 " granules of bitmap %u are set without a reason",
 				     over, bits, i);
 		if (over * 10000 / bits > sum->max_over)
@@ -1066,7 +1076,7 @@ static void judge(const struct state *st, unsigned int n, const char *what, bool
 		return;
 	if (now.nr_bitmaps &&
 	    (!each_unit(&now, st, judge_marks) ||
-	     !judge_excess(st, conf.closed && n + 1 == nr_entries && !strcmp(what, "all writes"))))
+	     !judge_excess(st, n, conf.closed && n + 1 == nr_entries && !strcmp(what, "all writes"))))
 		return;
 	if (check_share && (important || !below(check_share)) &&
 	    !seen_before(st->meta) && !check_outside(st))
@@ -1338,10 +1348,11 @@ int main(int argc, char **argv)
 	zero_version = zalloc(conf.data_sectors, sizeof(*zero_version));
 	for (s = 0; s < conf.backing_sectors && s < conf.data_sectors; s++)
 		zero_version[s] = -1;
-	asked = zalloc(conf.data_sectors, 1);
-	for (i = 0; i < nr_requests; i++)
+	asked = zalloc(conf.data_sectors, sizeof(*asked));
+	memset(asked, 0xff, conf.data_sectors * sizeof(*asked));
+	for (i = nr_requests; i-- > 0;)
 		for (s = requests[i].sector; s < requests[i].sector + requests[i].nr; s++)
-			asked[s] = 1;
+			asked[s] = requests[i].submitted;
 	look_at_ends();
 	if (!now.clusters)
 		die("%s: the image was not sound before the load", folder);

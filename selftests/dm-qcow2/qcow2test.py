@@ -468,15 +468,15 @@ class Status(collections.namedtuple("Status", (
 # Device-mapper's own interface: a dmsetup process for each of many hundreds of
 # commands would take minutes in an emulator.
 (DM_DEV_CREATE, DM_DEV_REMOVE, DM_DEV_SUSPEND, DM_TABLE_LOAD, DM_TABLE_CLEAR,
- DM_TABLE_STATUS) = 3, 4, 6, 9, 10, 12
+ DM_TABLE_STATUS, DM_TARGET_MSG) = 3, 4, 6, 9, 10, 12, 14
 DM_READONLY_FLAG, DM_SUSPEND_FLAG, DM_NOFLUSH_FLAG = 1 << 0, 1 << 1, 1 << 11
 # struct dm_ioctl: version, sizes, counts, flags, event number, device, name, uuid
 DM_IOCTL = struct.Struct("3I II IiI I4x Q128s129s7x")
 DmReply = collections.namedtuple("DmReply", "flags event device targets")
 
 
-def dm_request(name, table="", flags=0):
-    """The buffer of a command, maybe with the lines of a table."""
+def dm_request(name, table="", flags=0, message=""):
+    """The buffer of a command, maybe with the lines of a table, or a message."""
     specs = b""
     lines = table.splitlines()
     for line in lines:
@@ -485,15 +485,17 @@ def dm_request(name, table="", flags=0):
         params += bytes(-len(params) % 8)
         specs += struct.pack("QQiI16s", int(start), int(length), 0, 40 + len(params),
                              target.encode()) + params
+    if message:
+        specs = bytes(8) + message.encode() + b"\0"
     size = 16384
     buffer = bytearray(DM_IOCTL.pack(4, 0, 0, size, DM_IOCTL.size, len(lines), 0, flags, 0, 0,
                                      name.encode(), b"") + specs)
     return buffer + bytes(size - len(buffer))
 
 
-def dm_ioctl(command, name, table="", flags=0):
+def dm_ioctl(command, name, table="", flags=0, message=""):
     """Send a command."""
-    buffer = dm_request(name, table, flags)
+    buffer = dm_request(name, table, flags, message)
     with open("/dev/mapper/control", "r+b", buffering=0) as control:
         # Not by fcntl.ioctl, which lets no other thread run if the buffer is large: one
         # of them may serve the device that this waits for.
@@ -551,6 +553,10 @@ class Dm:
         """Suspend and resume: the target starts again with nothing in core."""
         self.suspend()
         self.resume()
+
+    def message(self, text):
+        """To the target"""
+        dm_ioctl(DM_TARGET_MSG, self.name, message=text)
 
     def table(self):
         return self.setup("table").strip()

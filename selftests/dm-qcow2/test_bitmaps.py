@@ -3,18 +3,20 @@
 """Dirty bitmaps that the device keeps: never less than what has changed, and no more once it
 is suspended.
 
-Environment: SEED (printed, to repeat a run), REQUESTS (of each image).
+Environment: SEED (printed, to repeat a run), REQUESTS (of each image), ROUNDS (of the backups
+of each image).
 """
 import errno
 import mmap
 import os
 import random
+import re
 import time
 
-from bitmaps import AUTO, IN_USE, allocate, bitmaps
+from bitmaps import AUTO, IN_USE, bitmaps, covers, exact, qemu_takes, setup
 from qcow2image import OFFSET_MASK
-from qcow2test import (KIB, MIB, Failure, Io, Lower, NullBlk, Stat, expect, fails_with, in_parallel, main, note, run, same,
-                       test, wait_for)
+from qcow2test import (DM_TABLE_LOAD, KIB, MIB, Failure, Lower, NullBlk, Stat, dm_ioctl, drop_caches, expect, fails_with,
+                       in_parallel, main, note, same, test, wait_for)
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 REQUESTS = int(os.environ.get("REQUESTS", 120))
@@ -36,58 +38,6 @@ def words(kind):
     cluster, size, granularities, options = kind
     more = "".join(f", {name}" for name in options)
     return f"clusters of {cluster}, {size} bytes, granularities {', '.join(str(g) for g in granularities)}{more}"
-
-
-def setup(bench, cluster, size, granularities, options):
-    """An image with bitmaps b0, b1 ..., whose entries all have clusters, and with another one
-    that does not record."""
-    options = dict(options)
-    if options.pop("backing", False):
-        options["backing"] = bench.file("backing", size)
-        with open(options["backing"], "wb") as f:
-            f.write(random.Random(SEED).randbytes(size))
-    image = bench.image(size, cluster=cluster, **options)
-    for n, granularity in enumerate(granularities):
-        run("qemu-img", "bitmap", "--add", "-g", granularity, image.path, f"b{n}")
-    run("qemu-img", "bitmap", "--add", "--disable", image.path, "other")
-    names = [f"b{n}" for n in range(len(granularities))]
-    image.trim()
-    allocate(image, *names)
-    return image, names
-
-
-def dirty(image, names):
-    found = bitmaps(image)
-    return {name: found[name].content() for name in names}
-
-
-def wanted(image, names, ranges):
-    found = bitmaps(image)
-    return {name: found[name].granules(ranges) for name in names}
-
-
-def covers(image, names, ranges, when):
-    have, want = dirty(image, names), wanted(image, names, ranges)
-    for name in names:
-        expect(not want[name] & ~have[name],
-               f"{when}: {name} lacks {(want[name] & ~have[name]).bit_count()} granules of {want[name].bit_count()}")
-
-
-def exact(image, names, ranges, when):
-    have, want = dirty(image, names), wanted(image, names, ranges)
-    for name in names:
-        expect(want[name] == have[name],
-               f"{when}: {name}: {(want[name] & ~have[name]).bit_count()} granules lack, "
-               f"{(have[name] & ~want[name]).bit_count()} are too many")
-
-
-def qemu_takes(image, names):
-    """They are there, recording, and not inconsistent; the image is sound."""
-    image.check(leaks=True)
-    for name in names:
-        expect(bitmaps(image)[name].flags == AUTO, f"{name}: flags {bitmaps(image)[name].flags}")
-    out = run("qemu-img", "info", "-U", "--output=json", image.path)
-    expect("in-use" not in out and out.count('"auto"') == len(names), out)
 
 
 class Requests:
@@ -121,6 +71,15 @@ class Requests:
         else:
             getattr(self.disk, kind)(at, length)
 
+    def along(self):
+        """One after the other, so that more is marked than they need"""
+        length = self.rng.choice((4096, 16 * KIB, 64 * KIB))
+        most = self.image.size // length
+        first = self.rng.randrange(most)
+        for n in range(first, min(first + self.rng.randrange(4, 25), most)):
+            self.ranges.append((n * length, length))
+            self.disk.write(n * length, os.urandom(length))
+
 
 def matrix(bench, kind):
     note(f"SEED={SEED}")
@@ -134,7 +93,7 @@ def matrix(bench, kind):
         requests.one()
         covers(image, names, requests.ranges, f"after request {n}")
         if n % 40 == 20:
-            run("dmsetup", "message", dm.name, 0, "bitmap_sync")
+            dm.message("bitmap_sync")
             exact(image, names, requests.ranges, f"bitmap_sync after request {n}")
         if n % 40 == 35:
             dm.suspend()
@@ -142,8 +101,7 @@ def matrix(bench, kind):
             qemu_takes(image, names)
             dm.resume()
         if n % 60 == 50:
-            with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
-                f.write("2")
+            drop_caches()
     bench.drop(disk)
     bench.drop(dm)
     exact(image, names, requests.ranges, "at the end")
@@ -155,76 +113,130 @@ for _kind in KINDS:
     test(f"all kinds of requests: {words(_kind)}", _kind)(matrix)
 
 
+def runs(bits, count):
+    """Of bits that are set: (first, number)"""
+    text = f"{bits:0{count}b}"[::-1]
+    return [(m.start(), m.end() - m.start()) for m in re.finditer("1+", text)]
+
+
 class Backup:
     """A copy that is brought up to date by what a bitmap says has changed since it was made."""
 
-    def __init__(self, bench, dm, size):
-        self.size = size
-        disk = Io(dm.path)
-        self.data = bytearray(b"".join(disk.read(at, min(MIB, size - at)) for at in range(0, size, MIB)))
-        disk.close()
+    def __init__(self, name, content):
+        self.name, self.data = name, bytearray(content)
+        self.asked = []         # what requests may have changed since the bitmap was cleared
 
-    def update(self, disk, bitmap):
-        bits, copied = bitmap.content(), 0
-        for n in range(bitmap.count):
-            if bits >> n & 1:
-                at = n * bitmap.granularity
-                length = min(bitmap.granularity, self.size - at)
-                self.data[at:at + length] = disk.read(at, length)
-                copied += 1
-        return copied
-
-    def compare(self, disk, what):
-        for at in range(0, self.size, MIB):
-            length = min(MIB, self.size - at)
-            same(disk.read(at, length), bytes(self.data[at:at + length]), at, what)
+    def update(self, bitmap, content, when):
+        """Take over what is dirty; that has to be all of it."""
+        for first, n in runs(bitmap.content(), bitmap.count):
+            at, end = first * bitmap.granularity, (first + n) * bitmap.granularity
+            self.data[at:end] = content[at:end]
+        same(bytes(self.data), content, 0, f"{when}: copy by {self.name}")
 
 
-def consumer(bench, kind, rounds):
-    """What a backup has is copied by the bitmaps alone, and has to be all of the disk."""
-    note(f"SEED={SEED}")
-    rng = random.Random(SEED)
-    image, names = setup(bench, *kind)
-    dm = image.open("bitmaps")
-    line = dm.table()
-    disk = bench.io(dm)
-    first = {name: Backup(bench, dm, image.size) for name in names}
-    everything = []
-    for n in range(rounds):
-        several = [Requests(image, disk, random.Random(rng.random())) for _ in range(4)]
+def everything(disk, size):
+    return b"".join(disk.read(at, min(MIB, size - at)) for at in range(0, size, MIB))
 
-        def some(requests):
-            for _ in range(rng.randrange(1, 12)):
+
+class Consumer:
+    """An image with bitmaps, and who makes backups of it by them alone."""
+    # What comes between two rounds
+    WAYS = ("sync", "suspend", "reload", "close", "drop", "nothing")
+
+    def __init__(self, bench, kind, rng):
+        self.bench, self.rng = bench, rng
+        self.image, self.names = setup(bench, *kind, seed=SEED)
+        self.open()
+        self.line = self.dm.table()
+        content = everything(self.disk, self.image.size)
+        self.copies = [Backup(name, content) for name in self.names]
+        self.times = dict.fromkeys((*self.WAYS, "cleared"), 0)
+
+    def open(self):
+        self.dm = self.image.open("bitmaps")
+        self.disk = self.bench.io(self.dm)
+
+    def close(self):
+        self.bench.drop(self.disk)
+        self.bench.drop(self.dm)
+
+    def sync(self):
+        self.dm.message("bitmap_sync")
+
+    def requests(self):
+        """Several threads of them, one of which may go on and on; and what happens meanwhile."""
+        several = [Requests(self.image, self.disk, random.Random(self.rng.random())) for _ in range(4)]
+
+        def some(requests, along):
+            for _ in range(requests.rng.randrange(1, 12)):
                 requests.one()
-        in_parallel(some, *((r,) for r in several))
+            if along:
+                requests.along()
+
+        def meanwhile(what):
+            if what == "drop":
+                drop_caches()
+            elif what:
+                self.sync()
+        along = self.rng.random() < 0.4
+        what = self.rng.choice(("drop", "sync", "", ""))
+        in_parallel(lambda f, *a: f(*a), (meanwhile, what), *((some, r, along and n == 0) for n, r in enumerate(several)))
         for requests in several:
-            everything += requests.ranges
-        what = rng.choice(("sync", "suspend", "reload", "close", "drop"))
+            for copy in self.copies:
+                copy.asked += requests.ranges
+
+    def clear(self):
+        """A new backup begins for some: their bitmaps start again. The device is suspended, or closed."""
+        for copy in self.copies:
+            exact(self.image, [copy.name], copy.asked, "suspended")
+            if self.rng.random() < 0.4:
+                bitmaps(self.image)[copy.name].put(0)
+                copy.asked = []
+                self.times["cleared"] += 1
+
+    def between(self, what):
+        dm = self.dm
         if what == "sync":
-            run("dmsetup", "message", dm.name, 0, "bitmap_sync")
-        elif what == "suspend":
-            dm.cycle()
-        elif what == "reload":
+            self.sync()
+            for copy in self.copies:
+                exact(self.image, [copy.name], copy.asked, "bitmap_sync")
+        elif what in ("suspend", "reload"):
             dm.suspend()
-            dm.load(line)
+            self.clear()
+            if what == "reload":
+                dm_ioctl(DM_TABLE_LOAD, dm.name, self.line)
             dm.resume()
         elif what == "close":
-            bench.drop(disk)
-            bench.drop(dm)
-            qemu_takes(image, names)
-            dm = image.open("bitmaps")
-            disk = bench.io(dm)
-        else:
-            with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
-                f.write("2")
-        covers(image, names, everything, f"round {n}, {what}")
-        for name in names:
-            first[name].update(disk, bitmaps(image)[name])
-            first[name].compare(disk, f"round {n}, {what}: copy by {name}")
-    bench.drop(disk)
-    bench.drop(dm)
-    exact(image, names, everything, "at the end")
-    qemu_takes(image, names)
+            self.close()
+            qemu_takes(self.image, self.names)
+            self.clear()
+            self.open()
+        elif what == "drop":
+            drop_caches()
+
+    def round(self, n):
+        self.requests()
+        content = everything(self.disk, self.image.size)
+        found = bitmaps(self.image)
+        for copy in self.copies:
+            covers(self.image, [copy.name], copy.asked, f"round {n}")
+            copy.update(found[copy.name], content, f"round {n}")
+        what = self.rng.choice(self.WAYS)
+        self.times[what] += 1
+        self.between(what)
+
+
+def consumer(bench, kind, seed, rounds):
+    """What a backup has is copied by the bitmaps alone, and has to be all of the disk."""
+    note(f"SEED={SEED}")
+    c = Consumer(bench, kind, random.Random(seed))
+    for n in range(rounds):
+        c.round(n)
+    c.close()
+    for copy in c.copies:
+        exact(c.image, [copy.name], copy.asked, "at the end")
+    qemu_takes(c.image, c.names)
+    note(f"{rounds} rounds: {', '.join(f'{what} {n}' for what, n in c.times.items())}")
 
 
 def on_linear(bench, image):
@@ -286,6 +298,38 @@ def cannot_flush(bench):
     bench.drop(dm)
     covers(image, names, [(MIB, 4096)], "at the end")
     image.check(leaks=True)
+
+
+@test("a mark that cannot be written: it is among what is unwritten, also when the device is suspended, until it can be")
+def cannot_write(bench):
+    image, names = setup(bench, 64 * KIB, 8 * MIB, (64 * KIB, 4 * KIB), {"raw": True})
+    lower = on_linear(bench, image)
+    dm = image.open("bitmaps", meta=lower.path)
+    disk = bench.io(dm)
+    disk.write(MIB, b"a" * 4096)
+    lower.bad(bitmaps(image)[names[1]].clusters()[0] & OFFSET_MASK, 64 * KIB)
+    with fails_with(errno.EIO):
+        disk.write(3 * MIB, b"f" * 4096)
+    same(disk.read(3 * MIB, 4096), bytes(4096))
+    expect(dm.status().unwritten == 1, f"{dm.status()}")
+    dm.suspend()
+    expect(dm.status().unwritten == 1, f"suspended: {dm.status()}")
+    dm.resume()
+    disk.write(MIB, b"b" * 4096)
+    with fails_with(errno.EIO):
+        disk.write(3 * MIB, b"f" * 4096)
+    status = dm.status()
+    expect(status.mode == "rw" and status.unwritten == 1, f"resumed: {status}")
+    covers(image, names, [(MIB, 4096)], "as long as it cannot be written")
+    lower.good()
+    wait_for("the mark is written", 60, lambda: not dm.status().unwritten)
+    ranges = [(MIB, 4096), (3 * MIB, 4096)]
+    covers(image, names, ranges, "it can be written")
+    disk.write(3 * MIB, b"c" * 4096)
+    bench.drop(disk)
+    bench.drop(dm)
+    exact(image, names, ranges, "at the end")
+    qemu_takes(image, names)
 
 
 @test("those who wait for marks share them; who must not wait is told", all_cpus=True)
@@ -391,8 +435,8 @@ def refused(bench):
 
 
 ROUNDS = int(os.environ.get("ROUNDS", 15))
-for _kind in KINDS[:7]:
-    test(f"a backup by bitmaps is the disk: {words(_kind)}", _kind, ROUNDS, all_cpus=True)(consumer)
+for _n, _kind in enumerate(KINDS[:7]):
+    test(f"a backup by bitmaps is the disk: {words(_kind)}", _kind, SEED + 1000 * _n, ROUNDS, all_cpus=True)(consumer)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,19 @@ def random_load(name):
     return function
 
 
+def bitmaps_along(bench):
+    """Sequential writers, for whom more is marked than they need, between random ones. The disk is large
+    enough for what is marked ahead of so many requests."""
+    options = LOADS["raw"][1]
+    r = Recording(bench, "bitmaps_along", 256 * MIB, cluster=64 * KIB, raw=True, bitmaps=(64 * KIB, 4 * KIB))
+    r.load(40, *options)
+    for _ in range(3):
+        r.load(48, "-a", "-t", 1, "-w", "90,2,0,0,8")
+        r.load(20, *options)
+    r.close()
+    r.judge()
+
+
 def resize(bench):
     """Grow a device while requests come in, twice."""
     sizes = MIB, 3 * MIB, 10 * MIB + 512
@@ -121,6 +134,7 @@ def file_system(bench):
 
 for load in LOADS:
     recorded(load, random_load(load))
+recorded("bitmaps_along", bitmaps_along)
 recorded("resize", resize)
 recorded("resize_raw", resize_raw)
 recorded("ext4", file_system)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Would test_faults.py, test_entries.py, test_nospc.py and test_fuzz.py find a bug? The
+"""Would test_faults.py, test_entries.py, test_marks.py, test_nospc.py and test_fuzz.py find a bug? The
 module of test_planted.py is loaded, and has some: in what it does when a request fails,
 and with images that are not as they should be.
 """
@@ -14,9 +14,13 @@ from test_entries import COMMITS, one_by_one
 from test_faults import SCENARIOS
 from faultrig import sweep
 from test_fuzz import KINDS, SEED, fuzz
+import test_marks
+from test_marks import before_table, marked_first, taken_mark, two_marks, write_taken
 from test_nospc import first_write
 
 forget_tests()
+# Time for what a bug lets happen, on a slow machine
+test_marks.PAUSE = 60
 
 # Number of the bug, what it is, the scenario of test_faults
 FAULTS = (
@@ -36,6 +40,16 @@ LATER = (
     (19, "a reservation does not reach the disk", first_write),
     (21, "a block is not read that has what would not be made like that", exact, False),
     (21, "likewise, extended L2 entries", exact, True),
+)
+# No request of the guest's may be there before its mark, nor may a mark be taken away.
+MARKS = (
+    (22, "data is sent before its mark is durable", marked_first),
+    (23, "a mark is not flushed", marked_first),
+    (24, "a discard is not marked", marked_first),
+    (25, "a mark takes away what the one before has marked ahead", two_marks),
+    (26, "bits are taken back without a look at who has come meanwhile", write_taken),
+    (27, "bits are taken back while a mark of the same block is on its way", taken_mark),
+    (28, "bits of one bitmap are taken back as it is right for another one", before_table),
 )
 # Damage is random: some of it needs to be of the kind that a bug is about.
 IMAGES = 300
@@ -59,7 +73,7 @@ def register():
     for bug, name, scenario in FAULTS:
         _, *what = scenarios[scenario]
         test(f"found: {name}", bug, sweep, *what, "once")(found)
-    for bug, name, *what in LATER:
+    for bug, name, *what in LATER + MARKS:
         test(f"found: {name}", bug, *what)(found)
     kinds = {name: what for name, *what in KINDS}
     for bug, name, kind in HOSTILE:
