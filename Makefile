@@ -145,6 +145,7 @@ clean:
 
 deps:
 	@selftests/vm/deps check
+	@selftests/vm/get-qemu
 
 # The VM's kernel decides what is built for it.
 vm-build: tool

@@ -1322,12 +1322,14 @@ int image_clear_autoclear(struct image *img)
 int image_prepare(struct image *img)
 {
 	const struct room room = { .size = img->geo.size };
-	int ret;
+	int ret = 0;
 
-	ret = image_make_room(img, &room);
-	if (!ret && img->keep_bitmaps)
+	/* They may take clusters that the kernel could take for tables. */
+	if (img->keep_bitmaps)
 		ret = image_bitmaps_ready(img, &img->recording);
-	else if (!ret)
+	if (!ret)
+		ret = image_make_room(img, &room);
+	if (!ret && !img->keep_bitmaps)
 		ret = mark_bitmaps(img);
 	if (!ret)
 		ret = image_clear_autoclear(img);
