@@ -77,6 +77,8 @@ static size_t qcow2_bits_memory(const struct qcow2_bitmaps *bm)
 
 static bool qcow2_bits_all(const u8 *bits, unsigned int first, unsigned int n)
 {
+	if (n == 1)
+		return bits[first / 8] & BIT(first % 8);
 	return find_next_zero_bit_le(bits, first + n, first) >= first + n;
 }
 
@@ -186,7 +188,10 @@ static bool qcow2_is_marked(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
 	return true;
 }
 
-/* Open what may be open of a range. */
+/*
+ * Open what may be open of a range, which is exact and durable in all bitmaps.  A
+ * granule of theirs that is smaller than one of the gate's may be neither.
+ */
 static void qcow2_open_gate(struct qcow2_bitmaps *bm, sector_t sector,
 			    sector_t nr)
 {
@@ -200,7 +205,8 @@ static void qcow2_open_gate(struct qcow2_bitmaps *bm, sector_t sector,
 		unsigned long *word;
 
 		for (i = 0; i < bm->count; i++)
-			if (!qcow2_is_marked(bm, bm->records + i, bit << shift,
+			if (bm->records[i].shift < shift &&
+			    !qcow2_is_marked(bm, bm->records + i, bit << shift,
 					     end))
 				break;
 		if (i < bm->count)
@@ -437,20 +443,53 @@ static bool qcow2_range_is_durable(struct qcow2_bitmaps *bm, sector_t sector,
 	return true;
 }
 
-/* Rows 3, 4: a request asks to change a range.  The lock is held. */
+/* A request asks to change a range.  The lock is held. */
+static void qcow2_set_exact(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
+			    struct qcow2_bits *b, sector_t sector, sector_t nr)
+{
+	unsigned int first, n;
+
+	qcow2_bits_range(bm, rec, sector, nr, &first, &n);
+	qcow2_bits_set(b->exact, first, n);
+	if (!list_is_last(&b->lru, &bm->lru))
+		list_move_tail(&b->lru, &bm->lru);
+}
+
+/* Row 4, in all bitmaps; blocks are there.  The lock is held. */
 static void qcow2_range_set_exact(struct qcow2_bitmaps *bm, sector_t sector,
 				  sector_t nr)
 {
+	unsigned int i;
+
+	for (i = 0; i < bm->count; i++) {
+		struct qcow2_record *rec = bm->records + i;
+
+		qcow2_set_exact(bm, rec, qcow2_range_bits(bm, rec, sector),
+				sector, nr);
+	}
+}
+
+/* Row 3: make a range exact if it is durable.  The lock is held. */
+static bool qcow2_range_pass(struct qcow2_bitmaps *bm, sector_t sector,
+			     sector_t nr)
+{
+	struct qcow2_bits *bits[QCOW2_MAX_RECORDING];
 	unsigned int i, first, n;
 
 	for (i = 0; i < bm->count; i++) {
 		struct qcow2_record *rec = bm->records + i;
-		struct qcow2_bits *b = qcow2_range_bits(bm, rec, sector);
 
+		bits[i] = qcow2_range_bits(bm, rec, sector);
+		if (!bits[i])
+			return false;
 		qcow2_bits_range(bm, rec, sector, nr, &first, &n);
-		qcow2_bits_set(b->exact, first, n);
-		list_move_tail(&b->lru, &bm->lru);
+		if (!qcow2_bits_all(bits[i]->durable, first, n))
+			return false;
 	}
+	for (i = 0; i < bm->count; i++)
+		qcow2_set_exact(bm, bm->records + i, bits[i], sector, nr);
+	/* It is all over if there are none: see qcow2_map_forget(). */
+	return bm->count;
 }
 
 static void qcow2_kick_markers(struct qcow2_bitmaps *bm)
@@ -532,10 +571,8 @@ bool qcow2_bitmaps_pass(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr)
 	if (qcow2_bitmaps_piece(bm, sector, sector + nr) != sector + nr)
 		return false;
 	spin_lock_irqsave(&bm->lock, flags);
-	/* It is all over if there are none: see qcow2_map_forget(). */
-	durable = bm->count && qcow2_range_is_durable(bm, sector, nr);
+	durable = qcow2_range_pass(bm, sector, nr);
 	if (durable) {
-		qcow2_range_set_exact(bm, sector, nr);
 		qcow2_open_gate(bm, sector, nr);
 		qcow2_mark_on(bm, sector, sector + nr);
 	}

@@ -158,8 +158,16 @@ static noinline int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 	if (unlikely(!qcow2_mode_writes(mode)) &&
 	    (qcow2_mode_no_writes(&q->health, mode) || (bio->bi_opf & REQ_FUA)))
 		return DM_MAPIO_KILL;
-	if (!qcow2_may_change(q, bio))
-		return qcow2_defer_to_mark(q, io, bio);
+	if (q->recording) {
+		if (!qcow2_may_change(q, bio))
+			return qcow2_defer_to_mark(q, io, bio);
+		/* The gate was closed, but for that it is a hit. */
+		if (qcow2_mode_writes(mode) && !(bio->bi_opf & REQ_FUA) &&
+		    qcow2_is_data(map, sector, bio_sectors(bio))) {
+			this_cpu_inc(q->stats->hits);
+			return qcow2_remap(q, bio);
+		}
+	}
 	nr = qcow2_lookup(map, sector, bio_sectors(bio), &state);
 	if (!nr)
 		return qcow2_defer(q, io, bio);
