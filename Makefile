@@ -62,7 +62,8 @@ help:
 	@echo '  make seeds       what has random requests with SEEDS=$(SEEDS) seeds from FIRST_SEED= on; TESTS='
 	@echo 'Parts of make check:'
 	@echo '  make deps        install what make check needs'
-	@echo '  make bench       instructions per request, beside other targets; ROWS=, BASE=revision, CLOCK=1'
+	@echo '  make bench       instructions per request, beside other targets; ROWS=, BASE=revision'
+	@echo '                   CLOCK=vm or uml: what only a clock can measure; CPUS= of the VM'
 	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
@@ -223,11 +224,13 @@ seeds:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/run --load --timeout 86400 --cmd 'selftests/vm/guest-seeds $(FIRST_SEED) $(SEEDS) $(or $(TESTS),$(RANDOM_TESTS))'
 
-# ROWS= which, BASE= a revision to compare with, CLOCK=vm (or uml, at native speed) by the clock
+# ROWS= which, BASE= a revision to compare with, CLOCK=vm (or uml, at native speed, with one CPU) by the
+# clock, CPUS= of the VM then
 bench:
 	@selftests/vm/deps bench $(if $(filter uml,$(CLOCK)),debug)
 	@$(MAKE) --no-print-directory vm-build
-	@selftests/bench/bench $(if $(BASE),--base $(BASE)) $(if $(CLOCK),--clock) $(if $(filter uml,$(CLOCK)),--uml) $(ROWS)
+	@selftests/bench/bench $(if $(BASE),--base $(BASE)) $(if $(CLOCK),--clock) $(if $(filter uml,$(CLOCK)),--uml) \
+		$(if $(CPUS),--cpus $(CPUS)) $(ROWS)
 
 # The kernels are built once, which takes a quarter of an hour.
 check-debug: export MORE_TESTS ?= backing backing_devices extl2 corrupt fail fail_places fail_discard reload

@@ -8,8 +8,8 @@
 #include "fill.h"
 #include "trace.h"
 
-/* Fills and copies that are kept in reserve */
-#define QCOW2_FILL_RESERVE	16
+/* Fills and copies that are kept in reserve; a fill has a page of vectors, too. */
+#define QCOW2_FILL_RESERVE	4
 #define QCOW2_COPY_RESERVE	4
 
 /* What is copied at a time, if there is memory for it */

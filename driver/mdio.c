@@ -9,8 +9,13 @@
 #include "compat.h"
 #include "mdio.h"
 
-/* Bios and buffers that are kept in reserve, for a writer and for a reader */
-#define QCOW2_MDIO_RESERVE	16
+/*
+ * Bios, each with a page of vectors, and buffers that are kept in reserve, for a
+ * writer and for a reader.  A device that does nothing has them, too, so they are
+ * few: who waits for a bio has none, and of buffers the commit worker, who waits
+ * with one at most, and the header need three.
+ */
+#define QCOW2_MDIO_RESERVE	4
 #define QCOW2_MDIO_READ_RESERVE	2
 
 struct page *qcow2_zeros;

@@ -35,6 +35,7 @@ static void wait_step(void)
 struct layer {
 	char name[128];
 	struct device metadata, data, backing;
+	bool no_tails;		/* none of them is what dm_remove_tails() removes */
 };
 
 /* What has to be known before the device is gone: it, and the chain below. */
@@ -80,6 +81,16 @@ static void open_image(struct below *b, const char *uuid)
 	}
 }
 
+/* By its name, if that could be found out */
+static bool may_be_tail(const struct device *d)
+{
+	const size_t len = sizeof(DM_TAIL_SUFFIX) - 1;
+	size_t n = strlen(d->dm_name);
+
+	return !*d->kernel_name ||
+	       (n > len && !strcmp(d->dm_name + n - len, DM_TAIL_SUFFIX));
+}
+
 /*
  * Look at one device.  If it has one of ours below it, set @next to its name,
  * else to nothing.
@@ -101,17 +112,19 @@ static void look_at(struct layer *l, char *next, size_t size)
 		    device_look_up(table.f.backing_dev, &l->backing) &&
 		    l->backing.qcow2)
 			snprintf(next, size, "%s", l->backing.dm_name);
+		l->no_tails = !may_be_tail(&l->metadata) &&
+			      (!table.f.backing_dev || !may_be_tail(&l->backing));
 	}
 	free(type);
 	free(params);
 }
 
+/* @b: zeros; it is large, and most of it stays as it is */
 static void look_below(const char *name, const char *uuid, bool trim,
 		       struct below *b)
 {
 	char next[128];
 
-	memset(b, 0, sizeof(*b));
 	b->image = (struct node)NODE_CLOSED;
 	snprintf(next, sizeof(next), "%s", name);
 	while (*next && b->layers < ARRAY_SIZE(b->layer)) {
@@ -225,7 +238,8 @@ static void wait_for_layers(const struct below *b)
 			if (dm_query(l->name, &info) || info.exists)
 				return;
 		}
-		dm_remove_tails(l->name);
+		if (!l->no_tails)
+			dm_remove_tails(l->name);
 		wait_for_loop(&l->metadata);
 		wait_for_loop(&l->data);
 		wait_for_loop(&l->backing);
