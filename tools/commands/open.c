@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "commands/commands.h"
+#include "image/prepare.h"
 #include "lib/interrupt.h"
 #include "lib/util.h"
 #include "stack/mapping.h"

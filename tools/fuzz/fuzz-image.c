@@ -19,6 +19,7 @@
 #include "commands/commands.h"
 #include "fuzz.h"
 #include "image/image.h"
+#include "image/prepare.h"
 #include "image/verify.h"
 #include "lib/util.h"
 #include "system/loop.h"

@@ -94,12 +94,6 @@ bool image_has_bitmaps(const struct image *img);
 /* First byte behind everything that is in use; reads refcounts. */
 int image_end(struct image *img, uint64_t *end);
 
-/*
- * Make an image that is about to be written ready for the kernel: room for all
- * metadata, refcount table large enough, unknown autoclear bits clear, bitmaps
- * ready to be kept or marked as not valid.  All of it is durable when this returns 0.
- */
-int image_prepare(struct image *img);
 /* Does not print anything unless it fails. */
 void image_undo(struct image *img);
 

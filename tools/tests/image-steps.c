@@ -56,6 +56,7 @@
 
 #include "image/bitmaps.h"
 #include "image/image.h"
+#include "image/prepare.h"
 #include "image/repair.h"
 #include "image/shrink.h"
 #include "image/verify.h"
