@@ -6,6 +6,7 @@ checkpoints says has changed is all that has, whatever goes on meanwhile.
 Environment: SEED (printed, to repeat a run), ROUNDS (checkpoints of each image), CALLS (of the
 tool at which it is killed, or which fail; about).
 """
+import contextlib
 import json
 import os
 import random
@@ -93,7 +94,10 @@ class Writers:
         bench.add(self)
 
     def _write(self, rng):
-        disk = Io(self.path)
+        with contextlib.closing(Io(self.path)) as disk:
+            self._write_to(disk, rng)
+
+    def _write_to(self, disk, rng):
         while not self.stopped.is_set():
             length = rng.choice((512, 4096, 4096, 64 * KIB, rng.randrange(1, 300) * 512))
             at = rng.randrange(self.size // 512) * 512
@@ -108,7 +112,6 @@ class Writers:
             else:
                 getattr(disk, kind)(at, length)
             self.done += 1
-        disk.close()
 
     def some(self):
         """Let them do something."""
@@ -132,12 +135,11 @@ class Copy:
         self._copy([(0, size)])
 
     def _copy(self, extents):
-        disk = Io(self.dm.path, readonly=True)
-        for start, length in extents:
-            for at in range(start, start + length, MIB):
-                n = min(MIB, start + length - at)
-                self.data[at:at + n] = disk.read(at, n)
-        disk.close()
+        with contextlib.closing(Io(self.dm.path, readonly=True)) as disk:
+            for start, length in extents:
+                for at in range(start, start + length, MIB):
+                    n = min(MIB, start + length - at)
+                    self.data[at:at + n] = disk.read(at, n)
 
     def update(self, bitmap):
         extents = self.dm.map(bitmap)
@@ -154,19 +156,17 @@ class Copy:
         self.size = size
 
     def compare(self, what):
-        disk = Io(self.dm.path, readonly=True)
-        for at in range(0, self.size, MIB):
-            n = min(MIB, self.size - at)
-            same(disk.read(at, n), bytes(self.data[at:at + n]), at, what)
-        disk.close()
+        with contextlib.closing(Io(self.dm.path, readonly=True)) as disk:
+            for at in range(0, self.size, MIB):
+                n = min(MIB, self.size - at)
+                same(disk.read(at, n), bytes(self.data[at:at + n]), at, what)
 
 
 def zeros_are_zeros(dm, extents):
-    disk = Io(dm.path, readonly=True)
-    for e in extents:
-        if e["zero"]:
-            expect(not any(disk.read(e["start"], min(e["length"], MIB))), f"{e} does not read as zeros")
-    disk.close()
+    with contextlib.closing(Io(dm.path, readonly=True)) as disk:
+        for e in extents:
+            if e["zero"]:
+                expect(not any(disk.read(e["start"], min(e["length"], MIB))), f"{e} does not read as zeros")
 
 
 def finish(bench, image, dm, names):
@@ -244,7 +244,7 @@ def two_steps(bench):
     image, dm, _ = setup(bench, 64 * KIB, 4 * MIB, None, {})
     dm.tool("checkpoint", "--start", "c0")
     copy = Copy(dm, image.size)
-    disk = Io(dm.path)
+    disk = bench.add(Io(dm.path))
     disk.write(0, b"1" * 4096)
     dm.tool("bitmap disable", "c0")
     disk.write(MIB, b"2" * 4096)
@@ -259,7 +259,6 @@ def two_steps(bench):
         expect("at 0x100000" in str(e), f"another difference: {e}")
     else:
         raise Failure("the copy has what no bitmap has")
-    disk.close()
 
 
 @test("checkpoints that are killed at each call: before or after, and no history is lost", all_cpus=True)
@@ -337,7 +336,7 @@ def fails(bench):
 @test("each command of a live device does what it does to a closed image")
 def commands(bench):
     image, dm, _ = setup(bench, 64 * KIB, 64 * MIB, None, {})
-    disk = Io(dm.path)
+    disk = bench.add(Io(dm.path))
     expect(bitmaps_left(dm) == [], "it has bitmaps")
     expect("bitmaps" not in run("dmsetup", "table", dm.name).split(), "a table with bitmaps")
     dm.tool("bitmap add", "a")
@@ -360,7 +359,7 @@ def commands(bench):
     expect({n: b["count"] for n, b in found.items()} == {"a": 128 * KIB, "fine": 4 * KIB, "still": 4 * MIB}, f"{found}")
     dm.tool("bitmap merge", "a", "fine")
     expect(dm.list()["a"]["count"] == 192 * KIB, f"{dm.list()}")
-    disk.close()
+    bench.drop(disk)
     dm.tool("bitmap remove", "a")
     bench.drop(dm)
     found = bitmaps(image)
