@@ -261,50 +261,67 @@ def two_steps(bench):
         raise Failure("the copy has what no bitmap has")
 
 
+class Chain:
+    """Checkpoints, one after the other, of a device that is written, and a copy by them"""
+
+    def __init__(self, dm, size):
+        self.dm, self.now, self.done, self.undone = dm, 0, 0, 0
+        dm.tool("checkpoint", "--start", "c0")
+        self.copy = Copy(dm, size)
+
+    def words(self):
+        return "--stop", f"c{self.now}", "--start", f"c{self.now + 1}"
+
+    def ended(self):
+        """The bitmap that was stopped has done its work."""
+        self.copy.update(f"c{self.now}")
+        self.dm.tool("bitmap remove", f"c{self.now}")
+        self.now += 1
+
+    def calls(self, bench):
+        """How many a checkpoint has, which is made"""
+        calls = calls_of(bench, self.dm, "checkpoint", *self.words())
+        self.ended()
+        return calls
+
+    def kill(self, k):
+        """One that is killed at a call."""
+        status, out = injected(self.dm, {"INJECT_SENDS": 1, "INJECT_AT": k, "INJECT_SIGNAL": 9}, "checkpoint",
+                               *self.words())
+        wait_for("the helper's end", 60, no_helper)
+        expect(self.dm.info("suspended") == "Active", f"call {k}: suspended: {out}")
+        found = self.dm.list()
+        expect(not any(b["inconsistent"] for b in found.values()), f"call {k}: {found}")
+        recording = [name for name, b in found.items() if b["recording"]]
+        if recording == [f"c{self.now + 1}"]:
+            self.done += status != 0
+            self.ended()
+        else:
+            expect(status and recording == [f"c{self.now}"], f"call {k}, status {status}: {recording} record: {out}")
+            self.undone += 1
+
+
 @test("checkpoints that are killed at each call: before or after, and no history is lost", all_cpus=True)
 def killed(bench):
     note(f"SEED={SEED}")
-    rng = random.Random(SEED)
     image, dm, _ = setup(bench, 4 * KIB, 4 * MIB, None, {})
-    size = image.size
-    dm.tool("checkpoint", "--start", "c0")
-    writers = Writers(bench, dm, size, rng)
-    copy = Copy(dm, size)
-    # How many there are depends on what is there: as it will be.
-    for now in (0, 1):
-        calls = calls_of(bench, dm, "checkpoint", "--stop", f"c{now}", "--start", f"c{now + 1}")
-        copy.update(f"c{now}")
-        dm.tool("bitmap remove", f"c{now}")
-    now, done, undone = 2, 0, 0
-    # Those behind the switch are few, and at the end.
-    last = range(calls + 2, calls - 10, -1)
-    for k in [*last, *range(calls - 10, 0, -max(1, calls // CALLS))]:
-        old, new = f"c{now}", f"c{now + 1}"
-        status, out = injected(dm, {"INJECT_SENDS": 1, "INJECT_AT": k, "INJECT_SIGNAL": 9}, "checkpoint",
-                               "--stop", old, "--start", new)
-        if status == 0:
-            # It has become shorter, for what it found was another thing.
-            expect(k > calls // 2, f"call {k}: not killed: {out}")
-        wait_for("the helper's end", 60, no_helper)
-        expect(dm.info("suspended") == "Active", f"call {k}: suspended")
-        found = dm.list()
-        expect(not any(b["inconsistent"] for b in found.values()), f"call {k}: {found}")
-        recording = [name for name, b in found.items() if b["recording"]]
-        if recording == [new]:
-            copy.update(old)
-            dm.tool("bitmap remove", old)
-            now += 1
-            done += status != 0
-        else:
-            expect(recording == [old], f"call {k}: {recording} record")
-            undone += 1
-            note(f"call {k}: status {status}: undone")
-    note(f"{calls} calls, {undone} times the old bitmap, {done} times the new one")
-    expect(undone > CALLS // 4 and done > 0, f"{undone} times the old bitmap, {done} times the new one")
+    writers = Writers(bench, dm, image.size, random.Random(SEED))
+    chain = Chain(dm, image.size)
+    calls = chain.calls(bench)
+    for k in range(calls - 2, 0, -max(1, calls // CALLS)):
+        chain.kill(k)
+    # How many calls there are depends on which clusters are free; the last one is when all is done.
+    for _ in range(10):
+        calls = chain.calls(bench)
+        for k in (calls, calls - 1):
+            if not chain.done:
+                chain.kill(k)
+    note(f"{calls} calls, {chain.undone} times the old bitmap, {chain.done} times the new one")
+    expect(chain.undone > CALLS // 4 and chain.done, f"{chain.undone} times the old bitmap, {chain.done} times the new one")
     bench.drop(writers)
-    dm.tool("checkpoint", "--stop", f"c{now}", "--start", "last")
-    copy.update(f"c{now}")
-    copy.compare("copy by checkpoints")
+    dm.tool("checkpoint", *chain.words())
+    chain.copy.update(f"c{chain.now}")
+    chain.copy.compare("copy by checkpoints")
     finish(bench, image, dm, bitmaps_left(dm))
 
 
