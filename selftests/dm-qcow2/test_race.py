@@ -138,7 +138,8 @@ class Disturber:
 
     def __init__(self, dm, rng, ways, keeper=None):
         self.dm, self.line, self.rng, self.keeper = dm, dm.line, rng, keeper
-        self.ways = ways + (self.BITMAPS if keeper else ())
+        # Who does not suspend it has a reason.
+        self.ways = ways + (self.BITMAPS if keeper and "cycle" in ways else ())
         self.times = dict.fromkeys(self.ways, 0)
         self.ended = False
         # It ends with the device.
