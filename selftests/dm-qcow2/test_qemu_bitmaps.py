@@ -22,7 +22,7 @@ import qcow2test
 from bitmaps import AUTO, IN_USE, bitmaps
 from qcow2image import OFFSET_MASK, Qcow2
 from qcow2test import KIB, MIB, Failure, Io, Lower, Task, expect, fails_with, main, note, run, test, wait_for
-from test_bitmaps import Backup, Requests, covers, exact
+from test_bitmaps import Backup, Requests, covers, everything, exact
 from test_bitmaps import setup as allocated
 from test_checkpoint import TOOL, Opened
 
@@ -247,7 +247,9 @@ def in_turns(bench, qemu, kind):
     rng = random.Random(SEED)
     image, names, more = made(bench, qemu, *kind)
     dm = bench.add(Opened(image, *more))
-    copies = {name: Backup(bench, dm, image.size) for name in names}
+    disk = bench.io(dm)
+    copies = [Backup(name, everything(disk, image.size)) for name in names]
+    bench.drop(disk)
     ranges = some_requests(bench, image, dm, rng)
     bench.drop(dm)
     exact(image, names, ranges, "the device has been closed")
@@ -264,9 +266,8 @@ def in_turns(bench, qemu, kind):
     ranges += some_requests(bench, image, dm, rng)
     run("dmsetup", "message", dm.name, 0, "bitmap_sync")
     disk = bench.io(dm)
-    for name, copy in copies.items():
-        copy.update(disk, bitmaps(image)[name])
-        copy.compare(disk, f"copy by {name}")
+    for copy in copies:
+        copy.update(bitmaps(image)[copy.name], everything(disk, image.size), "at the end")
     bench.drop(disk)
     bench.drop(dm)
     exact(image, names, ranges, "at the end")
