@@ -483,18 +483,17 @@ def two_marks(bench):
     dm = bench.add(Dm("q", rig.line))
     disk = bench.io(dm)
     rig.begin()
-    # The next request is to need a mark, and to have more marked than it needs.
     step = 16 * KIB
-    at = ahead(rig, dm, disk, step=step)
-    while rig.bitmaps[0].granules([(at, step)]) & rig.content(rig.meta.durable)[0]:
-        rig.ask((at, step))
-        disk.write(at, b"s" * step)
-        rig.done((at, step))
-        at += step
+    at = ahead(rig, dm, disk, step=step) - step
+    # More is marked by itself before that has been used up.
     rig.stop("flush metadata")
-    rig.ask((at, step))
-    first = Task(disk.write, at, b"s" * step)
-    rig.stopped("flush metadata")
+    while rig.awaited:
+        at += step
+        rig.ask((at, step))
+        first = Task(disk.write, at, b"s" * step)
+        wait_for("a write, or the next mark", HANG, lambda: not first.is_alive() or not rig.awaited)
+        if not first.is_alive():
+            rig.done((at, step))
     # It is written, not flushed; here comes another one.
     before = len(rig.script.trace)
     second = Late(rig, disk, 8 * KIB)
@@ -504,9 +503,10 @@ def two_marks(bench):
     second.task.finish(HANG)
     rig.done((at, step))
     # It was marked ahead by the first one.
-    rig.ask((at + step, step))
-    disk.write(at + step, b"s" * step)
-    rig.done((at + step, step))
+    for at in range(at + step, at + 9 * step, step):
+        rig.ask((at, step))
+        disk.write(at, b"s" * step)
+        rig.done((at, step))
     sync(dm)
     rig.exact("bitmap_sync")
 
