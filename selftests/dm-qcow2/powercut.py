@@ -16,6 +16,10 @@ LOG_SIZE = 256 * MIB
 TOOL = os.path.join(qcow2test.HERE, "../../tools/qcow2setup")
 LOAD, REPLAY = (os.path.join(qcow2test.HERE, n) for n in ("qcow2load", "qcow2replay"))
 EVENTS = ("block_bio_queue", "block_bio_complete")
+# When dm-log-writes gets a bio, when it has taken what a flush makes durable, and when it
+# puts it into its log
+PROBES = {"log_map": ("p", "log_writes_map bio=$arg2:x64"), "log_mapped": ("r64", "log_writes_map"),
+          "log_end": ("p", "normal_end_io bio=$arg2:x64")}
 
 
 def device_number(path):
@@ -26,20 +30,27 @@ def device_number(path):
 class FlushTrace:
     """Which flush was whose: dm-log-writes does not tell. From the kernel's trace."""
 
-    def __init__(self, bench, devices):
-        """devices: dict of letter: path"""
+    def __init__(self, bench, devices, logged=False):
+        """devices: dict of letter: path; logged: they are on a dm-log-writes device"""
         self.devices = {device_number(p): letter for letter, p in devices.items()}
         self.mount = bench.path("tracefs")
         os.makedirs(self.mount, exist_ok=True)
         run("mount", "-t", "tracefs", "tracefs", self.mount)
-        self.dir = f"{self.mount}/instances/qcow2test{os.getpid()}"
+        self.group = f"qcow2test{os.getpid()}"
+        self.dir = f"{self.mount}/instances/{self.group}"
+        self.enabled, self.probes = [], []
         try:
             os.mkdir(self.dir)
             self._put("buffer_size_kb", "8192")
             which = " || ".join(f"dev == {ma << 20 | mi}" for ma, mi in self.devices)
             for event in EVENTS:
                 self._put(f"events/block/{event}/filter", f"({which}) && nr_sector == 0")
-                self._put(f"events/block/{event}/enable", "1")
+                self._enable(f"block/{event}")
+            if logged:
+                for name, (kind, where) in PROBES.items():
+                    self._probe(f"{kind}:{self.group}/{name} dm_log_writes:{where}")
+                    self.probes.append(name)
+                    self._enable(f"{self.group}/{name}")
         except OSError:
             self.close()
             raise
@@ -47,6 +58,18 @@ class FlushTrace:
     def _put(self, file, text):
         with open(f"{self.dir}/{file}", "w", encoding="ascii") as f:
             f.write(text)
+
+    def _enable(self, event):
+        self._put(f"events/{event}/enable", "1")
+        self.enabled.append(event)
+
+    def _probe(self, text):
+        # An "a" file of Python's seeks, which this one cannot.
+        fd = os.open(f"{self.mount}/kprobe_events", os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
 
     def lines(self):
         with open(f"{self.dir}/trace", encoding="ascii", errors="replace") as f:
@@ -57,44 +80,81 @@ class FlushTrace:
         found = (re.search(rf" {EVENTS[0]}: (\d+),(\d+) F", line) for line in self.lines())
         return [self.devices[int(m.group(1)), int(m.group(2))] for m in found if m].count(letter)
 
+    def ended(self):
+        """The letters of the flushes, in the order of their ends"""
+        lines = self.lines()
+        expect(not any("LOST" in line for line in lines), "the kernel's trace has lost events")
+        found = (re.search(rf" {EVENTS[1]}: (\d+),(\d+) F\w* \d+ \+ 0 ", line) for line in lines)
+        return "".join(self.devices[int(m.group(1)), int(m.group(2))] for m in found if m)
+
     def flushes(self):
-        """In the order of their ends: letter ("?" if another device's was under way,
-        so that the log may have the two the other way round), and how many had
-        been sent before."""
-        sent, under_way, ended = 0, [], []
-        for line in self.lines():
-            m = re.search(r" (block_bio_\w+): (\d+),(\d+) F\w* \d+ \+ 0 |LOST", line)
-            if not m:
-                continue
-            expect(m.group(1), "the kernel's trace has lost events")
-            letter = self.devices[int(m.group(2)), int(m.group(3))]
-            if m.group(1) == EVENTS[0]:
-                under_way.append([letter, sent, letter])
-                sent += 1
-                continue
-            mine = next(f for f in under_way if f[0] == letter)
-            under_way.remove(mine)
-            for other in under_way:
-                if other[0] != letter:
-                    other[2] = mine[2] = "?"
-            ended.append(mine)
-        expect(not under_way, "a flush has not ended")
-        # One device below has them all, and ends them in the order in which they get there: of those
-        # that are whoever's, that order is what is known, and not which of them was sent first.
-        start = 0
-        for n in range(len(ended) + 1):
-            if n < len(ended) and ended[n][2] == "?":
-                continue
-            for flush, rank in zip(ended[start:n], sorted(f[1] for f in ended[start:n])):
-                flush[1] = rank
-            start = n + 1
-        return [(f[2], f[1]) for f in ended]
+        """Of devices that are on a dm-log-writes device, in the order of its log: letter
+        ("?" if another device's ended in the same moment, so that the log may have the two
+        the other way round), and how many had got there before."""
+        return order_of_log(self.lines(), self.devices)
 
     def close(self):
-        for event in EVENTS:
-            self._put(f"events/block/{event}/enable", "0")
+        for event in self.enabled:
+            self._put(f"events/{event}/enable", "0")
         os.rmdir(self.dir)
+        for name in self.probes:
+            self._probe(f"-:{self.group}/{name}")
         run("umount", self.mount)
+
+
+def order_of_log(lines, devices):
+    """See FlushTrace.flushes. lines: of the trace; devices: dict of (major, minor): letter"""
+    flush = re.compile(r" (block_bio_\w+): (\d+),(\d+) F\w* \d+ \+ 0 ")
+    probe = re.compile(rf" ({'|'.join(PROBES)}): \([^)]*\)(?: bio=(0x[0-9a-f]+))?")
+    queued, mapping, logged, ending = {}, {}, {}, {}
+    sent, now, done = 0, 0, []
+    for line in lines:
+        expect("LOST" not in line, "the kernel's trace has lost events")
+        now += 1
+        who = re.match(r"\s*.+-(\d+)\s+\[", line)
+        if m := probe.search(line):
+            event, bio = m.groups()
+            if event == "log_map":
+                # What was sent to a device of ours comes here before its sender does anything else.
+                logged.pop(bio, None)
+                if letter := queued.pop(who.group(1), None):
+                    mapping[who.group(1)] = logged[bio] = [letter, None]
+            elif event == "log_mapped":
+                if what := mapping.pop(who.group(1), None):
+                    what[1] = sent
+                    sent += 1
+            elif bio in logged:
+                ending.setdefault(who.group(1), []).append((now, logged.pop(bio)))
+        elif m := flush.search(line):
+            letter = devices[int(m.group(2)), int(m.group(3))]
+            if m.group(1) == EVENTS[0]:
+                expect(who.group(1) not in queued, "a flush has not got to the log")
+                queued[who.group(1)] = letter
+                continue
+            # Its place in the log is one of those between these two moments.
+            mine = next((e for e in reversed(ending.get(who.group(1), [])) if e[1][0] == letter), None)
+            expect(mine, "a flush has ended that has not got to the log")
+            ending[who.group(1)].remove(mine)
+            done.append((mine[0], now, mine[1]))
+    expect(not queued and not mapping and not logged and not any(ending.values()), "a flush has not ended")
+
+    done.sort()
+    result, group, until = [], [], 0
+
+    def end_group():
+        letters = {letter for letter, _ in group}
+        # Whatever their order: what one of them has made durable was so when the first one ended.
+        result.extend(("?" if len(letters) > 1 else letter, rank)
+                      for letter, rank in sorted(group, key=lambda f: -f[1]))
+        group.clear()
+
+    for began, ended, what in done:
+        if began > until:
+            end_group()
+        group.append(what)
+        until = max(until, ended)
+    end_group()
+    return result
 
 
 class Recording:
@@ -149,7 +209,7 @@ class Recording:
         self.meta = self._dm("meta", f"0 {self.meta_size // 512} linear {self.logged.path} 0")
         self.data = self._dm("data", f"0 {self.data_size // 512} linear {self.logged.path} "
                                      f"{self.meta_size // 512}")
-        self.trace = bench.add(FlushTrace(bench, {"m": self.meta.path, "d": self.data.path}))
+        self.trace = bench.add(FlushTrace(bench, {"m": self.meta.path, "d": self.data.path}, logged=True))
         features = ()
         if backing:
             features = ("backing_dev", bench.add(Loop(path, readonly=True)).path)
@@ -191,7 +251,9 @@ class Recording:
         with open(self.dir + "/flushes", "w", encoding="ascii") as f:
             f.writelines(f"{letter} {rank}\n" for letter, rank in flushes)
         unclear = sum(letter == "?" for letter, _ in flushes)
-        note(f"{self.name}: {self.number} requests, {len(flushes)} flushes, {unclear} of them of either device")
+        late = sum(any(rank < other for _, other in flushes[:n]) for n, (_, rank) in enumerate(flushes))
+        note(f"{self.name}: {self.number} requests, {len(flushes)} flushes, {unclear} of them of either device, "
+             f"{late} after one that was sent later")
         with open(self.dir + "/conf", "w", encoding="ascii") as f:
             f.write(f"meta_sectors {self.meta_size // 512}\ndata_sectors {self.data_size // 512}\n"
                     f"backing_sectors {self.backing // 512}\nseed {seed}\nclosed 1\nraw {int(self.raw)}\n")

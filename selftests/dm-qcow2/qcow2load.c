@@ -432,6 +432,10 @@ int main(int argc, char **argv)
 	threads = calloc(nr_threads, sizeof(*threads));
 	if (!requests || !in_flight || !touched || !threads)
 		die("no memory");
+	/* Others have been here, and what they wrote last may not have been flushed. */
+	if (first_number)
+		for (uint64_t n = 0; n < size; n++)
+			touched[n] = now;
 	for (i = 0; i < nr_threads; i++)
 		if (pthread_create(threads + i, NULL, load, (void *)(uintptr_t)i))
 			die("no thread");

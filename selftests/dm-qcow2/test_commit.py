@@ -113,7 +113,7 @@ class Large:
 
     def finish(self):
         """The letters of the flushes that there were."""
-        flushes = "".join(letter for letter, _ in self.trace.flushes())
+        flushes = self.trace.ended()
         for at in (0, self.SIZE // 2, self.SIZE - 4096):
             same(self.disk.read(at, 4096), bytes(4096), at)
         expect(self.dm.status().tables == self.tables, f"{self.tables} tables expected: {self.dm.status()}")

@@ -15,8 +15,8 @@ import os
 
 import powercut_fs
 import qcow2test
-from powercut import TOOL, FlushTrace, Recording
-from qcow2test import KIB, MIB, Task, expect, run, test
+from powercut import TOOL, FlushTrace, Recording, order_of_log
+from qcow2test import KIB, MIB, Failure, Task, expect, run, test
 
 # name: requests, what to add to the load's options, and the image
 LOADS = {
@@ -140,6 +140,47 @@ recorded("resize_raw", resize_raw)
 recorded("ext4", file_system)
 
 
+@test("which flush has made what durable, and whose it was, whatever the order in which they end")
+def flush_order(_bench):
+    def trace(text):
+        """Words: who (a CPU, or a task), what he does (queue, enter, leave, log, end), and with which flush"""
+        formats = {
+            "queue": "block_bio_queue: 253,{dev} FF 0 + 0 [x]",
+            "enter": "log_map: (log_writes_map+0x0/0x3c0 [dm_log_writes]) bio=0xffff88{bio}",
+            "leave": "log_mapped: (__map_bio+0x1/0x2 <- log_writes_map [dm_log_writes])",
+            "log": "log_end: (normal_end_io+0x0/0x1 [dm_log_writes]) bio=0xffff88{bio}",
+            "end": "block_bio_complete: 253,{dev} FF 0 + 0 [0]",
+        }
+        for n, (who, what, which) in enumerate(zip(*[iter(text.split())] * 3)):
+            yield f"  a task-{who}   [000] d..1. {n}.5: " + formats[what].format(dev=which[0], bio=which)
+
+    def order(text):
+        return order_of_log(["# tracer: nop", *trace(text)], {(253, 0): "m", (253, 1): "d"})
+
+    # Devices 0 (m) and 1 (d): flush 11 is one of d. A write, bio 99, is none of them.
+    one, other = "1 queue 11 1 enter 11 1 leave 11", "2 queue 12 2 enter 12 2 leave 12"
+    for what, text, want in (
+            ("in order", f"{one} 9 log 11 9 end 11 {other} 9 log 12 9 end 12", [("d", 0), ("d", 1)]),
+            ("overtaken", f"{one} {other} 9 log 12 9 end 12 9 log 11 9 end 11", [("d", 1), ("d", 0)]),
+            ("who was sent first has taken less",
+             "1 queue 11 2 queue 12 1 enter 11 2 enter 12 2 leave 12 3 enter 99 3 leave 99 9 log 99 1 leave 11 "
+             "9 log 12 9 end 12 9 log 11 9 end 11", [("d", 0), ("d", 1)]),
+            ("of both devices, one after the other",
+             f"1 queue 01 1 enter 01 1 leave 01 {other} 9 log 12 9 end 12 9 log 01 9 end 01", [("d", 1), ("m", 0)]),
+            ("of both devices, and who knows",
+             f"1 queue 01 1 enter 01 1 leave 01 {other} 9 log 12 8 log 01 9 end 12 8 end 01", [("?", 1), ("?", 0)]),
+            ("a bio that comes again",
+             f"{one} 9 log 11 9 end 11 3 enter 11 3 leave 11 9 log 11 {other} 9 log 12 9 end 12",
+             [("d", 0), ("d", 1)])):
+        expect(order(text) == want, f"{what}: {order(text)}")
+    for text in (one, "1 queue 11", f"{one} 9 log 11", "9 end 11"):
+        try:
+            got = order(text)
+        except Failure:
+            continue
+        expect(False, f"{text}: {got}")
+
+
 @test("a commit flushes the data device, then the metadata, and no more than it has to")
 def commit_flushes(bench):
     image = bench.image(8 * MIB, cluster=4 * KIB)
@@ -157,7 +198,7 @@ def commit_flushes(bench):
         trace = bench.add(FlushTrace(bench, {"m": meta.path, "d": data.path}))
         action()
         disk.fsync()
-        got = "".join(letter for letter, _ in trace.flushes())
+        got = trace.ended()
         bench.drop(trace)
         # The timer may have made two commits of it, both of them whole.
         expect(got == want or (got.startswith("d") and got.endswith("d") and want in got),
