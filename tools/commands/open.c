@@ -325,8 +325,8 @@ static int make_device(const struct mapping *m, const char *name,
 		return ret;
 	ret = dm_make(name, uuid, &line, 1, f.read_only);
 	if (!ret && m->img.recording)
-		note("%s: %u of its bitmaps record what is written", esc(name),
-		     m->img.recording);
+		inform("%s: what is written is recorded in %u bitmap%s", esc(name),
+		       m->img.recording, m->img.recording == 1 ? "" : "s");
 	if (!ret && opt && !opt->host)
 		note("%s: udev leaves alone what is on it: mounts by UUID= or LABEL=, and volumes on it, need open --host",
 		     esc(name));

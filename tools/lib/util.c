@@ -96,6 +96,15 @@ void warning(const char *fmt, ...)
 	va_end(ap);
 }
 
+void inform(const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vmessage("", fmt, ap);
+	va_end(ap);
+}
+
 void note(const char *fmt, ...)
 {
 	va_list ap;

@@ -43,6 +43,9 @@ int fail(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 int fail_errno(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int fail_nomem(void);
 void warning(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+/* What is as it should be, but not a matter of course */
+void inform(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+/* With --verbose only */
 void note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int errno_to_exit(int err);
 /*
