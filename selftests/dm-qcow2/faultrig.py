@@ -346,9 +346,10 @@ class Attempt:
 
     def part(self, number, kind, requests, resume):
         """Those requests that are made by a resume, from the header on; or the others. A
-        new table has looked at the header before, when it was loaded."""
+        new table has looked at the header before, when it was loaded: twice, for that is
+        where it finds bitmaps, too."""
         made = list(self.script.steps.get(number, ())) if kind in ("cycle", "reload") else []
-        headers = [i for i, n in enumerate(self.names(made)) if n == "read header"][kind == "reload":]
+        headers = [i for i, n in enumerate(self.names(made)) if n == "read header"][2 * (kind == "reload"):]
         later = {id(r) for r in made[headers[0]:]} if headers else set()
         return [r for r in requests if (id(r) in later or self.rig.what(r, ()) in ("read header", "read L1 table"))
                 == resume]

@@ -150,6 +150,12 @@ bitmaps()
 	"$tool" close "$name"
 	[ "$before" = "$(sha256sum < "$dir/i.qcow2")" ] || fault "--readonly changed the image"
 	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" 2> "$dir/err"
+	grep -q 'recorded in 1 bitmap$' "$dir/err" || fault "it does not say what it keeps: $(cat "$dir/err")"
+	"$tool" close "$name"
+	"$tool" bitmap list "$dir/i.qcow2" --json > "$dir/json"
+	json "$dir/json" "{b['name']: (b['inconsistent'], b['count']) for b in j} \
+		== {'live': (False, 0), 'frozen': (False, 0)}"
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data" --drop-bitmaps 2> "$dir/err"
 	grep -q 'live' "$dir/err" || fault "no warning names the bitmap: $(cat "$dir/err")"
 	not grep -q 'frozen' "$dir/err"
 	pattern PATTERN 100000 | dd of="/dev/mapper/$name" bs=64k oflag=direct iflag=fullblock conv=notrunc status=none
