@@ -6,16 +6,13 @@
 
 #include "compat.h"
 #include "fill.h"
+#include "pages.h"
 #include "trace.h"
 
 /* Fills and copies that are kept in reserve; a fill has a page of vectors, too. */
 #define QCOW2_FILL_RESERVE	4
 #define QCOW2_COPY_RESERVE	4
 
-/* What is copied at a time, if there is memory for it */
-#define QCOW2_COPY_PAGES	16
-/* Pages that are got at once, if there are such: those that CPUs keep lists of */
-#define QCOW2_COPY_ORDER	PAGE_ALLOC_COSTLY_ORDER
 /* A request of more segments is written by itself. */
 #define QCOW2_TAKE_VECS		16
 
@@ -29,13 +26,10 @@ struct qcow2_copy {
 	sector_t sector;
 	sector_t nr;
 	bool takes;		/* the data of io's bio: inside of it, or at an end */
-	/* Each is the first of 1 << @order; single ones may be of the reserve. */
-	unsigned int order;
-	unsigned int nr_pages;
-	struct page *pages[QCOW2_COPY_PAGES];
+	struct qcow2_pages pages;
 	struct bio bio;
 	/* One of the pages may be cut by the request. */
-	struct bio_vec vecs[QCOW2_COPY_PAGES + QCOW2_TAKE_VECS + 1];
+	struct bio_vec vecs[QCOW2_PAGES_MOST + QCOW2_TAKE_VECS + 1];
 };
 
 /* A part of a unit that a first write leaves to be filled. */
@@ -89,22 +83,9 @@ static blk_opf_t qcow2_inherited(const struct bio *bio)
  *----------------------------------------------------------------
  */
 
-static void qcow2_copy_free_pages(struct qcow2_target *q,
-				  struct qcow2_copy *copy)
-{
-	while (copy->nr_pages) {
-		struct page *page = copy->pages[--copy->nr_pages];
-
-		if (copy->order)
-			__free_pages(page, copy->order);
-		else
-			mempool_free(page, &q->copy_pages);
-	}
-}
-
 static void qcow2_copy_free(struct qcow2_target *q, struct qcow2_copy *copy)
 {
-	qcow2_copy_free_pages(q, copy);
+	qcow2_pages_put(&copy->pages, &q->copy_pages);
 	mempool_free(copy, &q->copies);
 }
 
@@ -124,21 +105,6 @@ static void qcow2_copy_endio(struct bio *bio)
 	qcow2_copy_end(container_of(bio, struct qcow2_copy, bio));
 }
 
-/* Add what has been read, from byte @from to byte @to of the copy. */
-static void qcow2_copy_add(struct qcow2_copy *copy, unsigned int from,
-			   unsigned int to)
-{
-	unsigned int shift = PAGE_SHIFT + copy->order;
-
-	while (from < to) {
-		unsigned int off = from & ((1U << shift) - 1);
-		unsigned int n = min(to - from, (1U << shift) - off);
-
-		__bio_add_page(&copy->bio, copy->pages[from >> shift], n, off);
-		from += n;
-	}
-}
-
 /* What has been read up to the data of the request, that, and what is behind it */
 static void qcow2_copy_take(struct qcow2_copy *copy)
 {
@@ -148,12 +114,13 @@ static void qcow2_copy_take(struct qcow2_copy *copy)
 
 	bio->bi_iter.bi_sector = min(start, first);
 	if (start < first)
-		qcow2_copy_add(copy, 0,
-			       (min(first, end) - start) << SECTOR_SHIFT);
+		qcow2_pages_add(&copy->pages, bio, 0,
+				(min(first, end) - start) << SECTOR_SHIFT);
 	qcow2_add_vecs(bio, data);
 	if (end > last)
-		qcow2_copy_add(copy, (max(last, start) - start) << SECTOR_SHIFT,
-			       (end - start) << SECTOR_SHIFT);
+		qcow2_pages_add(&copy->pages, bio,
+				(max(last, start) - start) << SECTOR_SHIFT,
+				(end - start) << SECTOR_SHIFT);
 }
 
 static void qcow2_copy_write(struct work_struct *work)
@@ -170,7 +137,7 @@ static void qcow2_copy_write(struct work_struct *work)
 	if (copy->takes)
 		qcow2_copy_take(copy);
 	else
-		qcow2_copy_add(copy, 0, copy->nr << SECTOR_SHIFT);
+		qcow2_pages_add(&copy->pages, bio, 0, copy->nr << SECTOR_SHIFT);
 	dm_submit_bio_remap(origin, bio);
 }
 
@@ -185,46 +152,13 @@ static void qcow2_copy_read(struct bio *bio)
 }
 
 /*
- * Get pages for @len bytes, or for as many as there is memory for; @gfp is for the
- * first one.
- */
-static unsigned int qcow2_copy_get_pages(struct qcow2_target *q,
-					 struct qcow2_copy *copy,
-					 unsigned int len, gfp_t gfp)
-{
-	const gfp_t nowait = GFP_NOWAIT | __GFP_NOWARN;
-	unsigned int size, got;
-	struct page *page;
-
-	copy->order = min_t(unsigned int, get_order(len), QCOW2_COPY_ORDER);
-	for (;;) {
-		size = PAGE_SIZE << copy->order;
-		copy->nr_pages = 0;
-		for (got = 0; got < len; got += size) {
-			/* Whoever waits for one has none that others wait for. */
-			if (copy->order || got)
-				page = alloc_pages(nowait, copy->order);
-			else
-				page = mempool_alloc(&q->copy_pages, gfp);
-			if (!page)
-				break;
-			copy->pages[copy->nr_pages++] = page;
-		}
-		if (got >= len || !copy->order)
-			return min(got, len);
-		qcow2_copy_free_pages(q, copy);
-		copy->order = 0;
-	}
-}
-
-/*
  * Memory for a copy of up to @nr sectors; copy->nr is how many there is memory for.
  * NULL if @gfp does not let it wait.
  */
 static struct qcow2_copy *qcow2_copy_alloc(struct qcow2_io *io, sector_t sector,
 					   sector_t nr, gfp_t gfp)
 {
-	const sector_t most = QCOW2_COPY_PAGES << (PAGE_SHIFT - SECTOR_SHIFT);
+	const sector_t most = QCOW2_PAGES_MOST << (PAGE_SHIFT - SECTOR_SHIFT);
 	struct qcow2_target *q = io->q;
 	struct qcow2_copy *copy;
 
@@ -234,8 +168,8 @@ static struct qcow2_copy *qcow2_copy_alloc(struct qcow2_io *io, sector_t sector,
 	copy->io = io;
 	copy->sector = sector;
 	copy->takes = false;
-	copy->nr = qcow2_copy_get_pages(q, copy,
-					min(nr, most) << SECTOR_SHIFT, gfp) >>
+	copy->nr = qcow2_pages_get(&copy->pages, &q->copy_pages,
+				   min(nr, most) << SECTOR_SHIFT, gfp) >>
 		   SECTOR_SHIFT;
 	if (!copy->nr) {
 		qcow2_copy_free(q, copy);
@@ -255,7 +189,7 @@ static void qcow2_copy_start(struct qcow2_copy *copy)
 	bio->bi_ioprio = origin->bi_ioprio;
 	bio->bi_iter.bi_sector = copy->sector;
 	bio->bi_end_io = qcow2_copy_read;
-	qcow2_copy_add(copy, 0, copy->nr << SECTOR_SHIFT);
+	qcow2_pages_add(&copy->pages, bio, 0, copy->nr << SECTOR_SHIFT);
 	atomic_inc(&copy->io->pending);
 	dm_submit_bio_remap(origin, bio);
 }
@@ -362,7 +296,7 @@ static struct qcow2_copy *qcow2_take_copy(struct qcow2_io *io,
 				    gaps[0].sector + gaps[0].nr;
 	struct qcow2_copy *copy;
 
-	if (end - start > QCOW2_COPY_PAGES << (PAGE_SHIFT - SECTOR_SHIFT))
+	if (end - start > QCOW2_PAGES_MOST << (PAGE_SHIFT - SECTOR_SHIFT))
 		return NULL;
 	copy = qcow2_copy_alloc(io, start, end - start, gfp);
 	if (!copy)
