@@ -6,7 +6,19 @@
 #include "args.h"
 
 #define QCOW2_NR_ARGS		8
-#define QCOW2_MAX_FEATURES	11	/* words */
+#define QCOW2_MAX_FEATURES	15	/* words */
+
+static int qcow2_parse_granularity(const char *value, unsigned int *bits)
+{
+	u64 bytes;
+
+	if (kstrtou64(value, 10, &bytes))
+		return -EINVAL;
+	for (*bits = QCOW2_VIEW_BITS_MIN; *bits <= QCOW2_VIEW_BITS_MAX; ++*bits)
+		if (bytes == 1ULL << *bits)
+			return 0;
+	return -EINVAL;
+}
 
 static int qcow2_parse_feature(struct qcow2_args *args, const char *name,
 			       const char *value, char **error)
@@ -44,6 +56,16 @@ static int qcow2_parse_feature(struct qcow2_args *args, const char *name,
 			*error = "Invalid offset of zeroed metadata";
 			return -EINVAL;
 		}
+	} else if (!strcasecmp(name, "view")) {
+		given = args->cow_dev;
+		args->cow_dev = value;
+	} else if (!strcasecmp(name, "view_granularity")) {
+		given = args->view_bits_given;
+		args->view_bits_given = true;
+		if (qcow2_parse_granularity(value, &args->view_bits)) {
+			*error = "Granularity of a view is no power of 2 from 4096 to 1048576";
+			return -EINVAL;
+		}
 	} else {
 		*error = "Unknown feature argument";
 		return -EINVAL;
@@ -74,7 +96,9 @@ static int qcow2_parse_features(struct qcow2_args *args, struct dm_arg_set *as,
 
 		if (!strcasecmp(name, "backing_dev") ||
 		    !strcasecmp(name, "cache_limit") ||
-		    !strcasecmp(name, "zeroed_from")) {
+		    !strcasecmp(name, "zeroed_from") ||
+		    !strcasecmp(name, "view") ||
+		    !strcasecmp(name, "view_granularity")) {
 			if (!n--) {
 				*error = "Feature argument lacks its value";
 				return -EINVAL;
@@ -148,5 +172,11 @@ int qcow2_parse_args(struct qcow2_args *args, sector_t begin, sector_t len,
 		*error = "data_file_raw and backing_dev exclude each other";
 		return -EINVAL;
 	}
+	if (args->view_bits_given && !args->cow_dev) {
+		*error = "view_granularity needs view";
+		return -EINVAL;
+	}
+	if (!args->view_bits_given)
+		args->view_bits = QCOW2_VIEW_BITS;
 	return 0;
 }

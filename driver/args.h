@@ -9,6 +9,11 @@
 
 #include "format.h"
 
+/* Log2 of bytes: what a granule of a view can be, and is if nothing is said */
+#define QCOW2_VIEW_BITS_MIN	12
+#define QCOW2_VIEW_BITS_MAX	20
+#define QCOW2_VIEW_BITS		16
+
 struct qcow2_args {
 	const char *metadata_dev;
 	const char *data_dev;
@@ -19,6 +24,9 @@ struct qcow2_args {
 	bool raw;			/* data_file_raw */
 	bool no_passdown;
 	bool bitmaps;			/* they are to be kept */
+	const char *cow_dev;		/* for what a view keeps; NULL: there is no view */
+	bool view_bits_given;
+	unsigned int view_bits;		/* log2 of bytes per granule of the view */
 	struct qcow2_geometry geo;	/* as given; size is the target's */
 };
 

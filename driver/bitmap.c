@@ -190,7 +190,8 @@ static bool qcow2_is_marked(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
 
 /*
  * Open what may be open of a range, which is exact and durable in all bitmaps.  A
- * granule of theirs that is smaller than one of the gate's may be neither.
+ * granule of theirs that is smaller than one of the gate's may be neither; and a view may
+ * have to keep it yet.
  */
 static void qcow2_open_gate(struct qcow2_bitmaps *bm, sector_t sector,
 			    sector_t nr)
@@ -209,7 +210,9 @@ static void qcow2_open_gate(struct qcow2_bitmaps *bm, sector_t sector,
 			    !qcow2_is_marked(bm, bm->records + i, bit << shift,
 					     end))
 				break;
-		if (i < bm->count)
+		if (i < bm->count ||
+		    (bm->view && !qcow2_view_passes(bm->view, bit << shift,
+						    end - (bit << shift))))
 			continue;
 		piece = qcow2_make_piece(bm, bit);
 		if (!piece)
@@ -409,6 +412,8 @@ sector_t qcow2_bitmaps_piece(struct qcow2_bitmaps *bm, sector_t sector,
 {
 	unsigned int shift = bm->records[0].shift, i;
 
+	if (!bm->count)
+		return end;
 	/* A block of the finest one lies within one of each of the others. */
 	for (i = 1; i < bm->count; i++)
 		shift = min(shift, bm->records[i].shift);
@@ -488,8 +493,19 @@ static bool qcow2_range_pass(struct qcow2_bitmaps *bm, sector_t sector,
 	}
 	for (i = 0; i < bm->count; i++)
 		qcow2_set_exact(bm, bm->records + i, bits[i], sector, nr);
-	/* It is all over if there are none: see qcow2_map_forget(). */
-	return bm->count;
+	/* It is all over if there is nothing: see qcow2_map_forget(). */
+	return bm->count || bm->view;
+}
+
+/* Granules of a view that are looked at where there is no time for more */
+#define QCOW2_VIEW_MOST		128
+
+/* Need a view keep nothing of a range any more?  It may say no too often. */
+static bool qcow2_view_done(struct qcow2_bitmaps *bm, sector_t sector,
+			    sector_t nr)
+{
+	return !bm->view || (nr >> bm->view->shift < QCOW2_VIEW_MOST &&
+			     qcow2_view_passes(bm->view, sector, nr));
 }
 
 static void qcow2_kick_markers(struct qcow2_bitmaps *bm)
@@ -568,7 +584,8 @@ bool qcow2_bitmaps_pass(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr)
 	if (nr <= UINT_MAX && qcow2_gate_open(&bm->gate, sector, nr))
 		return true;
 	/* It may be long: not here */
-	if (qcow2_bitmaps_piece(bm, sector, sector + nr) != sector + nr)
+	if (qcow2_bitmaps_piece(bm, sector, sector + nr) != sector + nr ||
+	    !qcow2_view_done(bm, sector, nr))
 		return false;
 	spin_lock_irqsave(&bm->lock, flags);
 	durable = qcow2_range_pass(bm, sector, nr);
@@ -714,8 +731,14 @@ int qcow2_bitmaps_mark(struct qcow2_bitmaps *bm, sector_t sector, sector_t nr,
 	unsigned int i, pinned;
 	int r = 0;
 
-	if (qcow2_mode(bm->health) == QCOW2_FAIL)
-		return qcow2_bitmaps_pass(bm, sector, nr) ? 0 : -EIO;
+	if (!bm->count)
+		return 0;
+	if (qcow2_mode(bm->health) == QCOW2_FAIL) {
+		spin_lock_irq(&bm->lock);
+		r = qcow2_range_pass(bm, sector, nr) ? 0 : -EIO;
+		spin_unlock_irq(&bm->lock);
+		return r;
+	}
 	for (pinned = 0; pinned < bm->count; pinned++) {
 		struct qcow2_record *rec = bm->records + pinned;
 		u64 index = sector >> rec->shift >> qcow2_bits_shift(bm);
@@ -1186,7 +1209,7 @@ static int qcow2_start_gate(struct qcow2_bitmaps *bm,
 	unsigned long nr;
 	unsigned int i;
 
-	gate->shift = 31;
+	gate->shift = bm->view ? bm->view->shift : 31;
 	for (i = 0; i < bm->count; i++)
 		gate->shift = min(gate->shift, bm->records[i].shift);
 	while (((sectors - 1) >> gate->shift) / QCOW2_GATE_BITS >=
@@ -1206,19 +1229,18 @@ static int qcow2_start_gate(struct qcow2_bitmaps *bm,
 	return 0;
 }
 
-int qcow2_bitmaps_start(struct qcow2_bitmaps *bm,
-			const struct qcow2_geometry *geo, char **error)
+/* Find what records, and get ready for it. */
+static int qcow2_start_records(struct qcow2_bitmaps *bm,
+			       const struct qcow2_geometry *geo, char **error)
 {
-	/* Only a resume would end a wait for memory that is to be written to this device. */
-	unsigned int noio = memalloc_noio_save(), i;
 	struct qcow2_recording *found;
+	unsigned int i;
 	int r;
 
 	found = kmalloc(sizeof(*found), GFP_KERNEL);
 	if (!found) {
 		*error = "Cannot allocate memory for the bitmaps";
-		r = -ENOMEM;
-		goto out;
+		return -ENOMEM;
 	}
 	r = qcow2_directory_read(bm->io, geo, found, error);
 	if (!r && found->count) {
@@ -1234,11 +1256,24 @@ int qcow2_bitmaps_start(struct qcow2_bitmaps *bm,
 	for (i = 0; !r && i < found->count; i++)
 		r = qcow2_start_record(bm, geo, found->bitmaps + i, error);
 	kfree(found);
-	if (!r && bm->count)
+	return r;
+}
+
+int qcow2_bitmaps_start(struct qcow2_bitmaps *bm,
+			const struct qcow2_geometry *geo, bool record,
+			struct qcow2_view *view, char **error)
+{
+	/* Only a resume would end a wait for memory that is to be written to this device. */
+	unsigned int noio = memalloc_noio_save();
+	int r = 0;
+
+	bm->view = view;
+	if (record)
+		r = qcow2_start_records(bm, geo, error);
+	if (!r && (bm->count || view))
 		r = qcow2_start_gate(bm, geo, error);
 	if (r)
 		qcow2_bitmaps_forget(bm);
-out:
 	memalloc_noio_restore(noio);
 	return r;
 }

@@ -12,8 +12,9 @@
  *	exact	  a request has asked to change the granule, or the bit was set when the
  *		  block was read.  It stays so as long as the table is live.
  *	durable	  the bit is set on stable storage, for certain.
- *	gate	  open: in all bitmaps the granule is exact and durable, so that it may
- *		  change without anything being done before.
+ *	gate	  open: in all bitmaps the granule is exact and durable, and if there is a
+ *		  view (view.h) nothing of it has to be kept, so that it may change without
+ *		  anything being done before.
  *
  *	exact durable  gate
  *	  0      0     closed	 clean
@@ -67,6 +68,7 @@
 
 #include "cache.h"
 #include "directory.h"
+#include "view.h"
 
 struct qcow2_bitmaps;
 
@@ -128,6 +130,7 @@ struct qcow2_bitmaps {
 	/* Constant while the table is live */
 	unsigned int count;
 	struct qcow2_record records[QCOW2_MAX_RECORDING];
+	struct qcow2_view *view;	/* NULL: there is none */
 	struct qcow2_gate gate;
 
 	mempool_t blocks;		/* struct qcow2_bits with their bits */
@@ -175,6 +178,8 @@ void qcow2_bitmaps_exit(struct qcow2_bitmaps *bm);
  * qcow2_bitmaps_start() - find out what is to be recorded
  * @bm: the bitmaps
  * @geo: of the image
+ * @record: bitmaps are to be kept
+ * @view: what changes has to be kept for it; NULL: there is none.  It is the caller's.
  * @error: set to the cause on failure
  *
  * qcow2_alloc_resume() has been called.  Returns 0; -EINVAL if a bitmap cannot be recorded, or
@@ -182,7 +187,8 @@ void qcow2_bitmaps_exit(struct qcow2_bitmaps *bm);
  * suspended.
  */
 int qcow2_bitmaps_start(struct qcow2_bitmaps *bm,
-			const struct qcow2_geometry *geo, char **error);
+			const struct qcow2_geometry *geo, bool record,
+			struct qcow2_view *view, char **error);
 
 /*
  * Nothing is in flight: have on disk what is exact.  False if that could not be written.  There

@@ -19,6 +19,7 @@ void qcow2_io_init(struct qcow2_target *q, struct qcow2_io *io,
 	io->kind = QCOW2_IO_SLOW;
 	io->error = (struct qcow2_error){};
 	io->commit = false;
+	io->ours = false;
 	io->wait.nr = 0;
 	atomic_set(&io->pending, 1);
 	io->q = q;

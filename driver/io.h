@@ -11,6 +11,7 @@
 #include "claim.h"
 #include "header.h"
 #include "trim.h"
+#include "view.h"
 
 /*
  * Per CPU: changed with this_cpu_inc(), summed with READ_ONCE(); where that reads
@@ -21,6 +22,16 @@ struct qcow2_stats {
 	u64 first_writes;
 };
 
+#define QCOW2_KEEP_HASH_BITS	6
+
+/* What is just being kept for a view: see keep.c */
+struct qcow2_keeper {
+	struct workqueue_struct *wq;
+	mempool_t pool;			/* struct qcow2_keep */
+	spinlock_t lock;		/* of the rest; the view's nests in it */
+	struct hlist_head jobs[1 << QCOW2_KEEP_HASH_BITS];
+};
+
 struct qcow2_target {
 	/* Constant while the table lives; read by map() */
 	struct block_device *data_bdev;
@@ -28,7 +39,8 @@ struct qcow2_target {
 	sector_t backing_end;		/* sectors of it; behind are zeros */
 	bool raw;			/* data_file_raw */
 	bool passdown;			/* of discards to the data device */
-	bool recording;			/* bitmaps; written while suspended */
+	/* Bitmaps, or a view: changes pass the gate; written while suspended */
+	bool gated;
 	struct qcow2_stats __percpu *stats;
 
 	struct qcow2_health health;
@@ -45,12 +57,15 @@ struct qcow2_target {
 	struct dm_dev *meta_dev;
 	struct dm_dev *data_dev;
 	struct dm_dev *backing_dev;
+	struct dm_dev *cow_dev;		/* for what a view keeps; NULL: there is none */
 	struct qcow2_config config;
 	u64 cache_limit;		/* bytes; 0 = not given */
 	u64 zeroed_from;		/* bytes; 0 = not given */
 	bool read_only_arg;
 	bool no_passdown_arg;
 	bool bitmaps_arg;
+	bool view_bits_arg;
+	unsigned int view_bits;		/* log2 of bytes per granule */
 	/* Goes on with an io on @io_wq */
 	void (*process)(struct work_struct *work);
 
@@ -61,6 +76,9 @@ struct qcow2_target {
 	struct qcow2_trims trims;
 	struct qcow2_cache cache;
 	struct qcow2_claim claim;
+	/* Set by resume to that of the table before, if it goes on; NULL: none */
+	struct qcow2_view *view;
+	struct qcow2_keeper keeper;
 	/*
 	 * The map was left as it is at suspend, and is still so at resume.
 	 * Suspend and resume only, which DM serialises.
@@ -70,8 +88,9 @@ struct qcow2_target {
 	/* Parts of bios that had to be cut, and fills of first writes */
 	struct bio_set bs;
 	struct bio_set fill_bs;
-	/* Copies from the backing device: struct qcow2_copy, and a page for each */
+	/* Copies from the backing device: struct qcow2_copy */
 	mempool_t copies;
+	/* A page for each of them, and of what a view keeps */
 	mempool_t copy_pages;
 	/* Their second halves; none of its works waits for any memory. */
 	struct workqueue_struct *copy_wq;
@@ -104,6 +123,7 @@ struct qcow2_io {
 	enum qcow2_io_kind kind;
 	struct qcow2_error error;	/* of any part */
 	bool commit;			/* must be durable before it ends */
+	bool ours;			/* the bio is not DM's, and reads for a view */
 	atomic_t pending;		/* who may still need this struct */
 	struct qcow2_target *q;
 	struct bio *bio;
@@ -124,6 +144,8 @@ struct qcow2_io {
 			/* Up to where all has been marked in the bitmaps */
 			sector_t marked;
 			unsigned long mark_round;
+			/* Up to where all is kept that a view shows */
+			sector_t kept;
 		};
 		/* QCOW2_IO_FIRST_WRITE: units of the slice that it writes */
 		struct qcow2_write write;
@@ -217,6 +239,14 @@ static inline sector_t qcow2_slice_end(struct qcow2_target *q, sector_t sector,
 	unsigned int shift = q->map.unit_shift + q->map.slice_shift;
 
 	return min(((sector >> shift) + 1) << shift, sector + nr);
+}
+
+/* Does a sector read as zeros, being in @state (not busy)?  Any context. */
+static inline bool qcow2_reads_zeros(struct qcow2_target *q, sector_t sector,
+				     enum qcow2_state state)
+{
+	return state == QCOW2_ZERO ||
+	       (state == QCOW2_UNALLOCATED && sector >= q->backing_end);
 }
 
 /* 0 or a negative errno; qcow2_io_exit() is right after both. */

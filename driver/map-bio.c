@@ -49,6 +49,7 @@ static void qcow2_prepare(struct qcow2_target *q, struct qcow2_io *io,
 	io->left = bio_sectors(bio);
 	io->marked = io->sector;
 	io->mark_round = 0;
+	io->kept = io->sector;
 	/* Changes of states are all that it writes, if it is not passed on. */
 	if (qcow2_zeroing(bio) && !q->raw)
 		qcow2_fua_to_commit(io, bio);
@@ -81,7 +82,7 @@ static int qcow2_defer_to_mark(struct qcow2_target *q, struct qcow2_io *io,
 /* Has everything been done that the bitmaps need before a bio changes anything? */
 static bool qcow2_may_change(struct qcow2_target *q, struct bio *bio)
 {
-	return likely(!q->recording) ||
+	return likely(!q->gated) ||
 	       qcow2_bitmaps_pass(&q->bitmaps, bio->bi_iter.bi_sector,
 				  bio_sectors(bio));
 }
@@ -158,7 +159,7 @@ static noinline int qcow2_map_write(struct qcow2_target *q, struct qcow2_io *io,
 	if (unlikely(!qcow2_mode_writes(mode)) &&
 	    (qcow2_mode_no_writes(&q->health, mode) || (bio->bi_opf & REQ_FUA)))
 		return DM_MAPIO_KILL;
-	if (q->recording) {
+	if (q->gated) {
 		if (!qcow2_may_change(q, bio))
 			return qcow2_defer_to_mark(q, io, bio);
 		/* The gate was closed, but for that it is a hit. */
@@ -269,7 +270,7 @@ int qcow2_map_bio(struct dm_target *ti, struct bio *bio)
 		break;
 	case (__force u32)REQ_OP_WRITE:
 		if (unlikely(!qcow2_mode_writes(qcow2_mode(&q->health))) ||
-		    (q->recording &&
+		    (q->gated &&
 		     !qcow2_gate_open(&q->bitmaps.gate, sector,
 				      bio_sectors(bio))) ||
 		    unlikely(!qcow2_is_data(&q->map, sector, bio_sectors(bio))))

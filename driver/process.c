@@ -6,6 +6,7 @@
  */
 #include "compat.h"
 #include "fill.h"
+#include "keep.h"
 #include "process.h"
 
 #define DM_MSG_PREFIX "qcow2"
@@ -87,6 +88,11 @@ static bool qcow2_read_from(struct qcow2_io *io, unsigned int nr,
 	struct qcow2_io *part;
 
 	if (qcow2_io_whole(io, nr)) {
+		if (io->ours) {
+			bio_set_dev(io->bio, bdev);
+			submit_bio(io->bio);
+			return false;
+		}
 		qcow2_io_release(io);
 		qcow2_submit(io, bdev);
 		return false;
@@ -94,7 +100,10 @@ static bool qcow2_read_from(struct qcow2_io *io, unsigned int nr,
 	part = qcow2_alloc_part(io, nr);
 	bio_set_dev(part->bio, bdev);
 	qcow2_advance(io, nr);
-	dm_submit_bio_remap(io->bio, part->bio);
+	if (io->ours)
+		submit_bio(part->bio);
+	else
+		dm_submit_bio_remap(io->bio, part->bio);
 	return true;
 }
 
@@ -487,6 +496,22 @@ static bool qcow2_mark_all(struct qcow2_io *io)
 	return true;
 }
 
+/*
+ * Have all done that has to be before an io changes anything.  True if that is so, or if it has
+ * failed, which is noted; false if the io waits, and is no longer the caller's.
+ */
+static bool qcow2_pass_gate(struct qcow2_io *io)
+{
+	struct qcow2_target *q = io->q;
+
+	/* Both at the same time */
+	if (q->view)
+		qcow2_keep_begin(io);
+	if (!qcow2_mark_all(io))
+		return false;
+	return !q->view || qcow2_error_get(&io->error) || qcow2_keep_all(io);
+}
+
 void qcow2_process(struct work_struct *work)
 {
 	struct qcow2_io *io = container_of(work, struct qcow2_io, work);
@@ -495,10 +520,14 @@ void qcow2_process(struct work_struct *work)
 	unsigned int nr;
 	int r;
 
-	if (io->q->recording && op_is_write(bio_op(io->bio)) &&
-	    !qcow2_mark_all(io))
+	if (q->gated && op_is_write(bio_op(io->bio)) && !qcow2_pass_gate(io))
 		return;
-	/* With a raw data file all else has been done by map(). */
+	/* "External data file": with the raw bit set it reads as the guest. */
+	if (io->ours && q->raw) {
+		qcow2_read_from(io, io->left, q->data_bdev);
+		return;
+	}
+	/* All else of it has been done by map(). */
 	if (q->raw && qcow2_zeroing(io->bio) && !qcow2_error_get(&io->error)) {
 		qcow2_io_release(io);
 		qcow2_submit(io, q->data_bdev);

@@ -16,14 +16,6 @@ enum qcow2_busy {
 /* Why was a unit seen busy?  Any context. */
 enum qcow2_busy qcow2_why_busy(struct qcow2_map *map, sector_t sector);
 
-/* Does a sector read as zeros, being in @state (not busy)?  Any context. */
-static inline bool qcow2_reads_zeros(struct qcow2_target *q, sector_t sector,
-				     enum qcow2_state state)
-{
-	return state == QCOW2_ZERO ||
-	       (state == QCOW2_UNALLOCATED && sector >= q->backing_end);
-}
-
 /* Can @bio free anything where units are zero already?  A hint; any context. */
 bool qcow2_discards_zeros(struct qcow2_target *q, struct bio *bio);
 

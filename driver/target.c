@@ -6,12 +6,16 @@
  * What is where (calls go down this list, never up):
  *
  *	target.c	constructor, limits, suspend and resume, status
+ *	view-target.c	target "qcow2-view": reads what a view shows
  *	map-bio.c	map() and end_io(): the way of every request
  *	process.c	the slow path: runs of equal state, reservations
+ *	keep.c		what a view shows is kept before it changes
  *	fill.c		first writes, zeros and copies around them
+ *	pages.c		memory for copies
  *	io.c		life of a request that is more than a remap
  *	trim.c		discards that are passed down
  *	bitmap.c	dirty bitmaps: the gate, marks, taking back
+ *	view.c		views: which granules are kept
  *	directory.c	finding the bitmaps of an image
  *	cache.c		loading slices, and letting them go
  *	commit.c	making changes durable
@@ -34,10 +38,18 @@
 #include "args.h"
 #include "compat.h"
 #include "fill.h"
+#include "keep.h"
 #include "map-bio.h"
 #include "process.h"
+#include "view-target.h"
 
 #define DM_MSG_PREFIX "qcow2"
+
+/* Of the mapped device that a table is for */
+static dev_t qcow2_dev(struct dm_target *ti)
+{
+	return disk_devt(dm_disk(dm_table_get_md(ti->table)));
+}
 
 /*----------------------------------------------------------------
  * Suspend and resume
@@ -92,13 +104,13 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	qcow2_cache_settle(&q->cache);
 
 	/* What could not be written is in core only. */
-	settled = !q->recording || qcow2_bitmaps_settle(&q->bitmaps);
+	settled = !q->gated || qcow2_bitmaps_settle(&q->bitmaps);
 	failed = qcow2_mode(&q->health) == QCOW2_FAIL;
 	q->kept = failed || !settled || !qcow2_map_clean(&q->map);
 	if (!q->kept) {
-		if (q->recording)
+		if (q->gated)
 			qcow2_bitmaps_forget(&q->bitmaps);
-		q->recording = false;
+		q->gated = false;
 		qcow2_map_forget(&q->map);
 		if (!q->config.read_only)
 			qcow2_commit_reset(&q->commit);
@@ -108,12 +120,14 @@ static void qcow2_postsuspend(struct dm_target *ti)
 	} else if (failed) {
 		qcow2_claim_park(&q->claim);
 	} else {
-		if (q->recording)
+		if (q->gated)
 			qcow2_bitmaps_count(&q->bitmaps, &counts);
 		DMWARN("%s: %lu blocks of metadata could not be written yet",
 		       q->mdio.name, q->map.unwritten + counts.unwritten);
 		qcow2_claim_wait(&q->claim);
 	}
+	if (q->view)
+		qcow2_view_hold(q->view, ti);
 }
 
 /* Does the table keep the bitmaps that the image wants to be kept? */
@@ -139,15 +153,16 @@ static int qcow2_check_bitmaps(struct qcow2_target *q, char **error)
 static int qcow2_start_bitmaps(struct qcow2_target *q)
 {
 	char *error;
-	int r;
+	int r = 0;
 
-	if (q->bitmaps_arg)
-		r = qcow2_bitmaps_start(&q->bitmaps, &q->config.geo, &error);
-	else
+	if (!q->bitmaps_arg)
 		r = qcow2_check_bitmaps(q, &error);
+	if (!r && (q->bitmaps_arg || q->view))
+		r = qcow2_bitmaps_start(&q->bitmaps, &q->config.geo,
+					q->bitmaps_arg, q->view, &error);
 	if (r)
 		DMERR("%s: cannot resume: %s", q->mdio.name, error);
-	q->recording = !r && q->bitmaps.count;
+	q->gated = !r && (q->bitmaps.count || q->view);
 	return r;
 }
 
@@ -187,9 +202,8 @@ static int qcow2_start(struct qcow2_target *q)
 	return r ? r : qcow2_start_bitmaps(q);
 }
 
-static int qcow2_preresume(struct dm_target *ti)
+static int __qcow2_preresume(struct qcow2_target *q)
 {
-	struct qcow2_target *q = ti->private;
 	int r;
 
 	r = qcow2_claim_take(&q->claim, q->mdio.bdev->bd_dev,
@@ -207,9 +221,21 @@ static int qcow2_preresume(struct dm_target *ti)
 	/* Nobody else has changed the metadata since: the claim was here. */
 	if (q->kept)
 		return 0;
+	if (q->view)
+		q->view = qcow2_view_adopt(q->view);
 	r = qcow2_start(q);
 	if (r)
 		qcow2_claim_drop(&q->claim);
+	return r;
+}
+
+static int qcow2_preresume(struct dm_target *ti)
+{
+	struct qcow2_target *q = ti->private;
+	int r = __qcow2_preresume(q);
+
+	if (!r)
+		qcow2_view_resume(q->view, qcow2_dev(ti), ti);
 	return r;
 }
 
@@ -219,7 +245,7 @@ static void qcow2_resume(struct dm_target *ti)
 
 	if (!qcow2_map_clean(&q->map) && qcow2_mode(&q->health) != QCOW2_FAIL)
 		qcow2_commit_arm(&q->commit);
-	if (q->recording)
+	if (q->gated)
 		qcow2_bitmaps_arm(&q->bitmaps);
 	qcow2_trims_start(&q->trims);
 }
@@ -336,6 +362,50 @@ static int qcow2_get_backing(struct qcow2_target *q,
 	return 0;
 }
 
+/* A view keeps what changes, whatever the kind of table is that changes it. */
+static int qcow2_get_view(struct qcow2_target *q, const struct qcow2_args *args)
+{
+	struct dm_target *ti = q->ti;
+	struct block_device *bdev;
+	int r;
+
+	if (!args->cow_dev)
+		return 0;
+	if (q->config.read_only) {
+		ti->error = "view needs a table that may write";
+		return -EINVAL;
+	}
+	r = dm_get_device(ti, args->cow_dev, BLK_OPEN_READ | BLK_OPEN_WRITE,
+			  &q->cow_dev);
+	if (r) {
+		ti->error = "Cannot open the view's device";
+		return r;
+	}
+	bdev = q->cow_dev->bdev;
+	if (bdev == q->meta_dev->bdev || bdev == q->data_bdev ||
+	    bdev == q->backing_bdev || bdev->bd_dev == qcow2_dev(ti)) {
+		ti->error = "View's device is one of the image";
+		return -EINVAL;
+	}
+	if (bdev_read_only(bdev)) {
+		ti->error = "View's device is read-only";
+		return -EROFS;
+	}
+	if (bdev_nr_sectors(bdev) < ti->len) {
+		ti->error = "View's device is smaller than the target";
+		return -EINVAL;
+	}
+	if (bdev_logical_block_size(bdev) > 1U << args->view_bits ||
+	    ti->len & ((bdev_logical_block_size(bdev) >> SECTOR_SHIFT) - 1)) {
+		ti->error = "Target is no multiple of the logical block of the view's device";
+		return -EINVAL;
+	}
+	q->view_bits = args->view_bits;
+	q->view = qcow2_view_create(qcow2_dev(ti), bdev->bd_dev, ti->len,
+				    args->view_bits, &ti->error);
+	return q->view ? 0 : -ENOMEM;
+}
+
 static void qcow2_dtr(struct dm_target *ti)
 {
 	struct qcow2_target *q = ti->private;
@@ -346,6 +416,7 @@ static void qcow2_dtr(struct dm_target *ti)
 	qcow2_trims_exit(&q->trims);
 	if (q->alloc_wq)
 		destroy_workqueue(q->alloc_wq);
+	qcow2_keep_exit(q);
 	qcow2_fill_exit(q);
 	qcow2_io_exit(q);
 	qcow2_bitmaps_exit(&q->bitmaps);
@@ -356,6 +427,12 @@ static void qcow2_dtr(struct dm_target *ti)
 	qcow2_l1_exit(&q->l1);
 	qcow2_mdio_exit(&q->mdio);
 	qcow2_claim_drop(&q->claim);
+	if (q->view) {
+		qcow2_view_leave(q->view, ti);
+		qcow2_view_put(q->view);
+	}
+	if (q->cow_dev)
+		dm_put_device(ti, q->cow_dev);
 	if (q->backing_dev)
 		dm_put_device(ti, q->backing_dev);
 	if (q->data_dev)
@@ -374,6 +451,8 @@ static int qcow2_create_writer(struct qcow2_target *q)
 	if (!q->alloc_wq)
 		return -ENOMEM;
 	r = qcow2_fill_pools(q);
+	if (!r && q->view)
+		r = qcow2_keep_pools(q);
 	if (r)
 		return r;
 	r = qcow2_alloc_init(&q->alloc, &q->mdio, &q->l1, &q->health,
@@ -456,7 +535,7 @@ static int qcow2_create(struct qcow2_target *q)
 	r = qcow2_cache_init(&q->cache);
 	if (!r && q->passdown)
 		r = qcow2_create_trims(q);
-	if (!r && writer && q->bitmaps_arg)
+	if (!r && writer && (q->bitmaps_arg || q->view))
 		r = qcow2_create_bitmaps(q);
 	return r;
 }
@@ -497,6 +576,7 @@ static int __qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	q->bitmaps_arg = args.bitmaps;
 	q->cache_limit = args.cache_limit;
 	q->zeroed_from = args.zeroed_from;
+	q->view_bits_arg = args.view_bits_given;
 	q->raw = args.raw;
 	q->config.geo = args.geo;
 	q->config.raw = args.raw;
@@ -507,6 +587,8 @@ static int __qcow2_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	r = qcow2_get_devices(q, &args);
 	if (!r)
 		r = qcow2_get_backing(q, &args);
+	if (!r)
+		r = qcow2_get_view(q, &args);
 	if (r)
 		goto bad;
 	q->passdown = !read_only && !q->no_passdown_arg && !q->raw &&
@@ -563,7 +645,8 @@ static unsigned int qcow2_nr_features(struct qcow2_target *q)
 	return q->read_only_arg + q->raw + q->config.geo.ext_l2 +
 	       (q->backing_dev ? 2 : 0) + q->no_passdown_arg +
 	       (q->cache_limit ? 2 : 0) + (q->zeroed_from ? 2 : 0) +
-	       q->bitmaps_arg;
+	       q->bitmaps_arg + (q->cow_dev ? 2 : 0) +
+	       (q->view_bits_arg ? 2 : 0);
 }
 
 static unsigned int qcow2_emit_features(struct qcow2_target *q, char *result,
@@ -586,6 +669,10 @@ static unsigned int qcow2_emit_features(struct qcow2_target *q, char *result,
 		DMEMIT(" zeroed_from %llu", q->zeroed_from);
 	if (q->bitmaps_arg)
 		DMEMIT(" bitmaps");
+	if (q->cow_dev)
+		DMEMIT(" view %s", q->cow_dev->name);
+	if (q->view_bits_arg)
+		DMEMIT(" view_granularity %lu", BIT(q->view_bits));
 	return sz;
 }
 
@@ -621,18 +708,22 @@ static unsigned int qcow2_status_info(struct qcow2_target *q, char *result,
 	       hits, misses, first_writes, READ_ONCE(q->commit.commits),
 	       READ_ONCE(map->drops), READ_ONCE(q->refused));
 	sz = qcow2_emit_features(q, result, maxlen, sz);
-	if (q->recording)
+	if (q->bitmaps.count)
 		qcow2_bitmaps_count(&q->bitmaps, &counts);
 	DMEMIT(" %u unwritten %lu free_clusters %llu trims %lu",
-	       q->recording ? 16 : 6,
+	       6 + (q->bitmaps.count ? 10 : 0) + (q->view ? 6 : 0),
 	       READ_ONCE(map->unwritten) + counts.unwritten,
 	       qcow2_alloc_free(&q->alloc), READ_ONCE(map->nr_trims_todo));
-	if (q->recording) {
+	if (q->bitmaps.count) {
 		DMEMIT(" bitmaps %u exact_granules %llu durable_granules %llu",
 		       q->bitmaps.count, counts.exact, counts.durable);
 		DMEMIT(" mark_waits %lu taken_back %lu", counts.waits,
 		       counts.taken_back);
 	}
+	if (q->view)
+		DMEMIT(" view %s view_kept %llu view_zero %llu",
+		       qcow2_view_status(q->view), READ_ONCE(q->view->kept),
+		       READ_ONCE(q->view->zero));
 	DMEMIT(" %s", qcow2_mode_name(qcow2_mode(&q->health)));
 	return sz;
 }
@@ -672,18 +763,87 @@ static void qcow2_status(struct dm_target *ti, status_type_t type,
 	}
 }
 
+/* view_skip <sector> <sectors>: nobody will read these granules of the view. */
+static int qcow2_message_skip(struct qcow2_target *q, char **argv)
+{
+	struct qcow2_view *view = q->view;
+	u64 sector, nr, granule, end;
+
+	if (kstrtou64(argv[1], 10, &sector) || kstrtou64(argv[2], 10, &nr) ||
+	    !nr || sector >= view->size || nr > view->size - sector)
+		return -EINVAL;
+	/* Whole ones only */
+	granule = (sector + (1UL << view->shift) - 1) >> view->shift;
+	end = sector + nr == view->size ? view->granules :
+					  (sector + nr) >> view->shift;
+	while (granule < end) {
+		u64 to = min(end, (granule | (BIT(QCOW2_VIEW_PIECE_SHIFT) - 1)) + 1);
+
+		if (!qcow2_view_prepare(view, granule))
+			return -ENOMEM;
+		qcow2_view_set(view, granule, to - granule,
+			       QCOW2_GRANULE_SKIPPED);
+		granule = to;
+	}
+	return 0;
+}
+
+/*
+ * view_map <sector> <sectors>: what becomes of reads of the view, as runs of "<sectors><letter>"
+ * from the beginning of the granule that <sector> is in, as far as there is room: l live,
+ * k kept, z zeros, s skipped.
+ */
+static int qcow2_message_map(struct qcow2_target *q, char **argv, char *result,
+			     unsigned int maxlen)
+{
+	struct qcow2_view *view = q->view;
+	u64 sector, nr, granule, end;
+	unsigned int sz = 0;
+
+	if (kstrtou64(argv[1], 10, &sector) || kstrtou64(argv[2], 10, &nr) ||
+	    !nr || sector >= view->size || nr > view->size - sector)
+		return -EINVAL;
+	granule = sector >> view->shift;
+	end = ((sector + nr - 1) >> view->shift) + 1;
+	/* A number and more: what is cut off would be taken for another number. */
+	while (granule < end && maxlen - sz > 32) {
+		enum qcow2_granule state = qcow2_view_look(view, granule);
+		u64 first = granule;
+
+		while (++granule < end && qcow2_view_look(view, granule) == state)
+			if (!(granule & 1023))
+				cond_resched();
+		DMEMIT("%llu%c ",
+		       min_t(u64, granule << view->shift, view->size) -
+		       (first << view->shift), "lkzs"[state]);
+	}
+	return 1;
+}
+
 /*
  * bitmap_sync: have on disk, for each bitmap, what has been changed and no more.  What changes
  * meanwhile may be there or not.
+ *
+ * view_end: nothing is kept for the view any more, and it cannot be read.
  */
 static int qcow2_message(struct dm_target *ti, unsigned int argc, char **argv,
 			 char *result, unsigned int maxlen)
 {
 	struct qcow2_target *q = ti->private;
 
-	if (argc != 1 || strcasecmp(argv[0], "bitmap_sync"))
+	if (argc == 1 && !strcasecmp(argv[0], "bitmap_sync"))
+		return q->bitmaps.count ? qcow2_bitmaps_sync(&q->bitmaps) : 0;
+	if (!q->view)
 		return -EINVAL;
-	return q->recording ? qcow2_bitmaps_sync(&q->bitmaps) : 0;
+	if (argc == 1 && !strcasecmp(argv[0], "view_end")) {
+		qcow2_view_end(q->view, "ended");
+		return 0;
+	}
+	if (argc == 3 && !strcasecmp(argv[0], "view_skip"))
+		return qcow2_message_skip(q, argv);
+	if (argc == 3 && !strcasecmp(argv[0], "view_map"))
+		return qcow2_message_map(q, argv, result, maxlen);
+	return -EINVAL;
 }
 
 /* The metadata device has neither the size nor the limits of this one. */
@@ -738,7 +898,7 @@ static void qcow2_io_hints(struct dm_target *ti, struct queue_limits *limits)
 
 static struct target_type qcow2_target = {
 	.name = "qcow2",
-	.version = {1, 3, 0},
+	.version = {1, 4, 0},
 	.features = DM_TARGET_NOWAIT,
 	.module = THIS_MODULE,
 	.ctr = qcow2_ctr,
@@ -765,12 +925,19 @@ static int __init qcow2_init(void)
 		return r;
 	r = dm_register_target(&qcow2_target);
 	if (r)
-		qcow2_zeros_exit();
+		goto no_target;
+	r = dm_register_target(&qcow2_view_target);
+	if (!r)
+		return 0;
+	dm_unregister_target(&qcow2_target);
+no_target:
+	qcow2_zeros_exit();
 	return r;
 }
 
 static void __exit qcow2_exit(void)
 {
+	dm_unregister_target(&qcow2_view_target);
 	dm_unregister_target(&qcow2_target);
 	qcow2_zeros_exit();
 }
