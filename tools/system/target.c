@@ -59,6 +59,8 @@ static const struct known {
 	{ "zeroed_from", TARGET_MINOR_ZEROED, 0, true },
 	{ "bitmaps", TARGET_MINOR_BITMAPS,
 	  offsetof(struct target_features, bitmaps), false },
+	{ "view", TARGET_MINOR_VIEW, 0, true },
+	{ "view_granularity", TARGET_MINOR_VIEW, 0, true },
 };
 
 static const struct known *find_feature(const char *name)
@@ -69,6 +71,15 @@ static const struct known *find_feature(const char *name)
 		if (!strcmp(known_features[i].name, name))
 			return &known_features[i];
 	return NULL;
+}
+
+/* Where the value of a feature goes that is a number */
+static uint64_t *number_of(struct target_features *f, const char *name)
+{
+	if (!strcmp(name, "zeroed_from"))
+		return &f->zeroed_from;
+	return strcmp(name, "view_granularity") ? &f->cache_limit :
+						  &f->view_granularity;
 }
 
 /* One feature and its value from @words; how many words that was, 0: wrong. */
@@ -94,8 +105,9 @@ static unsigned int feature(char **words, unsigned int n,
 		return 0;
 	if (!strcmp(name, "backing_dev"))
 		f->backing_dev = words[1];
-	else if (!number(words[1], UINT64_MAX, strcmp(name, "zeroed_from") ?
-			 &f->cache_limit : &f->zeroed_from))
+	else if (!strcmp(name, "view"))
+		f->view = words[1];
+	else if (!number(words[1], UINT64_MAX, number_of(f, name)))
 		return 0;
 	return 2;
 }
@@ -181,8 +193,17 @@ static bool status_key(const char *key, const char *value,
 		  &s->durable_granules },
 		{ "mark_waits", STATUS_MARK_WAITS, &s->mark_waits },
 		{ "taken_back", STATUS_TAKEN_BACK, &s->taken_back },
+		{ "view_kept", STATUS_VIEW_KEPT, &s->view_kept },
+		{ "view_zero", STATUS_VIEW_ZERO, &s->view_zero },
 	};
 	size_t i;
+
+	if (!strcmp(key, "view")) {
+		if (s->view)
+			return false;
+		s->view = value;
+		return true;
+	}
 
 	for (i = 0; i < ARRAY_SIZE(keys); i++) {
 		if (strcmp(key, keys[i].key))
@@ -291,7 +312,8 @@ bool target_format_table(char *out, size_t size, const char *metadata_dev,
 	unsigned int words = f->read_only + f->data_file_raw + g->ext_l2 +
 			     2 * !!f->backing_dev + f->no_discard_passdown +
 			     2 * !!f->cache_limit + 2 * !!f->zeroed_from +
-			     f->bitmaps;
+			     f->bitmaps + 2 * !!f->view +
+			     2 * !!f->view_granularity;
 	size_t len = 0;
 
 	if (!append(out, size, &len, "%s %s %u %llu %u %llu %u %u",
@@ -317,5 +339,9 @@ bool target_format_table(char *out, size_t size, const char *metadata_dev,
 	       (!f->zeroed_from ||
 		append(out, size, &len, " zeroed_from %llu",
 		       (unsigned long long)f->zeroed_from)) &&
-	       (!f->bitmaps || append(out, size, &len, " bitmaps"));
+	       (!f->bitmaps || append(out, size, &len, " bitmaps")) &&
+	       (!f->view || append(out, size, &len, " view %s", f->view)) &&
+	       (!f->view_granularity ||
+		append(out, size, &len, " view_granularity %llu",
+		       (unsigned long long)f->view_granularity));
 }

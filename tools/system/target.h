@@ -22,6 +22,8 @@ struct target_version {
 #define TARGET_MINOR_ZEROED	2
 /* From this one on there is "bitmaps". */
 #define TARGET_MINOR_BITMAPS	3
+/* From this one on there is "view", and the target qcow2-view. */
+#define TARGET_MINOR_VIEW	4
 
 /* Feature arguments, of a table or of a status line. */
 struct target_features {
@@ -30,6 +32,8 @@ struct target_features {
 	const char *backing_dev;	/* NULL: none */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
 	uint64_t zeroed_from;		/* bytes, on the metadata device; 0: nowhere */
+	const char *view;		/* the device for what is kept; NULL: no view */
+	uint64_t view_granularity;	/* bytes; 0: the driver's default */
 	const char *unknown;		/* the first that is not known here, or NULL */
 	/* The names as they are given, also those that are not known here. */
 	unsigned int count;
@@ -63,6 +67,9 @@ struct target_status {
 	uint64_t bitmaps, exact_granules, durable_granules;
 	/* ... requests that waited for a mark, and granules that were unmarked again */
 	uint64_t mark_waits, taken_back;
+	/* If there is a view: "valid", or why it is over; granules kept, and those of zeros */
+	const char *view;
+	uint64_t view_kept, view_zero;
 	const char *mode;		/* "rw", "nospc", "ro" or "fail" */
 };
 
@@ -74,6 +81,8 @@ struct target_status {
 #define STATUS_DURABLE_GRANULES	(1U << 5)
 #define STATUS_MARK_WAITS	(1U << 6)
 #define STATUS_TAKEN_BACK	(1U << 7)
+#define STATUS_VIEW_KEPT	(1U << 8)
+#define STATUS_VIEW_ZERO	(1U << 9)
 
 bool target_parse_table(const char *params, struct target_table *t);
 /* The line of a target of version @v; false if it is not just what that has. */
