@@ -410,6 +410,10 @@ static int new_features(struct live *l, struct target_features *f)
 	int ret = 0;
 
 	*f = l->table.f;
+	if (l->view) {
+		f->view = *l->view ? l->view : NULL;
+		f->view_granularity = l->view_granularity;
+	}
 	if (image_has_bitmaps(img))
 		ret = image_bitmaps_ready(img, &n);
 	f->bitmaps = n;
@@ -425,7 +429,7 @@ static int new_features(struct live *l, struct target_features *f)
 	return ret;
 }
 
-/* Everything that is done while nothing can be read or written. */
+/* Everything that is done while nothing can be read or written; the new table is loaded then. */
 static int change_suspended(struct live *l, const struct change *c)
 {
 	struct dm_line line = {
@@ -436,6 +440,7 @@ static int change_suspended(struct live *l, const struct change *c)
 	char params[PARAMS_MAX];
 	int ret;
 
+	l->step = LIVE_CHANGED;
 	node_drop_cache(&l->data.node);
 	if (l->backing.node.fd >= 0)
 		node_drop_cache(&l->backing.node);
@@ -466,8 +471,6 @@ static int change_suspended(struct live *l, const struct change *c)
 		return fail(EX_WRONG, "%s: table line is too long; close it, and change the image",
 			    esc(l->name));
 	ret = dm_load(l->name, &line);
-	if (!ret)
-		ret = dm_resume(l->name);
 	if (!ret && strcmp(params, l->params))
 		note("%s: 0 %llu %s %s", esc(l->name),
 		     (unsigned long long)line.sectors, DM_TARGET, params);
@@ -599,49 +602,92 @@ static int commit_before(struct live *l)
 	return ret;
 }
 
-static int prepare_and_suspend(struct live *l, const struct change *c)
+static int prepare_one(struct live *l, const struct change *c)
 {
 	int ret;
 
-	ret = before_suspend(l, c);
-	if (!ret && !l->left)
+	l->meta_fd = l->meta.node.fd;
+	ret = keeper_start(&l->keeper);
+	if (!ret)
+		ret = commit_before(l);
+	if (ret)
+		return ret;
+	l->step = LIVE_PREPARED;
+	return before_suspend(l, c);
+}
+
+static int suspend_one(struct live *l)
+{
+	int ret;
+
+	if (!l->left) {
 		ret = dm_suspend(l->name);
-	if (ret) {
+		if (ret)
+			return ret;
+	}
+	l->step = LIVE_SUSPENDED;
+	return check_committed(l);
+}
+
+static int resume_one(struct live *l)
+{
+	int ret = dm_resume(l->name);
+
+	if (!ret)
+		l->step = LIVE_DONE;
+	return ret;
+}
+
+/* Nothing is left of it, however far it has come. */
+static void undo_one(struct live *l)
+{
+	switch (l->step) {
+	case LIVE_PREPARED:
 		image_undo(&l->before);
 		if (l->left)
 			bring_back(l);
-		return ret;
-	}
-	ret = check_committed(l);
-	if (ret) {
+		break;
+	case LIVE_SUSPENDED:
 		image_undo(&l->before);
 		resume_as_it_is(l);
+		break;
+	case LIVE_CHANGED:
+		bring_back(l);
+		break;
+	default:
+		break;
+	}
+}
+
+int live_change_all(struct live *l, const struct change *c, unsigned int n)
+{
+	unsigned int i;
+	int ret = 0;
+
+	for (i = 0; !ret && i < n; i++)
+		ret = prepare_one(l + i, c + i);
+	for (i = 0; !ret && i < n; i++)
+		ret = suspend_one(l + i);
+	for (i = 0; !ret && i < n; i++)
+		ret = change_suspended(l + i, c + i);
+	for (i = n; !ret && i > 0; i--)
+		ret = resume_one(l + i - 1);
+	/* What is below others comes back first. */
+	for (i = n; ret && i > 0; i--)
+		undo_one(l + i - 1);
+	for (i = 0; i < n; i++) {
+		if (l[i].step != LIVE_DONE && l[i].data.file.grown) {
+			shrink_file(&l[i].data.file);
+			part_update(&l[i].data);
+		}
+		keeper_dismiss(&l[i].keeper);
 	}
 	return ret;
 }
 
 int live_change(struct live *l, const struct change *c)
 {
-	int ret;
-
-	l->meta_fd = l->meta.node.fd;
-	ret = keeper_start(&l->keeper);
-	if (ret)
-		return ret;
-	ret = commit_before(l);
-	if (!ret)
-		ret = prepare_and_suspend(l, c);
-	if (!ret) {
-		ret = change_suspended(l, c);
-		if (ret)
-			bring_back(l);
-	}
-	if (ret && l->data.file.grown) {
-		shrink_file(&l->data.file);
-		part_update(&l->data);
-	}
-	keeper_dismiss(&l->keeper);
-	return ret;
+	return live_change_all(l, c, 1);
 }
 
 void live_close(struct live *l)

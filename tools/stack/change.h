@@ -29,6 +29,9 @@ struct live {
 	bool takes;			/* clusters for bitmaps, perhaps */
 	uint64_t sectors;
 	char *params;			/* of the table that is live */
+	/* Of the table that is to come, if it is not to be as before: see change->apply */
+	const char *view;		/* "MAJOR:MINOR", or "": none */
+	uint64_t view_granularity;
 	struct target_table table;
 	struct part meta, data, backing;
 	/* As it is while the kernel has it, and when it is at rest */
@@ -38,6 +41,13 @@ struct live {
 	int meta_fd;			/* the helper has this one, too */
 	int lock;
 	bool left;			/* suspended by one that was killed */
+	enum live_step {
+		LIVE_AS_BEFORE,
+		LIVE_PREPARED,
+		LIVE_SUSPENDED,		/* and not changed */
+		LIVE_CHANGED,		/* and suspended, or perhaps not any more */
+		LIVE_DONE,
+	} step;
 };
 
 #define LIVE_CLOSED							\
@@ -71,6 +81,13 @@ struct change {
 	void *arg;
 };
 
+/*
+ * Change @n devices in one step: all of them are suspended, in this order, before the first one
+ * changes, and all have changed before the first one is resumed, the last of them first.  Of a
+ * failure in between nothing is left.  If one cannot be resumed it is as before, and
+ * those that were resumed before it have changed: l->step says so.
+ */
+int live_change_all(struct live *l, const struct change *c, unsigned int n);
 int live_change(struct live *l, const struct change *c);
 
 #endif
