@@ -14,6 +14,7 @@
 #include "commands/commands.h"
 #include "image/bitmaps.h"
 #include "image/image.h"
+#include "image/make.h"
 #include "image/plan.h"
 #include "lib/interrupt.h"
 #include "lib/util.h"
@@ -27,35 +28,6 @@ struct target_file {
 	bool made;		/* by us: to be removed if anything fails */
 	int dir;		/* its folder, if it was made */
 	const char *name;	/* in the folder */
-};
-
-static size_t put_extension(uint8_t *p, uint32_t type, const void *data,
-			    uint32_t len)
-{
-	struct qcow2_extension ext = {
-		.type = cpu_to_be32(type), .len = cpu_to_be32(len),
-	};
-
-	memcpy(p, &ext, sizeof(ext));
-	memcpy(p + sizeof(ext), data, len);
-	return sizeof(ext) + ((len + 7) & ~7U);
-}
-
-struct feature_name {
-	uint8_t type, bit;
-	char name[46];
-} __attribute__((packed));
-
-/* So that a program that does not know a feature can say what it is. */
-static const struct feature_name feature_names[] = {
-	{ 0, 0, "dirty bit" },
-	{ 0, 1, "corrupt bit" },
-	{ 0, 2, "external data file" },
-	{ 0, 3, "compression type" },
-	{ 0, 4, "extended L2 entries" },
-	{ 1, 0, "lazy refcounts" },
-	{ 2, 0, "bitmaps" },
-	{ 2, 1, "raw external data" },
 };
 
 /* What the new image is to have below it. */
@@ -73,229 +45,6 @@ struct new_bitmaps {
 	void *dir;
 	struct qcow2_bitmaps_ext ext;
 };
-
-/* Fill the first cluster; false if the names do not fit. */
-static bool make_header(uint8_t *p, const struct qcow2_geometry *g,
-			const char *data_file, bool raw,
-			const struct new_backing *backing,
-			const struct new_bitmaps *bitmaps)
-{
-	size_t cluster = 1UL << g->cluster_bits, at = sizeof(struct qcow2_header);
-	size_t name_len = strlen(data_file);
-	size_t backing_len = backing->name ? strlen(backing->name) : 0;
-	struct qcow2_header h = {
-		.magic = cpu_to_be32(QCOW2_MAGIC),
-		.version = cpu_to_be32(3),
-		.cluster_bits = cpu_to_be32(g->cluster_bits),
-		.size = cpu_to_be64(g->size),
-		.l1_size = cpu_to_be32(g->l1_entries),
-		.l1_table_offset = cpu_to_be64(g->l1_offset),
-		.refcount_table_offset = cpu_to_be64(g->reftable_offset),
-		.refcount_table_clusters = cpu_to_be32(g->reftable_clusters),
-		.incompatible_features = cpu_to_be64(QCOW2_INCOMPAT_DATA_FILE |
-			(g->ext_l2 ? QCOW2_INCOMPAT_EXT_L2 : 0)),
-		.autoclear_features = cpu_to_be64((raw ? QCOW2_AUTOCLEAR_RAW_DATA : 0) |
-			(bitmaps->dir ? QCOW2_AUTOCLEAR_BITMAPS : 0)),
-		.refcount_order = cpu_to_be32(g->refcount_order),
-		.header_length = cpu_to_be32(sizeof(h)),
-	};
-	/* names, format, and the end marker */
-	size_t need = at + 8 + ((name_len + 7) & ~7UL) + 8 +
-		      (backing->name ? 16 + backing_len : 0) +
-		      (bitmaps->dir ? 8 + sizeof(bitmaps->ext) : 0);
-
-	memset(p, 0, cluster);
-	if (name_len > cluster || need > cluster)
-		return false;
-	/* The first one, so that it lies in one sector. */
-	if (bitmaps->dir)
-		at += put_extension(p + at, QCOW2_EXT_BITMAPS, &bitmaps->ext,
-				    sizeof(bitmaps->ext));
-	if (backing->name)
-		at += put_extension(p + at, QCOW2_EXT_BACKING_FORMAT,
-				    backing->format, strlen(backing->format));
-	at += put_extension(p + at, QCOW2_EXT_DATA_FILE, data_file, name_len);
-	if (need + 8 + sizeof(feature_names) <= cluster)
-		at += put_extension(p + at, QCOW2_EXT_FEATURE_NAMES,
-				    feature_names, sizeof(feature_names));
-	if (backing->name) {
-		/* behind the end marker */
-		at += sizeof(struct qcow2_extension);
-		memcpy(p + at, backing->name, backing_len);
-		h.backing_file_offset = cpu_to_be64(at);
-		h.backing_file_size = cpu_to_be32(backing_len);
-	}
-	memcpy(p, &h, sizeof(h));
-	return true;
-}
-
-/* Write @n big-endian numbers: those of @value() for 0 to @n - 1. */
-typedef __be64 value_fn(const struct qcow2_geometry *g,
-			const struct plan_new *p, uint64_t i);
-
-static int write_failed(const struct target_file *t, int err)
-{
-	errno = err;
-	return fail_errno("%s: cannot write the image", esc(t->path));
-}
-
-static int write_table(const struct target_file *t,
-		       const struct qcow2_geometry *g, const struct plan_new *p,
-		       value_fn *value, uint64_t n, uint64_t at)
-{
-	__be64 chunk[8192];
-	uint64_t i = 0;
-	size_t k;
-	int ret;
-
-	while (i < n) {
-		for (k = 0; k < ARRAY_SIZE(chunk) && i < n; k++)
-			chunk[k] = value(g, p, i++);
-		ret = write_at(t->node.fd, chunk, k * 8, at);
-		if (ret)
-			return write_failed(t, -ret);
-		at += k * 8;
-		if (interrupted())
-			return EX_WRONG;
-	}
-	return 0;
-}
-
-static __be64 reftable_entry(const struct qcow2_geometry *g,
-			     const struct plan_new *p, uint64_t i)
-{
-	if (i >= p->blocks)
-		return 0;
-	return cpu_to_be64((p->blocks_at + i) << g->cluster_bits);
-}
-
-static __be64 l1_entry(const struct qcow2_geometry *g, const struct plan_new *p,
-		       uint64_t i)
-{
-	if (i >= p->l2_tables)
-		return 0;
-	return cpu_to_be64(((p->l2_at + i) << g->cluster_bits) |
-			   QCOW2_OFLAG_COPIED);
-}
-
-/* All L2 tables lie behind each other, so that this is the guest's cluster. */
-static __be64 l2_entry(const struct qcow2_geometry *g, const struct plan_new *p,
-		       uint64_t i)
-{
-	uint64_t cluster = g->ext_l2 ? i / 2 : i;
-
-	(void)p;
-	if (cluster << g->cluster_bits >= g->size)
-		return 0;
-	/* Behind each extended entry: all subclusters are allocated. */
-	if (g->ext_l2 && i % 2)
-		return cpu_to_be64(0xffffffff);
-	return cpu_to_be64(qcow2_l2_data_entry(cluster << g->cluster_bits));
-}
-
-static int write_refcounts(const struct target_file *t,
-			   const struct qcow2_geometry *g,
-			   const struct plan_new *p)
-{
-	uint64_t per_block = refcounts_per_block(g), i, c;
-	size_t cluster = 1UL << g->cluster_bits;
-	uint8_t *block = malloc(cluster);
-	int ret = 0;
-
-	if (!block)
-		return fail_nomem();
-	for (i = 0; !ret && i < p->blocks; i++) {
-		memset(block, 0, cluster);
-		for (c = i * per_block;
-		     c < min_u64(p->clusters, (i + 1) * per_block); c++)
-			qcow2_refcount_set(block, c - i * per_block,
-					   g->refcount_order, 1);
-		ret = write_at(t->node.fd, block, cluster,
-			       (p->blocks_at + i) << g->cluster_bits);
-		if (ret)
-			ret = write_failed(t, -ret);
-	}
-	free(block);
-	return ret;
-}
-
-/* The directory, and tables that are all zeros. */
-static int write_bitmaps(const struct target_file *t,
-			 const struct qcow2_geometry *g,
-			 const struct plan_new *p,
-			 const struct new_bitmaps *bitmaps, const uint8_t *zeros)
-{
-	uint64_t at = p->bitmaps_at, end = at + p->bitmaps;
-	int ret = 0;
-
-	for (; !ret && at < end; at++)
-		ret = write_at(t->node.fd, zeros, 1UL << g->cluster_bits,
-			       at << g->cluster_bits);
-	if (!ret)
-		ret = write_at(t->node.fd, bitmaps->dir,
-			       be64_to_cpu(bitmaps->ext.directory_size),
-			       p->bitmaps_at << g->cluster_bits);
-	return ret ? write_failed(t, -ret) : 0;
-}
-
-/* Everything but the header; then the header, which makes it an image. */
-static int write_image(const struct target_file *t,
-		       const struct qcow2_geometry *g, const struct plan_new *p,
-		       const uint8_t *header, bool raw,
-		       const struct new_bitmaps *bitmaps)
-{
-	uint64_t cs = 1ULL << g->cluster_bits, i, entries;
-	uint8_t *zeros = calloc(1, cs);
-	int ret;
-
-	if (!zeros)
-		return fail_nomem();
-	ret = write_at(t->node.fd, zeros, cs, 0);
-	/*
-	 * A file reads as zeros where nothing was written; on a device, and in
-	 * the last cluster of a table, zeros must be written.
-	 */
-	if (!ret && t->made && ftruncate(t->node.fd, p->clusters * cs))
-		ret = -errno;
-	if (ret) {
-		ret = write_failed(t, -ret);
-		goto out;
-	}
-	entries = (p->reftable_clusters * cs) / 8;
-	ret = write_table(t, g, p, reftable_entry, entries, p->reftable_at * cs);
-	if (!ret)
-		ret = write_refcounts(t, g, p);
-	if (!ret)
-		ret = write_table(t, g, p, l1_entry, p->l1_clusters * cs / 8,
-				  p->l1_at * cs);
-	if (!ret && raw)
-		ret = write_table(t, g, p, l2_entry, p->l2_tables * cs / 8,
-				  p->l2_at * cs);
-	for (i = 0; !ret && !raw && !t->made && i < p->l2_tables; i++) {
-		ret = write_at(t->node.fd, zeros, cs, (p->l2_at + i) * cs);
-		if (ret)
-			ret = write_failed(t, -ret);
-		else if (interrupted())
-			ret = EX_WRONG;
-	}
-	if (!ret && bitmaps->dir)
-		ret = write_bitmaps(t, g, p, bitmaps, zeros);
-	if (ret)
-		goto out;
-
-	if (fsync(t->node.fd)) {
-		ret = write_failed(t, errno);
-		goto out;
-	}
-	ret = write_at(t->node.fd, header, cs, 0);
-	if (ret)
-		ret = write_failed(t, -ret);
-	else if (fsync(t->node.fd) || (t->made && fsync(t->dir)))
-		ret = write_failed(t, errno);
-out:
-	free(zeros);
-	return ret;
-}
 
 /* Open the folder of @path, and say what the file is called in it. */
 static int open_folder(struct target_file *t)
@@ -545,8 +294,7 @@ int cmd_create(const struct options *opt, char **args)
 	struct new_backing backing = { .node = NODE_CLOSED };
 	struct new_bitmaps bitmaps = { .dir = NULL };
 	struct node data = NODE_CLOSED;
-	struct qcow2_geometry g = { 0 };
-	struct plan_new p;
+	struct new_image n = { .path = args[0] };
 	uint8_t *header = NULL;
 	char *data_name = NULL;
 	int ret;
@@ -561,32 +309,39 @@ int cmd_create(const struct options *opt, char **args)
 	if (!ret)
 		ret = open_backing(opt, args[0], &data, &backing);
 	if (!ret)
-		ret = choose_size(opt, &data, &backing, &g);
+		ret = choose_size(opt, &data, &backing, &n.g);
 	if (!ret)
-		ret = choose_layout(opt, args[0], &g, &p, &bitmaps);
+		ret = choose_layout(opt, args[0], &n.g, &n.p, &bitmaps);
 	if (ret)
 		goto out;
 
-	header = malloc(1UL << g.cluster_bits);
+	header = malloc(1UL << n.g.cluster_bits);
 	if (!header) {
 		ret = fail_nomem();
 		goto out;
 	}
-	if (!make_header(header, &g, data_name, opt->data_file_raw,
-			 &backing, &bitmaps)) {
+	n.data_file = data_name;
+	n.raw = opt->data_file_raw;
+	n.backing = backing.name;
+	n.backing_format = backing.format;
+	n.bitmaps = bitmaps.dir;
+	n.bitmaps_ext = bitmaps.ext;
+	if (!new_image_header(&n, header)) {
 		ret = fail(EX_WRONG,
 			   "%s: name is too long for a header of %s; use a shorter path, or a larger --cluster-size",
 			   esc(backing.name ? backing.name : data_name),
-			   human_size(1ULL << g.cluster_bits));
+			   human_size(1ULL << n.g.cluster_bits));
 		goto out;
 	}
 	interrupt_catch();
 	ret = opt->overwrite_device ? open_device(&t) : make_file(&t);
 	if (!ret && !t.made)
-		ret = check_device(&t, &data, &backing.node, &g, &p);
+		ret = check_device(&t, &data, &backing.node, &n.g, &n.p);
+	n.fd = t.node.fd;
+	n.dir = t.made ? t.dir : -1;
+	n.fresh = t.made;
 	if (!ret)
-		ret = write_image(&t, &g, &p, header, opt->data_file_raw,
-				  &bitmaps);
+		ret = new_image_write(&n, header);
 	if (ret && t.made && unlinkat(t.dir, t.name, 0))
 		warning("%s: cannot remove the unfinished file: %s",
 			esc(t.path), strerror(errno));
