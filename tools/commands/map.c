@@ -9,7 +9,6 @@
  * what it reads as only the backing file knows.  And holes of the data file
  * are not looked for, which QEMU does in images whose metadata is sparse.
  */
-#include <errno.h>
 #include <inttypes.h>
 #include <libsmartcols.h>
 #include <stdlib.h>
@@ -19,6 +18,7 @@
 #include "image/bitmaps.h"
 #include "image/extents.h"
 #include "image/image.h"
+#include "image/walk.h"
 #include "lib/util.h"
 #include "stack/attach.h"
 #include "stack/mapping.h"
@@ -188,79 +188,12 @@ static int split_dirty(const struct extent *x, void *arg)
 	return ret;
 }
 
-static int bad_entry(const struct map *m, uint64_t l1, int64_t l2,
-		     enum qcow2_fault fault)
-{
-	char where[48] = "";
-
-	if (l2 >= 0)
-		snprintf(where, sizeof(where), ", L2 entry %" PRId64, l2);
-	return fail(EX_WRONG,
-		    "%s: corrupt image: L1 entry %" PRIu64 "%s: %s; see what qcow2setup check says",
-		    esc(m->img.node.path), l1, where, qcow2_fault_str(fault));
-}
-
-static int read_failed(const struct map *m, int err)
-{
-	errno = -err;
-	return fail_errno("%s: cannot read its metadata",
-			  esc(m->img.node.path));
-}
-
-/* Hand all of the disk to @x. */
 static int walk(struct map *m, struct extents *x)
 {
-	const struct qcow2_geometry *g = &m->g;
-	uint64_t tables = qcow2_l1_entries_needed(g), i, entry, off;
-	uint64_t cs = 1ULL << g->cluster_bits;
-	__be64 *l1 = malloc(tables * 8);
-	void *l2 = malloc(cs);
-	enum qcow2_fault fault;
-	uint32_t bad;
-	int ret;
+	int ret = image_walk(&m->img, &m->g, x);
 
-	if (!l1 || !l2) {
-		ret = fail_nomem();
-		goto out;
-	}
-	ret = node_read(&m->img.node, l1, tables * 8, g->l1_offset);
-	if (ret) {
-		ret = read_failed(m, ret);
-		goto out;
-	}
-	for (i = 0; i < tables && !x->ret; i++) {
-		entry = be64_to_cpu(l1[i]);
-		off = entry & QCOW2_OFFSET_MASK;
-		fault = qcow2_l1_check(entry, g->cluster_bits,
-				       m->img.node.size);
-		if (!fault && off && qcow2_in_fixed_area(g, off))
-			fault = QCOW2_FAULT_ENTRY_OVERLAP;
-		if (fault) {
-			ret = bad_entry(m, i, -1, fault);
-			goto out;
-		}
-		if (!off) {
-			extents_add(x, 1ULL << qcow2_l2_cover_bits(g),
-				    QCOW2_UNALLOCATED, false);
-			continue;
-		}
-		ret = node_read(&m->img.node, l2, cs, off);
-		if (ret) {
-			ret = read_failed(m, ret);
-			goto out;
-		}
-		fault = extents_add_l2(x, g, l2, &bad);
-		if (fault) {
-			ret = bad_entry(m, i, bad, fault);
-			goto out;
-		}
-	}
-	ret = extents_end(x);
 	if (!ret && m->last.length)
 		ret = m->print(m, &m->last);
-out:
-	free(l1);
-	free(l2);
 	return ret;
 }
 

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "image/walk.h"
+#include "lib/util.h"
+
+static int bad_entry(const struct image *img, uint64_t l1, int64_t l2,
+		     enum qcow2_fault fault)
+{
+	char where[48] = "";
+
+	if (l2 >= 0)
+		snprintf(where, sizeof(where), ", L2 entry %" PRId64, l2);
+	return fail(EX_WRONG,
+		    "%s: corrupt image: L1 entry %" PRIu64 "%s: %s; see what qcow2setup check says",
+		    esc(img->node.path), l1, where, qcow2_fault_str(fault));
+}
+
+static int read_failed(const struct image *img, int err)
+{
+	errno = -err;
+	return fail_errno("%s: cannot read its metadata", esc(img->node.path));
+}
+
+int image_walk(const struct image *img, const struct qcow2_geometry *g,
+	       struct extents *x)
+{
+	uint64_t tables = qcow2_l1_entries_needed(g), i, entry, off;
+	uint64_t cs = 1ULL << g->cluster_bits;
+	__be64 *l1 = malloc(tables * 8);
+	void *l2 = malloc(cs);
+	enum qcow2_fault fault;
+	uint32_t bad;
+	int ret;
+
+	if (!l1 || !l2) {
+		ret = fail_nomem();
+		goto out;
+	}
+	ret = node_read(&img->node, l1, tables * 8, g->l1_offset);
+	if (ret) {
+		ret = read_failed(img, ret);
+		goto out;
+	}
+	for (i = 0; i < tables && !x->ret; i++) {
+		entry = be64_to_cpu(l1[i]);
+		off = entry & QCOW2_OFFSET_MASK;
+		fault = qcow2_l1_check(entry, g->cluster_bits, img->node.size);
+		if (!fault && off && qcow2_in_fixed_area(g, off))
+			fault = QCOW2_FAULT_ENTRY_OVERLAP;
+		if (fault) {
+			ret = bad_entry(img, i, -1, fault);
+			goto out;
+		}
+		if (!off) {
+			extents_add(x, 1ULL << qcow2_l2_cover_bits(g),
+				    QCOW2_UNALLOCATED, false);
+			continue;
+		}
+		ret = node_read(&img->node, l2, cs, off);
+		if (ret) {
+			ret = read_failed(img, ret);
+			goto out;
+		}
+		fault = extents_add_l2(x, g, l2, &bad);
+		if (fault) {
+			ret = bad_entry(img, i, bad, fault);
+			goto out;
+		}
+	}
+	ret = extents_end(x);
+out:
+	free(l1);
+	free(l2);
+	return ret;
+}
