@@ -37,6 +37,8 @@ struct options {
 	unsigned int backing_files;
 	const char *map_bitmap;		/* --bitmap of map */
 	const char *stop, *start;	/* bitmaps */
+	const char *cow, *checkpoint, *backup_image;
+	bool dirty_only, failed;
 	/* --bitmap, of a new image */
 	const char *bitmap[MOST_RECORDING];
 	unsigned int bitmaps;

@@ -16,6 +16,7 @@ int cmd_map(const struct options *opt, char **args);
 int cmd_check(const struct options *opt, char **args);
 int cmd_measure(const struct options *opt, char **args);
 int cmd_resize(const struct options *opt, char **args);
+int cmd_backup(const struct options *opt, char **args);
 int cmd_bitmap(const struct options *opt, char **args);
 int cmd_checkpoint(const struct options *opt, char **args);
 

@@ -692,6 +692,32 @@ int bitmaps_merge(struct bitmaps *s, const char *target, const char *source)
 	return ret;
 }
 
+int bitmaps_set_from(struct bitmaps *s, const char *target,
+		     struct bitmap_reader *r)
+{
+	struct target t = { .s = s, .i = UINT64_MAX };
+	uint64_t size = s->img->geo.size, at, end;
+	bool dirty;
+	int ret;
+
+	ret = get(s, target, &t.b);
+	if (ret)
+		return ret;
+	t.bits = malloc(cluster_size(s));
+	if (!t.bits)
+		return fail_nomem();
+	for (at = 0; !ret && at < size; at = end) {
+		ret = bitmap_reader_run(r, at, &dirty, &end);
+		end = min_u64(end, size);
+		if (!ret && dirty)
+			ret = set_bytes(&t, at, end);
+		if (!ret && interrupted())
+			ret = EX_WRONG;
+	}
+	free(t.bits);
+	return ret;
+}
+
 /*
  * The bitmaps extension
  */

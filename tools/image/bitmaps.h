@@ -97,6 +97,10 @@ int bitmap_reader_run(struct bitmap_reader *r, uint64_t at, bool *dirty,
 		      uint64_t *end);
 void bitmap_reader_close(struct bitmap_reader *r);
 
+/* What @r, of another image, has set is set in @target, too; in memory. */
+int bitmaps_set_from(struct bitmaps *s, const char *target,
+		     struct bitmap_reader *r);
+
 /* What a bitmap of a disk of @size bytes has unless it is told: as QEMU does it. */
 unsigned int bitmap_granularity_bits(unsigned int cluster_bits);
 /* Is that too much for QEMU to store it?  It would be lost. */

@@ -455,3 +455,65 @@ bool device_users(dev_t rdev, char *out, size_t size)
 		snprintf(out + u.len, size - u.len, ", and %u more", u.n - 4);
 	return u.n;
 }
+
+/* The devices that @kernel_name is made of, and so on; how deep is limited against loops. */
+static bool is_above(const char *kernel_name, dev_t below, unsigned int depth)
+{
+	char path[300], number[32], name[300], *slash;
+	struct dirent *e;
+	bool found = false;
+	struct stat st;
+	ssize_t n;
+	DIR *dir;
+
+	if (!sysfs_read(number, sizeof(number), "/sys/class/block/%s/dev",
+			kernel_name) || depth > 64)
+		return false;
+	snprintf(path, sizeof(path), "%u:%u", major(below), minor(below));
+	if (!strcmp(number, path))
+		return true;
+	/* The disk of a partition, the file of a loop device */
+	snprintf(path, sizeof(path), "/sys/class/block/%s", kernel_name);
+	n = readlink(path, name, sizeof(name) - 1);
+	name[n < 0 ? 0 : n] = 0;
+	snprintf(path, sizeof(path), "/sys/class/block/%s/partition", kernel_name);
+	slash = strrchr(name, '/');
+	if (slash && !access(path, F_OK)) {
+		*slash = 0;
+		slash = strrchr(name, '/');
+		if (slash && is_above(slash + 1, below, depth + 1))
+			return true;
+	}
+	if (sysfs_read(name, sizeof(name), "/sys/class/block/%s/loop/backing_file",
+		       kernel_name) &&
+	    !stat(name, &st) && device_is_above(st.st_dev, below))
+		return true;
+	snprintf(path, sizeof(path), "/sys/class/block/%s/slaves", kernel_name);
+	dir = opendir(path);
+	while (dir && !found && (e = readdir(dir)))
+		found = *e->d_name != '.' && is_above(e->d_name, below, depth + 1);
+	if (dir)
+		closedir(dir);
+	return found;
+}
+
+bool device_is_above(dev_t dev, dev_t below)
+{
+	char path[64], name[PATH_MAX], *base;
+	static unsigned int depth;
+	bool found = false;
+	ssize_t n;
+
+	snprintf(path, sizeof(path), "/sys/dev/block/%u:%u", major(dev),
+		 minor(dev));
+	n = readlink(path, name, sizeof(name) - 1);
+	if (n < 0 || depth > 16)
+		return false;
+	name[n] = 0;
+	base = strrchr(name, '/');
+	depth++;
+	if (base)
+		found = is_above(base + 1, below, 0);
+	depth--;
+	return found;
+}

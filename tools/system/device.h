@@ -73,6 +73,12 @@ int device_name_taken(const char *name, const char *uuid);
 bool device_only_reads(const char *kernel_name, const char *name,
 		       const char *number);
 
+/*
+ * Is the block device @dev, or that of a file system, @below, or made of it; also through files
+ * of loop devices, so far as these can be seen?
+ */
+bool device_is_above(dev_t dev, dev_t below);
+
 /* Where it is mounted, and whether it is swap: @what, and @where or "" */
 typedef void device_mount_fn(const char *what, const char *where, void *arg);
 void device_mounts(dev_t rdev, device_mount_fn *fn, void *arg);

@@ -499,11 +499,23 @@ void dm_remove_tails(const char *name)
 
 int dm_message(const char *name, const char *text)
 {
+	return dm_ask(name, text, NULL);
+}
+
+int dm_ask(const char *name, const char *text, char **answer)
+{
 	struct dm_task *dmt = task_new(DM_DEVICE_TARGET_MSG, name);
+	const char *s;
 	int ret = -ENOMEM;
 
 	if (dmt && dm_task_set_sector(dmt, 0) && dm_task_set_message(dmt, text))
 		ret = task_run(dmt);
+	if (!ret && answer) {
+		s = dm_task_get_message_response(dmt);
+		*answer = strdup(s ? s : "");
+		if (!*answer)
+			ret = -ENOMEM;
+	}
 	if (dmt)
 		dm_task_destroy(dmt);
 	return ret;

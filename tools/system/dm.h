@@ -12,6 +12,7 @@
 #include "system/udev.h"
 
 #define DM_TARGET		"qcow2"
+#define DM_VIEW_TARGET		"qcow2-view"
 #define DM_TAIL_SUFFIX		"-tail"
 #define DM_BACKING_TAIL_SUFFIX	"-backing-tail"
 /* So that name, prefix, a hash and a suffix fit the kernel's limits. */
@@ -61,6 +62,8 @@ int dm_load(const char *name, const struct dm_line *line);
 int dm_resume(const char *name);
 /* Tell the target of a device with one.  0 or -errno, without a message. */
 int dm_message(const char *name, const char *text);
+/* The same; free() what it answers. */
+int dm_ask(const char *name, const char *text, char **answer);
 /* Wait a few seconds for a device that is unused to go by itself. */
 void dm_wait_gone(const char *name);
 /* -EBUSY is returned without a message; @deferred: when the last user goes */

@@ -11,6 +11,8 @@
 #define DM_UUID_HOST_PREFIX	"QCOW2-HOST-"
 /* Helpers that vanish with the device they serve. */
 #define DM_UUID_TAIL_PREFIX	"QCOW2TAIL-"
+/* What a backup reads of one. */
+#define DM_UUID_VIEW_PREFIX	"QCOW2VIEW-"
 /* Images that were opened for those above them, and go with the last of them. */
 #define DM_BACKING_PREFIX	"qcow2-backing-"
 

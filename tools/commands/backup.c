@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * qcow2setup backup: disks as they were at one instant, while they are used
+ * (stack/backup.c).
+ */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "commands/commands.h"
+#include "lib/interrupt.h"
+#include "lib/json.h"
+#include "lib/util.h"
+#include "stack/backup.h"
+#include "system/device.h"
+#include "system/dm.h"
+#include "system/live.h"
+
+static int begin(const struct options *opt, char **names, unsigned int n)
+{
+	const struct backup_request r = {
+		.cow = opt->cow, .checkpoint = opt->checkpoint,
+		.bitmap = opt->bitmap, .bitmaps = opt->bitmaps,
+		.dirty_only = opt->dirty_only, .sparse = opt->sparse,
+	};
+	unsigned int i, k;
+
+	if (!n)
+		return fail(EX_PARAMETER,
+			    "backup begin needs to know of what; usage: qcow2setup backup begin NAME... --cow DEV|DIR");
+	if (!opt->cow)
+		return fail(EX_PARAMETER,
+			    "a backup keeps what changes meanwhile; give --cow DEV|DIR");
+	if (opt->bitmaps && !opt->checkpoint)
+		return fail(EX_PARAMETER,
+			    "with a bitmap that ends another one has to begin; give --checkpoint NAME, too");
+	if (opt->dirty_only && !opt->bitmaps)
+		return fail(EX_PARAMETER,
+			    "--dirty-only is about bitmaps; give --bitmap NAME, too");
+	if (opt->backup_image && n > 1)
+		return fail(EX_PARAMETER,
+			    "--image names one file; leave it out for more than one device");
+	for (i = 0; i < n; i++) {
+		names[i] = (char *)device_name(names[i]);
+		for (k = 0; k < i; k++)
+			if (!strcmp(names[i], names[k]))
+				return fail(EX_PARAMETER, "%s: is given twice; name it once",
+					    esc(names[i]));
+	}
+	return backup_begin(&r, names, n, opt->backup_image);
+}
+
+static int end(const struct options *opt, char **names, unsigned int n)
+{
+	int ret = 0, first = 0;
+	unsigned int i;
+
+	if (!n)
+		return fail(EX_PARAMETER,
+			    "backup end needs to know of what; usage: qcow2setup backup end NAME... [--failed]");
+	/* One that cannot be ended keeps no other one. */
+	for (i = 0; i < n; i++) {
+		ret = backup_end(device_name(names[i]), opt->failed);
+		if (!first)
+			first = ret;
+	}
+	return first;
+}
+
+struct listing {
+	struct json j;
+	bool json;
+	const char *only;
+	unsigned int found;
+};
+
+/* How many bytes of the view are kept; of the end they are counted as a granule. */
+static uint64_t kept_bytes(const struct target_status *s)
+{
+	uint64_t granule = s->f.view_granularity ? s->f.view_granularity : 65536;
+
+	return s->view_kept * granule;
+}
+
+static const char *view_text(const char *view)
+{
+	if (!strcmp(view, "valid"))
+		return "valid";
+	if (!strcmp(view, "no_space"))
+		return "over: no space for what is to be kept";
+	if (!strcmp(view, "cow_device"))
+		return "over: what is to be kept cannot be written";
+	if (!strcmp(view, "device"))
+		return "over: what is to be kept cannot be read";
+	if (!strcmp(view, "no_memory"))
+		return "over: no memory for what is to be kept";
+	return "over";
+}
+
+static void show(struct listing *l, const char *name,
+		 const struct target_status *s)
+{
+	struct backup_notes notes;
+	char device[160];
+	unsigned int i;
+
+	backup_notes_read(name, &notes);
+	backup_device_name(device, sizeof(device), name);
+	if (l->json) {
+		struct json *j = &l->j;
+
+		json_object(j, NULL);
+		json_string(j, "name", name);
+		json_string(j, "view", s->view);
+		json_bool(j, "valid", !strcmp(s->view, "valid"));
+		json_number(j, "kept", kept_bytes(s));
+		json_string(j, "device", device);
+		if (notes.image)
+			json_string(j, "image", notes.image);
+		if (notes.checkpoint)
+			json_string(j, "checkpoint", notes.checkpoint);
+		json_array(j, "bitmaps");
+		for (i = 0; i < notes.bitmaps; i++)
+			json_string(j, NULL, notes.bitmap[i]);
+		json_array_end(j);
+		json_object_end(j);
+	} else {
+		printf("%s: %s, %s kept, /dev/mapper/%s", esc(name),
+		       view_text(s->view), human_size(kept_bytes(s)), esc(device));
+		if (notes.image)
+			printf(", %s", esc(notes.image));
+		for (i = 0; i < notes.bitmaps; i++)
+			printf(", bitmap %s", esc(notes.bitmap[i]));
+		if (notes.checkpoint)
+			printf(", checkpoint %s", esc(notes.checkpoint));
+		printf("\n");
+	}
+	backup_notes_free(&notes);
+}
+
+static int list_one(const char *name, void *arg)
+{
+	struct listing *l = arg;
+	struct target_status s;
+	struct dm_dev_info info;
+	char type[64];
+
+	if (l->only && strcmp(name, l->only))
+		return 0;
+	/* One that goes at this moment is no error. */
+	if (dm_query(name, &info) || !info.exists ||
+	    device_kind(name, info.uuid, type, sizeof(type)) != DEVICE_OURS ||
+	    live_status(name, &s) || !s.view)
+		return 0;
+	l->found++;
+	show(l, name, &s);
+	return 0;
+}
+
+static int status(const struct options *opt, char **names, unsigned int n)
+{
+	struct listing l = { .json = opt->json };
+	int ret;
+
+	if (n > 1)
+		return fail(EX_PARAMETER,
+			    "wrong number of arguments; usage: qcow2setup backup status [NAME] [--json]");
+	l.only = n ? device_name(names[0]) : NULL;
+	ret = dm_check(true);
+	if (ret)
+		return ret;
+	if (l.json) {
+		json_start(&l.j, stdout);
+		json_array(&l.j, NULL);
+	}
+	ret = dm_each(list_one, &l);
+	if (!ret && n && !l.found)
+		ret = fail(EX_WRONG, "%s: no backup of it is under way; begin one with qcow2setup backup begin %s --cow DEV|DIR",
+			   esc(l.only), shell_quote(l.only));
+	if (l.json && !ret) {
+		json_array_end(&l.j);
+		json_end(&l.j);
+	}
+	return ret;
+}
+
+static const struct what {
+	const char *name;
+	int (*fn)(const struct options *opt, char **names, unsigned int n);
+	const char *options;		/* that it takes: words */
+} whats[] = {
+	{ "begin", begin, "cow checkpoint bitmap image dirty-only sparse" },
+	{ "status", status, "json" },
+	{ "end", end, "failed" },
+};
+
+static int check_options(const struct what *what, const struct options *opt)
+{
+	const struct {
+		const char *name;
+		bool given;
+	} options[] = {
+		{ "cow", opt->cow }, { "checkpoint", opt->checkpoint },
+		{ "bitmap", opt->bitmaps }, { "image", opt->backup_image },
+		{ "dirty-only", opt->dirty_only }, { "sparse", opt->sparse },
+		{ "json", opt->json }, { "failed", opt->failed },
+	};
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(options); i++)
+		if (options[i].given && !strstr(what->options, options[i].name))
+			return fail(EX_PARAMETER,
+				    "backup %s takes no option --%s; see qcow2setup help backup",
+				    what->name, options[i].name);
+	return 0;
+}
+
+int cmd_backup(const struct options *opt, char **args)
+{
+	unsigned int n = 0;
+	size_t i;
+	int ret;
+
+	while (args[1 + n])
+		n++;
+	for (i = 0; i < ARRAY_SIZE(whats); i++) {
+		if (strcmp(whats[i].name, args[0]))
+			continue;
+		ret = check_options(&whats[i], opt);
+		if (ret)
+			return ret;
+		interrupt_catch();
+		return interrupt_result(whats[i].fn(opt, args + 1, n));
+	}
+	return fail(EX_PARAMETER, "backup %s is not known; use backup begin, status or end",
+		    esc(args[0]));
+}

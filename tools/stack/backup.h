@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Backups of devices that are open: a view of each, which shows the disk as it was at one
+ * instant, as a device of its own and as an image over that for other people's programs.
+ *
+ * What belongs to a backup is known by names: device NAME-backup, and the notes in
+ * /run/qcow2setup/NAME.backup, which say where the image is and which bitmaps it is about. A crash
+ * of the host ends all of it; bitmaps stay what they are.
+ */
+#ifndef QCOW2SETUP_BACKUP_H
+#define QCOW2SETUP_BACKUP_H
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "system/dm.h"
+
+/* Behind the device's name */
+#define BACKUP_SUFFIX		"-backup"
+#define BACKUP_MAX_BITMAPS	64
+
+struct backup_request {
+	const char *cow;		/* device, or folder for files */
+	const char *checkpoint;		/* NAME[,granularity=SIZE], or NULL */
+	const char *const *bitmap;	/* what has changed since they began */
+	unsigned int bitmaps;
+	bool dirty_only;
+	bool sparse;
+};
+
+/* What is noted of a backup; backup_notes_free() */
+struct backup_notes {
+	char *image;			/* NULL: there is none (yet) */
+	char *checkpoint;		/* name only; NULL */
+	char *bitmap[BACKUP_MAX_BITMAPS];
+	unsigned int bitmaps;
+};
+
+/* All of these print why they failed and return an exit code. */
+
+/* Begin backups of these devices, @n of them, at one instant; @image: of the only one, or NULL. */
+int backup_begin(const struct backup_request *r, char *const *names, unsigned int n,
+		 const char *image);
+/*
+ * End one; @failed: what the bitmaps say is kept in the checkpoint.  What there is of it goes, however
+ * far it had come.
+ */
+int backup_end(const char *name, bool failed);
+
+void backup_device_name(char *out, size_t size, const char *name);
+/* False if there are none. */
+bool backup_notes_read(const char *name, struct backup_notes *notes);
+void backup_notes_free(struct backup_notes *notes);
+
+#endif
