@@ -93,9 +93,10 @@ static void qcow2_view_set_state(struct qcow2_view *view,
 				 enum qcow2_view_state state)
 {
 	spin_lock_irq(&view->lock);
-	/* Pairs with qcow2_view_state(). */
-	if (view->state != QCOW2_VIEW_OVER)
+	if (view->state != QCOW2_VIEW_OVER) {
+		/* Pairs with qcow2_view_state(). */
 		smp_store_release(&view->state, state);
+	}
 	spin_unlock_irq(&view->lock);
 }
 

@@ -22,11 +22,11 @@
  *	zero		nowhere: it read as zeros	-
  *	skipped		nowhere: reads fail		-
  *
- *	view	it is so				ends by
- *	new	until a table with it is resumed	resume
- *	live	while that table, or one that takes	a failure; a message; a resume without it
- *		it over, is live
- *	held	while it is suspended			resume; the table goes away
+ *	view
+ *	new	until a table with it is resumed
+ *	live	while that table, or one that takes it over, is live; until something fails, a
+ *		message ends it, or a table without it is resumed
+ *	held	while the table is suspended
  *	over	for good, with the reason
  *
  * Nothing of it is on stable storage.

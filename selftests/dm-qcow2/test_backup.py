@@ -5,20 +5,21 @@
 Environment: SEED (printed, to repeat a run), ROUNDS (of chains of backups).
 """
 import contextlib
+import errno
 import json
 import os
 import random
 import time
 
-from qcow2test import KIB, MIB, Io, Loop, Task, dm_ioctl, expect, fails_with, main, note, run, same, test, wait_for, DM_TABLE_STATUS
-from test_checkpoint import KINDS, TOOL, Copy, Opened, Writers, setup, words
-
-import errno
 import qcow2test
+from qcow2test import (KIB, MIB, Ext4, Failure, Io, Loop, Task, expect, fails_with, main, note, run, same, test,
+                       wait_for)
+from test_checkpoint import KINDS, TOOL, Opened, Writers, calls_of, injected, no_helper, setup, words
 
 # Those of test_checkpoint
 qcow2test.forget_tests()
 
+CALLS = int(os.environ.get("CALLS", 12))
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 ROUNDS = int(os.environ.get("ROUNDS", 4))
 note(f"SEED={SEED}")
@@ -28,10 +29,11 @@ class Backup:
     """Of one device or more, begun"""
 
     def __init__(self, bench, devices, *options):
-        self.devices = devices
+        self.bench, self.devices = bench, devices
         self.dir = bench.path("cow")
         os.makedirs(self.dir, exist_ok=True)
         run(TOOL, "backup", "begin", *(d.name for d in devices), "--cow", self.dir, *options)
+        bench.add(self)
 
     def status(self, device):
         (found,) = json.loads(run(TOOL, "backup", "status", device.name, "--json"))
@@ -43,6 +45,10 @@ class Backup:
 
     def end(self, *options):
         run(TOOL, "backup", "end", *(d.name for d in self.devices), *options)
+        self.bench.things.remove(self)
+
+    def close(self):
+        run(TOOL, "backup", "end", *(d.name for d in self.devices))
 
 
 def nothing_left(device):
@@ -89,6 +95,331 @@ def shown(bench, cluster, size, granularity, options):
 
 for _kind in KINDS:
     test(f"a backup shows what was: {words(_kind)}", *_kind)(shown)
+
+
+def dirty(path, bitmap):
+    """Its extents in an image: (start, length)"""
+    extents = json.loads(run(TOOL, "map", path, "--bitmap", bitmap, "--json"))
+    return [(e["start"], e["length"]) for e in extents if not e["data"]]
+
+
+class Kept:
+    """A copy that is brought up to date by what is dirty, as a backup program has it"""
+
+    def __init__(self, size):
+        self.data = bytearray(size)
+
+    def take(self, view, extents):
+        for start, length in extents:
+            self.data[start:start + length] = view[start:start + length]
+
+
+def chain(bench, kind):
+    """A full backup, then what has changed, of a disk that is never at rest"""
+    rng = random.Random(SEED)
+    image, dm, granularity = setup(bench, *kind)
+    writers = Writers(bench, dm, image.size, rng)
+    writers.some()
+    copy = Kept(image.size)
+    b = Backup(bench, [dm], "--checkpoint", f"c0{granularity}")
+    copy.take(b.view(dm), [(0, image.size)])
+    same(b.view(dm), bytes(copy.data), what="full backup")
+    b.end()
+    now, since = 0, ["c0"]
+    for n in range(ROUNDS):
+        writers.some()
+        options = [w for name in since for w in ("--bitmap", name)]
+        if rng.random() < 0.3:
+            options.append("--dirty-only")
+        b = Backup(bench, [dm], *options, "--checkpoint", f"c{n + 1}{granularity}")
+        path = b.status(dm)["image"]
+        extents = [e for name in since for e in dirty(path, name)]
+        writers.some()
+        if n % 4 == 3:
+            # It is lost: the next one has it.
+            b.end("--failed")
+            found = dm.list()
+            expect(found[f"c{n + 1}"]["recording"], f"{found}")
+            since = [f"c{n + 1}"]
+        else:
+            if "--dirty-only" in options:
+                with contextlib.closing(Io(f"/dev/mapper/{dm.name}-backup", readonly=True)) as disk:
+                    for start, length in extents:
+                        copy.data[start:start + length] = disk.read(start, length)
+            else:
+                view = b.view(dm)
+                copy.take(view, extents)
+                same(bytes(copy.data), view, what=f"round {n}: what is dirty since {since}")
+            b.end()
+            if rng.random() < 0.5:
+                # Two of them are one history then.
+                for name in since:
+                    dm.tool("bitmap remove", name)
+                since = []
+            since.append(f"c{n + 1}")
+            since = since[-1:] if rng.random() < 0.5 or len(since) > 3 else since
+        now = n + 1
+    bench.drop(writers)
+    b = Backup(bench, [dm], *(w for name in since for w in ("--bitmap", name)), "--checkpoint", "last")
+    copy.take(b.view(dm), [e for name in since for e in dirty(b.status(dm)["image"], name)])
+    b.end()
+    same(bytes(copy.data), read_all(dm), what=f"at rest, after {now} rounds")
+    nothing_left(dm)
+    bench.drop(dm)
+    run("qemu-img", "check", "-q", image.path)
+
+
+for _kind in KINDS:
+    test(f"a full backup and what has changed since: {words(_kind)}", _kind, all_cpus=True)(chain)
+
+
+class Sequence:
+    """Writes to disks in turns, one after the other: what they have got at one instant is what
+    came before some moment."""
+
+    def __init__(self, devices):
+        self.devices, self.done = devices, 0
+        self.stop = False
+        self.task = Task(self.write)
+
+    def write(self):
+        with contextlib.ExitStack() as stack:
+            disks = [stack.enter_context(contextlib.closing(Io(d.path))) for d in self.devices]
+            blocks = self.devices[0].image.size // 4096
+            while not self.stop:
+                n = self.done + 1
+                disk = disks[n % len(disks)]
+                disk.write(n // len(disks) % blocks * 4096, n.to_bytes(8, "little") * 512)
+                self.done = n
+
+    def some(self):
+        before = self.done
+        wait_for("writes", 60, lambda: self.done > before + 50 or self.task.fault)
+
+    def close(self):
+        self.stop = True
+        self.task.finish()
+
+    def check(self, views, before, after):
+        """All writes up to one, and none behind it; between @before and @after of them"""
+        last = []
+        for view in views:
+            numbers = [int.from_bytes(view[at:at + 8], "little") for at in range(0, len(view), 4096)]
+            for at, n in enumerate(numbers):
+                expect(view[at * 4096:(at + 1) * 4096] == n.to_bytes(8, "little") * 512, f"block {at} is torn")
+            last.append(numbers)
+        most = max(map(max, last))
+        expect(before <= most <= after, f"write {most}, not from {before} to {after}")
+        for d, numbers in enumerate(last):
+            for at, n in enumerate(numbers):
+                # The latest write to this place that is not behind the last one
+                want = at * len(views) + d
+                step = len(numbers) * len(views)
+                while want + step <= most:
+                    want += step
+                expect(n == (want if 0 < want <= most else 0), f"disk {d}, block {at} has write {n}, not {want}, of {most}")
+
+
+@test("several disks are of one instant", all_cpus=True)
+def one_instant(bench):
+    devices = []
+    for n in range(3):
+        image = bench.image(2 * MIB, name=f"disk{n}", cluster=64 * KIB, raw=n == 1)
+        dm = Opened.__new__(Opened)
+        dm.image, dm.name, dm.options = image, f"qcow2test{os.getpid()}-disk{n}", ()
+        dm.path = f"/dev/mapper/{dm.name}"
+        run(TOOL, "open", image.path, dm.name, "--data-file", image.data)
+        devices.append(bench.add(dm))
+    for n in range(ROUNDS):
+        s = Sequence(devices)
+        bench.add(s)
+        s.some()
+        before = s.done
+        b = Backup(bench, devices)
+        after = s.done + 1
+        s.some()
+        s.check([b.view(d) for d in devices], before, after)
+        s.some()
+        s.check([b.view(d) for d in devices], before, after)
+        b.end()
+        bench.drop(s)
+        for d in devices:
+            with contextlib.closing(Io(d.path)) as disk:
+                disk.zero_out(0, d.image.size)
+    for d in devices:
+        nothing_left(d)
+
+
+@test("what else is done with the device while a backup is under way")
+def meanwhile(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 8 * MIB, None, {})
+    disk = Io(dm.path)
+    disk.write(MIB, os.urandom(MIB))
+    was = disk.read(0, image.size)
+    b = Backup(bench, [dm], "--checkpoint", "c0")
+    disk.write(0, b"n" * 4096)
+
+    def refused(status, text, *argv):
+        got, out = run(TOOL, *argv, ok=False)
+        expect(got == status and text in out, f"{' '.join(map(str, argv))}: status {got}, not {status}: {out}")
+
+    remedy = f"qcow2setup backup end {dm.name}"
+    refused(5, remedy, "backup", "begin", dm.name, "--cow", b.dir)
+    refused(5, remedy, "resize", dm.name, "--size", 16 * MIB)
+    disk.close()
+    refused(5, remedy, "close", dm.name)
+    disk = bench.add(Io(dm.path))
+    # What goes on
+    dm.tool("checkpoint", "--stop", "c0", "--start", "c1")
+    dm.tool("bitmap add", "more")
+    dm.tool("bitmap remove", "more")
+    json.loads(dm.tool("map", "--json"))
+    expect("valid" in run(TOOL, "backup", "status"), "status")
+    run(TOOL, "status", dm.name)
+    disk.discard(0, image.size)
+    same(b.view(dm), was, what="view")
+    expect(b.status(dm)["valid"], f"{b.status(dm)}")
+    with contextlib.closing(Io(f"/dev/mapper/{dm.name}-backup", readonly=True)):
+        refused(5, "in use", "backup", "end", dm.name)
+    same(b.view(dm), was, what="view")
+    b.end()
+    nothing_left(dm)
+    # Again: there is nothing of it.
+    run(TOOL, "backup", "end", dm.name)
+    refused(4, "no backup", "backup", "status", dm.name)
+    refused(4, "no such device", "backup", "end", "nothing-of-that-name")
+
+
+@test("what cannot be is refused, and nothing has changed")
+def refused_begin(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 8 * MIB, None, {})
+    dm.tool("bitmap add", "b0")
+    dm.tool("bitmap add", "old", "--disabled")
+    small = bench.add(Loop(bench.file("small", MIB))).path
+    folder = bench.path("folder")
+    os.makedirs(folder)
+    file = bench.file("file", 16 * MIB)
+    table = run("dmsetup", "table", dm.name)
+    for status, text, *argv in (
+            (1, "--cow", dm.name),
+            (1, "begin", "--cow", folder),
+            (1, "--checkpoint", dm.name, "--cow", folder, "--bitmap", "b0"),
+            (1, "--bitmap", dm.name, "--cow", folder, "--dirty-only"),
+            (1, "twice", dm.name, dm.name, "--cow", folder),
+            (1, "no option", dm.name, "--cow", folder, "--failed"),
+            (4, "no such", "nothing-of-that-name", "--cow", folder),
+            (4, "smaller", dm.name, "--cow", small),
+            (4, "folder", dm.name, "--cow", file),
+            (4, "no such file", dm.name, "--cow", folder + "/nothing"),
+            (4, "no bitmap", dm.name, "--cow", folder, "--bitmap", "nothing", "--checkpoint", "c"),
+            (5, "already", dm.name, "--cow", folder, "--bitmap", "b0", "--checkpoint", "old"),
+            (5, "exists", dm.name, "--cow", folder, "--image", file)):
+        got, out = run(TOOL, "backup", "begin", *argv, ok=False)
+        expect(got == status and text in out, f"{argv}: status {got}, not {status}, or no '{text}': {out}")
+        expect(len(out.splitlines()) == 1, f"{argv}: {out}")
+        expect(run("dmsetup", "table", dm.name) == table, f"{argv}: another table")
+        nothing_left(dm)
+    expect(not os.listdir(folder), f"{os.listdir(folder)}")
+    # A file system on the very device
+    run("mkfs.ext4", "-q", "-F", dm.path)
+    mount = bench.path("mnt")
+    os.makedirs(mount)
+    run("mount", "-t", "ext4", dm.path, mount)
+    try:
+        got, out = run(TOOL, "backup", "begin", dm.name, "--cow", mount, ok=False)
+        expect(got == 4 and "wait for itself" in out, f"{got}: {out}")
+    finally:
+        run("umount", mount)
+    nothing_left(dm)
+
+
+@test("no room for what is kept: the backup has failed, nothing of its history is lost, and the disk goes on")
+def full(bench):
+    fs = bench.add(Ext4(bench, 16 * MIB, "-O", "^has_journal"))
+    image, dm, _ = setup(bench, 64 * KIB, 12 * MIB, None, {})
+    disk = bench.add(Io(dm.path))
+    dm.tool("checkpoint", "--start", "c0")
+    for at in range(0, image.size, MIB):
+        disk.write(at, os.urandom(MIB))
+    run(TOOL, "backup", "begin", dm.name, "--cow", fs.path, "--bitmap", "c0", "--checkpoint", "c1")
+    fs.fill()
+    for at in range(0, image.size, 64 * KIB):
+        disk.write(at, b"f" * 4096)
+    (status,) = json.loads(run(TOOL, "backup", "status", dm.name, "--json"))
+    expect(not status["valid"] and status["view"] == "no_space", f"{status}")
+    expect("no space" in run(TOOL, "backup", "status"), run(TOOL, "backup", "status"))
+    with contextlib.closing(Io(f"/dev/mapper/{dm.name}-backup", readonly=True)) as view, fails_with(errno.EIO):
+        view.read(0, 4096)
+    run(TOOL, "backup", "end", dm.name, "--failed")
+    found = dm.list()
+    expect(found["c1"]["count"] == image.size and found["c1"]["recording"], f"{found}")
+    nothing_left(dm)
+
+
+def full_backup(dm, folder, copy):
+    """From which on bitmaps count"""
+    run(TOOL, "backup", "begin", dm.name, "--cow", folder)
+    with contextlib.closing(Io(f"/dev/mapper/{dm.name}-backup", readonly=True)) as disk:
+        copy.take(disk.read(0, dm.image.size), [(0, dm.image.size)])
+    run(TOOL, "backup", "end", dm.name)
+
+
+@test("a backup that is killed as it begins, or as it ends: the disk goes on, and no history is lost", all_cpus=True)
+def killed(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 4 * MIB, None, {})
+    rng = random.Random(SEED)
+    writers = Writers(bench, dm, image.size, rng)
+    folder = bench.path("folder")
+    os.makedirs(folder)
+    dm.tool("checkpoint", "--start", "c0")
+    copy, last, count = Kept(image.size), 0, {"begun": 0, "not begun": 0, "ended": 0}
+
+    def begin_words():
+        return "--cow", folder, "--bitmap", f"c{last}", "--checkpoint", f"c{last + 1}"
+
+    calls = {}
+    for action in ("begin", "end"):
+        if action == "begin":
+            calls[action] = calls_of(bench, dm, "backup begin", *begin_words())
+        else:
+            calls[action] = calls_of(bench, dm, "backup end")
+    last = 1
+    full_backup(dm, folder, copy)
+    for action in ("begin", "end"):
+        for k in range(1, calls[action] + 3, max(1, calls[action] // CALLS)):
+            if action == "end":
+                run(TOOL, "backup", "begin", dm.name, *begin_words())
+            words_ = begin_words() if action == "begin" else ("--failed",)
+            status, out = injected(dm, {"INJECT_SENDS": 1, "INJECT_AT": k, "INJECT_SIGNAL": 9}, f"backup {action}",
+                                   *words_)
+            wait_for("the helper's end", 60, no_helper)
+            expect(dm.info("suspended") == "Active", f"{action}, call {k}: suspended: {out}")
+            # Whatever is left of it goes.
+            run(TOOL, "backup", "end", dm.name, "--failed")
+            nothing_left(dm)
+            found = dm.list()
+            expect(not any(b["inconsistent"] for b in found.values()), f"{action}, call {k}: {found}")
+            recording = [name for name, b in found.items() if b["recording"]]
+            if recording == [f"c{last + 1}"]:
+                # All of the old one is in the new one.
+                dm.tool("bitmap remove", f"c{last}")
+                last += 1
+                count["begun"] += 1
+            else:
+                expect(recording == [f"c{last}"], f"{action}, call {k}, status {status}: {recording}: {out}")
+                count["not begun"] += 1
+    note(f"{calls} calls, {count}")
+    expect(count["begun"] and count["not begun"], f"{count}")
+    bench.drop(writers)
+    run(TOOL, "backup", "begin", dm.name, *begin_words())
+    path = json.loads(run(TOOL, "backup", "status", dm.name, "--json"))[0]["image"]
+    with contextlib.closing(Io(f"/dev/mapper/{dm.name}-backup", readonly=True)) as disk:
+        copy.take(disk.read(0, image.size), dirty(path, f"c{last}"))
+    run(TOOL, "backup", "end", dm.name)
+    same(bytes(copy.data), read_all(dm), what="after all that was killed")
+    nothing_left(dm)
+    bench.drop(dm)
+    run("qemu-img", "check", "-q", image.path)
 
 
 if __name__ == "__main__":

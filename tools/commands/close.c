@@ -12,6 +12,7 @@
 #include "image/image.h"
 #include "lib/interrupt.h"
 #include "lib/util.h"
+#include "stack/backup.h"
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
@@ -179,8 +180,15 @@ static int check_suspended(const char *name)
 
 static int busy(const char *name, const struct dm_dev_info *info)
 {
-	char who[2048];
+	struct dm_dev_info view;
+	char who[2048], device[160];
 
+	backup_device_name(device, sizeof(device), name);
+	if (!dm_query(device, &view) && view.exists &&
+	    starts_with(view.uuid, DM_UUID_VIEW_PREFIX))
+		return fail(EX_BUSY,
+			    "%s: in use: a backup of it is under way; end it first (qcow2setup backup end %s)",
+			    esc(name), shell_quote(name));
 	if (device_users(info->rdev, who, sizeof(who)))
 		return fail(EX_BUSY, "%s: in use: %s; stop that first, or use --deferred",
 			    esc(name), who);

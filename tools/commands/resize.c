@@ -350,6 +350,10 @@ static int resize_device(const struct options *opt, const char *name)
 			    "%s: is open and has its data; leave --data-file and --backing-file out",
 			    esc(name));
 	ret = live_open(&l, name, "resize");
+	if (!ret && l.table.f.view)
+		ret = fail(EX_BUSY,
+			   "%s: a backup of it is under way; end it first (qcow2setup backup end %s)",
+			   esc(name), shell_quote(name));
 	if (!ret)
 		ret = resize_live(&l, &r);
 	image_grow_free(r.grower);
