@@ -54,6 +54,11 @@ struct qcow2_bits {
 	bool unsure;			/* a write has failed: it has to be written */
 	/* Bits to be marked ahead; the same: none.  While @rounds is not 0 they stay. */
 	u32 ahead_first, ahead_end;
+	/*
+	 * What is exact and not durable is in these words (longs); the same: nothing is.
+	 * They stay while @rounds is not 0.
+	 */
+	u32 new_first, new_end;
 	unsigned long tried;		/* the last round that has written it */
 	blk_status_t status;		/* what came of that */
 	/* As on disk: byte by byte, the lowest bit first ("Bitmap") */
@@ -340,6 +345,8 @@ static int qcow2_load_bits(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
 	b->unsure = false;
 	b->ahead_first = 0;
 	b->ahead_end = 0;
+	b->new_first = 0;
+	b->new_end = 0;
 	b->tried = 0;
 	b->status = BLK_STS_OK;
 	r = qcow2_mdio_rw(bm->io, REQ_OP_READ, qcow2_bits_offset(bm, b),
@@ -448,6 +455,17 @@ static bool qcow2_range_is_durable(struct qcow2_bitmaps *bm, sector_t sector,
 	return true;
 }
 
+/* Make a range, which is empty if both are the same, as large as to have another one in it. */
+static void qcow2_widen(u32 *first, u32 *end, u32 from, u32 to)
+{
+	bool empty = *first == *end;
+
+	if (from == to)
+		return;
+	*first = empty ? from : min(*first, from);
+	*end = empty ? to : max(*end, to);
+}
+
 /* A request asks to change a range.  The lock is held. */
 static void qcow2_set_exact(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
 			    struct qcow2_bits *b, sector_t sector, sector_t nr)
@@ -464,13 +482,16 @@ static void qcow2_set_exact(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
 static void qcow2_range_set_exact(struct qcow2_bitmaps *bm, sector_t sector,
 				  sector_t nr)
 {
-	unsigned int i;
+	unsigned int i, first, n;
 
 	for (i = 0; i < bm->count; i++) {
 		struct qcow2_record *rec = bm->records + i;
+		struct qcow2_bits *b = qcow2_range_bits(bm, rec, sector);
 
-		qcow2_set_exact(bm, rec, qcow2_range_bits(bm, rec, sector),
-				sector, nr);
+		qcow2_set_exact(bm, rec, b, sector, nr);
+		qcow2_bits_range(bm, rec, sector, nr, &first, &n);
+		qcow2_widen(&b->new_first, &b->new_end, first / BITS_PER_LONG,
+			    (first + n - 1) / BITS_PER_LONG + 1);
 	}
 }
 
@@ -640,7 +661,7 @@ static bool qcow2_crowd_is_back(struct qcow2_bitmaps *bm)
 	unsigned int waiting = READ_ONCE(bm->nr_waiting);
 	unsigned int crowd = READ_ONCE(bm->crowd);
 
-	crowd -= crowd / 8;
+	crowd -= crowd / 32;
 	return 2 * waiting >= crowd ||
 	       waiting + READ_ONCE(bm->nr_served) >= crowd;
 }
@@ -829,14 +850,19 @@ static void qcow2_fill_mark(struct qcow2_bitmaps *bm, struct qcow2_mark *mark)
 	struct qcow2_bits *b = mark->bits;
 	unsigned long *to = mark->buf;
 	const unsigned long *exact = (unsigned long *)b->exact;
-	const unsigned long *durable = (unsigned long *)b->durable;
 	unsigned int i;
 
-	for (i = 0; i < qcow2_bits_bytes(bm) / sizeof(long); i++)
-		to[i] = exact[i] | durable[i];
+	memcpy(to, b->durable, qcow2_bits_bytes(bm));
+	for (i = b->new_first; i < b->new_end; i++)
+		to[i] |= exact[i];
+	mark->first = b->new_first;
+	mark->end = b->new_end;
 	if (b->ahead_first != b->ahead_end) {
 		qcow2_bits_set(mark->buf, b->ahead_first,
 			       b->ahead_end - b->ahead_first);
+		qcow2_widen(&mark->first, &mark->end,
+			    b->ahead_first / BITS_PER_LONG,
+			    (b->ahead_end - 1) / BITS_PER_LONG + 1);
 		b->loose = true;
 	}
 }
@@ -901,8 +927,11 @@ static void qcow2_marked(struct qcow2_bitmaps *bm, struct qcow2_mark *mark,
 		b->unsure = true;
 		return;
 	}
-	for (i = 0; i < qcow2_bits_bytes(bm) / sizeof(long); i++)
+	for (i = mark->first; i < mark->end; i++)
 		durable[i] |= written[i];
+	/* All that has been asked for is durable, if nobody has come since. */
+	if (!b->rounds && list_empty(&b->todo) && !b->unsure)
+		b->new_first = b->new_end;
 }
 
 static void qcow2_gather(struct qcow2_bitmaps *bm)

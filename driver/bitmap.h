@@ -108,6 +108,7 @@ struct qcow2_record {
 struct qcow2_mark {
 	struct qcow2_bits *bits;
 	void *buf;
+	u32 first, end;			/* words of it that may have what is not durable */
 	struct qcow2_error error;
 };
 

@@ -106,7 +106,7 @@ def order_of_log(lines, devices):
     """See FlushTrace.flushes. lines: of the trace; devices: dict of (major, minor): letter"""
     flush = re.compile(r" (block_bio_\w+): (\d+),(\d+) F\w* \d+ \+ 0 ")
     probe = re.compile(rf" ({'|'.join(PROBES)}): \([^)]*\)(?: bio=(0x[0-9a-f]+))?")
-    queued, mapping, logged, ending = {}, {}, {}, {}
+    queued, mapping, logged, ending = {}, {}, {}, []
     sent, now, done = 0, 0, []
     for line in lines:
         expect("LOST" not in line, "the kernel's trace has lost events")
@@ -124,19 +124,21 @@ def order_of_log(lines, devices):
                     what[1] = sent
                     sent += 1
             elif bio in logged:
-                ending.setdefault(who.group(1), []).append((now, logged.pop(bio)))
+                ending.append((now, logged.pop(bio), who.group(1)))
         elif m := flush.search(line):
             letter = devices[int(m.group(2)), int(m.group(3))]
             if m.group(1) == EVENTS[0]:
                 expect(who.group(1) not in queued, "a flush has not got to the log")
                 queued[who.group(1)] = letter
                 continue
-            # Its place in the log is one of those between these two moments.
-            mine = next((e for e in reversed(ending.get(who.group(1), [])) if e[1][0] == letter), None)
+            # Its place in the log is one of those between these two moments. Who has sent it may
+            # be the one who ends it, if it is quicker than he: then it is the oldest one.
+            mine = next((e for e in reversed(ending) if e[2] == who.group(1) and e[1][0] == letter),
+                        next((e for e in ending if e[1][0] == letter), None))
             expect(mine, "a flush has ended that has not got to the log")
-            ending[who.group(1)].remove(mine)
+            ending.remove(mine)
             done.append((mine[0], now, mine[1]))
-    expect(not queued and not mapping and not logged and not any(ending.values()), "a flush has not ended")
+    expect(not queued and not mapping and not logged and not ending, "a flush has not ended")
 
     done.sort()
     result, group, until = [], [], 0
