@@ -909,6 +909,14 @@ void qcow2_bitmaps_arm(struct qcow2_bitmaps *bm)
 	mod_delayed_work(bm->wq, &bm->idle, QCOW2_IDLE_PERIOD);
 }
 
+/* Does what is on disk of a block have to be written again?  The lock is held. */
+static void qcow2_set_unsure(struct qcow2_bitmaps *bm, struct qcow2_bits *b,
+			     bool unsure)
+{
+	bm->nr_unsure += unsure - b->unsure;
+	b->unsure = unsure;
+}
+
 /* Row 5, or 6 */
 static void qcow2_marked(struct qcow2_bitmaps *bm, struct qcow2_mark *mark,
 			 unsigned long round, blk_status_t status)
@@ -924,7 +932,7 @@ static void qcow2_marked(struct qcow2_bitmaps *bm, struct qcow2_mark *mark,
 	b->tried = round;
 	b->status = status;
 	if (status) {
-		b->unsure = true;
+		qcow2_set_unsure(bm, b, true);
 		return;
 	}
 	for (i = mark->first; i < mark->end; i++)
@@ -948,13 +956,13 @@ static void qcow2_marker_worker(struct work_struct *work)
 {
 	struct qcow2_marker *m = container_of(work, struct qcow2_marker, work);
 	struct qcow2_bitmaps *bm = m->bm;
-	unsigned int served, crowd;
+	unsigned int served, crowd, unsure;
 	unsigned long round;
 	u64 begun;
 	u32 took;
 	LIST_HEAD(waiters);
 	unsigned int i;
-	bool more;
+	bool more, failing;
 	int r = 0;
 
 	qcow2_gather(bm);
@@ -994,10 +1002,12 @@ static void qcow2_marker_worker(struct work_struct *work)
 	r = qcow2_flush_marks(bm);
 
 	spin_lock_irq(&bm->lock);
+	unsure = bm->nr_unsure;
 	for (i = 0; i < m->nr; i++)
 		qcow2_marked(bm, m->marks + i, round,
 			     r ? BLK_STS_IOERR :
 			     qcow2_error_get(&m->marks[i].error));
+	failing = !unsure && bm->nr_unsure;
 	WRITE_ONCE(bm->nr_served, bm->nr_served - served);
 	took = min_t(u64, ktime_get_ns() - begun, NSEC_PER_SEC);
 	WRITE_ONCE(bm->round_ns, bm->round_ns / 4 * 3 + took / 4);
@@ -1006,6 +1016,9 @@ static void qcow2_marker_worker(struct work_struct *work)
 	spin_unlock_irq(&bm->lock);
 	for (i = 0; i < m->nr; i++)
 		mempool_free(m->marks[i].buf, &bm->buffers);
+	/* A flush that has failed has been told with the mode. */
+	if (failing && !r)
+		qcow2_mode_event(bm->health);
 	qcow2_bitmaps_arm(bm);
 	/* Each looks for himself. */
 	bm->map->wake(&waiters, 0);
@@ -1079,7 +1092,7 @@ static int qcow2_take_wave(struct qcow2_bitmaps *bm)
 		unsigned int k;
 
 		b->writing = false;
-		b->unsure = r || status;
+		qcow2_set_unsure(bm, b, r || status);
 		if (b->unsure) {
 			/* row 9 */
 			if (!r)
@@ -1171,6 +1184,7 @@ void qcow2_bitmaps_forget(struct qcow2_bitmaps *bm)
 	bm->next = 0;
 	bm->ahead = 0;
 	bm->streak = 0;
+	bm->nr_unsure = 0;
 	spin_unlock_irq(&bm->lock);
 	list_for_each_entry_safe(b, next, &gone, lru) {
 		mempool_free(b, &bm->blocks);

@@ -156,6 +156,7 @@ struct qcow2_bitmaps {
 	/* Rounds of marks: how many have begun */
 	unsigned long rounds;
 	unsigned int nr_rounds;		/* on their way */
+	unsigned int nr_unsure;		/* blocks whose last write has failed */
 	bool paused;			/* none begins */
 	wait_queue_head_t quiet;	/* for @nr_rounds to be 0 */
 	/* Sequential writers: where the next one is expected, what was marked ahead; sectors */

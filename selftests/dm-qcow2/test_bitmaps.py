@@ -308,10 +308,16 @@ def cannot_write(bench):
     disk = bench.io(dm)
     disk.write(MIB, b"a" * 4096)
     lower.bad(bitmaps(image)[names[1]].clusters()[0] & OFFSET_MASK, 64 * KIB)
+    events = dm.events()
     with fails_with(errno.EIO):
         disk.write(3 * MIB, b"f" * 4096)
     same(disk.read(3 * MIB, 4096), bytes(4096))
     expect(dm.status().unwritten == 1, f"{dm.status()}")
+    # It is told when it begins.
+    wait_for("an event", 60, lambda: dm.events() > events)
+    with fails_with(errno.EIO):
+        disk.write(5 * MIB, b"f" * 4096)
+    expect(dm.events() == events + 1, f"{dm.events() - events} events")
     dm.suspend()
     expect(dm.status().unwritten == 1, f"suspended: {dm.status()}")
     dm.resume()
@@ -323,7 +329,7 @@ def cannot_write(bench):
     covers(image, names, [(MIB, 4096)], "as long as it cannot be written")
     lower.good()
     wait_for("the mark is written", 60, lambda: not dm.status().unwritten)
-    ranges = [(MIB, 4096), (3 * MIB, 4096)]
+    ranges = [(MIB, 4096), (3 * MIB, 4096), (5 * MIB, 4096)]
     covers(image, names, ranges, "it can be written")
     disk.write(3 * MIB, b"c" * 4096)
     bench.drop(disk)
