@@ -93,11 +93,15 @@ static const struct option_row {
 	    "begin: the bitmap that begins at that instant", parse_text,
 	    checkpoint),
 	ROW("bitmap", "NAME", "backup",
-	    "begin: what has changed since it began; again for more",
+	    "begin, extents: what has changed since it began; again for more",
 	    parse_bitmap, bitmap),
 	ROW("image", "FILE", "backup",
 	    "begin: where the image for others goes (default: in /run)",
 	    parse_text, backup_image),
+	ROW("socket", "PATH", "backup", "serve: a socket of the system",
+	    parse_text, socket),
+	ROW("listen", "HOST:PORT", "backup", "serve: an address", parse_text,
+	    listen),
 	ROW("dirty-only", NULL, "backup",
 	    "begin: keep only what the bitmaps say has changed", parse_flag,
 	    dirty_only),
@@ -154,7 +158,8 @@ static const struct option_row {
 	ROW("json", NULL, "info status map check measure", "print JSON",
 	    parse_flag, json),
 	ROW("json", NULL, "bitmap", "list: print JSON", parse_flag, json),
-	ROW("json", NULL, "backup", "status: print JSON", parse_flag, json),
+	ROW("json", NULL, "backup", "status, extents: print JSON", parse_flag,
+	    json),
 #undef ROW
 };
 

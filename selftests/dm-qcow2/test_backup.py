@@ -9,12 +9,13 @@ import errno
 import json
 import os
 import random
+import subprocess
 import time
 
 import qcow2test
 from qcow2test import (KIB, MIB, Ext4, Failure, Io, Loop, Task, expect, fails_with, main, note, run, same, test,
                        wait_for)
-from test_checkpoint import KINDS, TOOL, Opened, Writers, calls_of, injected, no_helper, setup, words
+from test_checkpoint import KINDS, TOOL, Opened, Writers, calls_of, injected, joined, no_helper, setup, words
 
 # Those of test_checkpoint
 qcow2test.forget_tests()
@@ -248,6 +249,59 @@ def one_instant(bench):
                 disk.zero_out(0, d.image.size)
     for d in devices:
         nothing_left(d)
+
+
+@test("other people's clients read from backup serve what was, and what has changed: nbdinfo, nbdcopy, qemu-img",
+      all_cpus=True)
+def served(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 24 * MIB + 512, None, {})
+    rng = random.Random(SEED)
+    dm.tool("bitmap add", "b0", "--granularity", "32K")
+    disk = bench.add(Io(dm.path))
+    for _ in range(30):
+        disk.write(rng.randrange(image.size // 512) * 512, b"w" * 512)
+    # What is dirty, and reads as zeros
+    disk.zero_out(8 * MIB, 4 * MIB)
+    was = disk.read(0, image.size)
+    b = Backup(bench, [dm], "--bitmap", "b0", "--checkpoint", "b1")
+    writers = Writers(bench, dm, image.size, rng)
+    socket = bench.path("socket")
+    # pylint: disable=consider-using-with # it is ended below
+    server = subprocess.Popen([TOOL, "backup", "serve", dm.name, "--socket", socket])
+    uri = f"nbd+unix:///?socket={socket}"
+    try:
+        wait_for("the server", 30, lambda: os.path.exists(socket))
+        writers.some()
+        nbd = json.loads(run("nbdinfo", "--json", "--map=qemu:dirty-bitmap:b0", uri))
+        qemu = json.loads(run("qemu-img", "map", "--output=json", "--image-opts", "driver=nbd,server.type=unix,"
+                              f"server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:b0"))
+        for n, command in enumerate((("nbdcopy", uri), ("qemu-img", "convert", "-f", "raw", "-O", "raw", uri))):
+            path = bench.path(f"copy{n}")
+            run(*command, path)
+            with open(path, "rb") as f:
+                same(f.read(image.size), was, what=command[0])
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, bench.path("copy0"))
+        got, out = run(TOOL, "backup", "end", dm.name, ok=False)
+        expect(got == 5 and "qemu-nbd" in out, f"{got}: {out}")
+    finally:
+        server.terminate()
+        server.wait()
+    found = json.loads(run(TOOL, "backup", "extents", dm.name, "--bitmap", "b0", "--json"))
+    ours = joined((e["start"], e["length"], e["dirty"]) for e in found)
+    expect(joined((e["offset"], e["length"], e["type"] == 1) for e in nbd) == ours, f"nbdinfo: {nbd}, extents: {found}")
+    expect(joined((e["start"], e["length"], not e["data"]) for e in qemu) == ours, f"qemu-img: {qemu}, extents: {found}")
+    zeros = [e for e in found if e["zero"]]
+    expect(any(e["dirty"] for e in zeros), f"nothing that is dirty is said to be zeros: {found}")
+    expect(not any(any(was[e["start"]:e["start"] + e["length"]]) for e in zeros), f"no zeros: {zeros}")
+    every = json.loads(run(TOOL, "backup", "extents", dm.name, "--json"))
+    expect(all(e["dirty"] for e in every), f"{every}")
+    expect(sum(e["length"] for e in every) == image.size == sum(e["length"] for e in found), f"{every}")
+    bench.drop(writers)
+    b.end()
+    nothing_left(dm)
+    for action in (("extents",), ("serve", "--socket", socket)):
+        got, out = run(TOOL, "backup", action[0], dm.name, *action[1:], ok=False)
+        expect(got == 4 and "backup begin" in out, f"{action}: {got}: {out}")
 
 
 @test("what else is done with the device while a backup is under way")

@@ -3,15 +3,20 @@
  * qcow2setup backup: disks as they were at one instant, while they are used
  * (stack/backup.c).
  */
+#include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "commands/commands.h"
+#include "image/bitmaps.h"
+#include "image/walk.h"
 #include "lib/interrupt.h"
 #include "lib/json.h"
 #include "lib/util.h"
 #include "stack/backup.h"
+#include "stack/mapping.h"
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
@@ -184,6 +189,201 @@ static int status(const struct options *opt, char **names, unsigned int n)
 	return ret;
 }
 
+/*
+ * What others may want to copy of it
+ */
+
+struct extents_out {
+	struct json j;
+	bool json, any;
+	struct bitmap_reader reader[MOST_RECORDING];
+	unsigned int readers;
+	struct piece {
+		uint64_t start, length;
+		bool dirty, zero;
+	} last;
+};
+
+static void put_piece(struct extents_out *o)
+{
+	const struct piece *p = &o->last;
+
+	if (!p->length)
+		return;
+	if (o->json) {
+		json_object(&o->j, NULL);
+		json_number(&o->j, "start", p->start);
+		json_number(&o->j, "length", p->length);
+		json_bool(&o->j, "dirty", p->dirty);
+		json_bool(&o->j, "zero", p->zero);
+		json_object_end(&o->j);
+	} else {
+		printf("%" PRIu64 " %" PRIu64 " %s%s\n", p->start, p->length,
+		       p->dirty ? "dirty" : "clean", p->zero ? ", zero" : "");
+	}
+}
+
+/* Dirty in any of the bitmaps; without one all of it is */
+static int cut_extent(const struct extent *e, void *arg)
+{
+	struct extents_out *o = arg;
+	uint64_t at = e->start, end, stop;
+	bool zero = e->state != QCOW2_DATA, dirty, one;
+	unsigned int i;
+	int ret;
+
+	for (; at < e->start + e->length; at = end) {
+		end = e->start + e->length;
+		dirty = !o->readers;
+		for (i = 0; i < o->readers; i++) {
+			ret = bitmap_reader_run(&o->reader[i], at, &one, &stop);
+			if (ret)
+				return ret;
+			dirty |= one;
+			end = min_u64(end, stop);
+		}
+		if (o->last.length && o->last.dirty == dirty && o->last.zero == zero) {
+			o->last.length += end - at;
+			continue;
+		}
+		put_piece(o);
+		o->last = (struct piece){ at, end - at, dirty, zero };
+	}
+	return interrupted() ? EX_WRONG : 0;
+}
+
+static int list_extents(struct extents_out *o, struct image *img)
+{
+	struct extents x = { .states_only = true, .fn = cut_extent, .arg = o };
+	int ret;
+
+	x.size = img->geo.size;
+	if (o->json) {
+		json_start(&o->j, stdout);
+		json_array(&o->j, NULL);
+	}
+	ret = image_walk(img, &img->geo, &x);
+	if (ret)
+		return ret;
+	put_piece(o);
+	if (o->json) {
+		json_array_end(&o->j);
+		json_end(&o->j);
+	}
+	return 0;
+}
+
+/* The notes of a backup that is under way, and whose view is valid */
+static int find_backup(const char *name, struct backup_notes *notes)
+{
+	struct target_status s;
+	int ret;
+
+	ret = dm_check(true);
+	if (!ret)
+		ret = live_status(name, &s);
+	if (ret)
+		return ret == -ENXIO ? dm_gone(name) : ret;
+	if (!s.view || !backup_notes_read(name, notes) || !notes->image)
+		return fail(EX_WRONG, "%s: no backup of it is under way; begin one with qcow2setup backup begin %s --cow DEV|DIR",
+			    esc(name), shell_quote(name));
+	if (strcmp(s.view, "valid"))
+		return fail(EX_WRONG,
+			    "%s: its view is %s; end the backup (qcow2setup backup end %s --failed), and begin another one",
+			    esc(name), view_text(s.view), shell_quote(name));
+	return 0;
+}
+
+static int extents(const struct options *opt, char **names, unsigned int n)
+{
+	struct extents_out o = { .json = opt->json };
+	struct backup_notes notes = { NULL };
+	struct image img = IMAGE_CLOSED;
+	struct bitmaps s = { .img = NULL };
+	unsigned int i;
+	int ret;
+
+	if (n != 1)
+		return fail(EX_PARAMETER,
+			    "wrong number of arguments; usage: qcow2setup backup extents NAME [--bitmap BITMAP]... [--json]");
+	ret = find_backup(device_name(names[0]), &notes);
+	if (!ret)
+		ret = image_open_locked(&img, notes.image, false);
+	if (!ret)
+		ret = image_geometry(&img, &img.geo);
+	if (!ret && opt->bitmaps)
+		ret = bitmaps_load(&s, &img);
+	for (i = 0; !ret && i < opt->bitmaps; i++)
+		ret = bitmap_reader_open(&o.reader[o.readers++], &s, opt->bitmap[i]);
+	if (!ret)
+		ret = list_extents(&o, &img);
+	for (i = 0; i < o.readers; i++)
+		bitmap_reader_close(&o.reader[i]);
+	bitmaps_free(&s);
+	image_close(&img);
+	backup_notes_free(&notes);
+	return ret;
+}
+
+/*
+ * For other people's clients: stock qemu-nbd
+ */
+
+#define SERVE_MOST	(32 + 2 * BACKUP_MAX_BITMAPS)
+
+static int serve(const struct options *opt, char **names, unsigned int n)
+{
+	struct backup_notes notes = { NULL };
+	char *argv[SERVE_MOST] = { (char *)"qemu-nbd", (char *)"--read-only",
+				   (char *)"--persistent", (char *)"--shared=0",
+				   (char *)"--format=qcow2" };
+	char *host = NULL, *port;
+	unsigned int k = 5, i;
+	int ret;
+
+	if (!n)
+		return fail(EX_PARAMETER,
+			    "backup serve needs to know of what; usage: qcow2setup backup serve NAME --socket PATH|--listen HOST:PORT [-- OPTION...]");
+	if (!opt->socket == !opt->listen)
+		return fail(EX_PARAMETER,
+			    "clients have to find it; give --socket PATH, or --listen HOST:PORT");
+	if (n > 16)
+		return fail(EX_PARAMETER, "more than 15 options for qemu-nbd; leave some out");
+	ret = find_backup(device_name(names[0]), &notes);
+	if (ret)
+		return ret;
+	for (i = 0; i < notes.bitmaps; i++) {
+		argv[k++] = (char *)"-B";
+		argv[k++] = notes.bitmap[i];
+	}
+	if (opt->socket) {
+		argv[k++] = (char *)"-k";
+		argv[k++] = (char *)opt->socket;
+	} else {
+		host = strdup(opt->listen);
+		port = host ? strrchr(host, ':') : NULL;
+		if (!port || port == host || !port[1]) {
+			free(host);
+			return fail(EX_PARAMETER, "--listen %s is no HOST:PORT; use one such as localhost:10809",
+				    esc(opt->listen));
+		}
+		*port = 0;
+		argv[k++] = (char *)"-b";
+		argv[k++] = host;
+		argv[k++] = (char *)"-p";
+		argv[k++] = port + 1;
+	}
+	for (i = 1; i < n; i++)
+		argv[k++] = names[i];
+	argv[k++] = notes.image;
+	argv[k] = NULL;
+	execvp(argv[0], argv);
+	ret = fail_errno("qemu-nbd: cannot be run");
+	free(host);
+	backup_notes_free(&notes);
+	return ret;
+}
+
 static const struct what {
 	const char *name;
 	int (*fn)(const struct options *opt, char **names, unsigned int n);
@@ -191,6 +391,8 @@ static const struct what {
 } whats[] = {
 	{ "begin", begin, "cow checkpoint bitmap image dirty-only sparse" },
 	{ "status", status, "json" },
+	{ "extents", extents, "bitmap json" },
+	{ "serve", serve, "socket listen" },
 	{ "end", end, "failed" },
 };
 
@@ -204,6 +406,7 @@ static int check_options(const struct what *what, const struct options *opt)
 		{ "bitmap", opt->bitmaps }, { "image", opt->backup_image },
 		{ "dirty-only", opt->dirty_only }, { "sparse", opt->sparse },
 		{ "json", opt->json }, { "failed", opt->failed },
+		{ "socket", opt->socket }, { "listen", opt->listen },
 	};
 	size_t i;
 
@@ -232,6 +435,6 @@ int cmd_backup(const struct options *opt, char **args)
 		interrupt_catch();
 		return interrupt_result(whats[i].fn(opt, args + 1, n));
 	}
-	return fail(EX_PARAMETER, "backup %s is not known; use backup begin, status or end",
+	return fail(EX_PARAMETER, "backup %s is not known; use backup begin, status, extents, serve or end",
 		    esc(args[0]));
 }

@@ -76,3 +76,15 @@ out:
 	free(l2);
 	return ret;
 }
+
+int image_geometry(const struct image *img, struct qcow2_geometry *g)
+{
+	enum qcow2_fault fault = qcow2_header_check(&img->h.raw, true, g);
+
+	if (!fault)
+		fault = qcow2_geometry_check(g, img->node.size);
+	if (!fault)
+		return 0;
+	return fail(EX_WRONG, "%s: %s; see what qcow2setup check says",
+		    esc(img->node.path), qcow2_fault_str(fault));
+}

@@ -12,4 +12,7 @@
 int image_walk(const struct image *img, const struct qcow2_geometry *g,
 	       struct extents *x);
 
+/* What the header says, checked.  Prints why it failed, an exit code. */
+int image_geometry(const struct image *img, struct qcow2_geometry *g);
+
 #endif

@@ -397,18 +397,6 @@ static int see_extent(const struct extent *e, void *arg)
 	return 0;
 }
 
-static int geometry(const struct image *img, struct qcow2_geometry *g)
-{
-	enum qcow2_fault fault = qcow2_header_check(&img->h.raw, true, g);
-
-	if (!fault)
-		fault = qcow2_geometry_check(g, img->node.size);
-	if (!fault)
-		return 0;
-	return fail(EX_WRONG, "%s: %s; see what qcow2setup check says",
-		    esc(img->node.path), qcow2_fault_str(fault));
-}
-
 /*
  * What is not data now was none then, unless it has been kept since: after the map, for what is kept
  * now may have become zero before the map was read.
@@ -455,7 +443,7 @@ static int find_shown(const char *name, struct shown *s, uint64_t sectors,
 
 	ret = attach_live(&img, name, false);
 	if (!ret)
-		ret = geometry(&img, &g);
+		ret = image_geometry(&img, &g);
 	*raw = !ret && img.h.autoclear & QCOW2_AUTOCLEAR_RAW_DATA;
 	if (!ret && !*raw) {
 		x.size = g.size;
@@ -517,13 +505,13 @@ static int copy_bitmaps(const struct disk *d)
 
 	ret = attach_live(&from, d->name, false);
 	if (!ret)
-		ret = geometry(&from, &from.geo);
+		ret = image_geometry(&from, &from.geo);
 	if (!ret)
 		ret = bitmaps_load(&source, &from);
 	if (!ret)
 		ret = image_open_locked(&to, d->image, true);
 	if (!ret)
-		ret = geometry(&to, &to.geo);
+		ret = image_geometry(&to, &to.geo);
 	if (!ret)
 		ret = image_load_tables(&to, true);
 	if (!ret)
@@ -600,7 +588,7 @@ static int skip_clean(const struct disk *d, uint64_t sectors)
 
 	ret = attach_live(&img, d->name, false);
 	if (!ret)
-		ret = geometry(&img, &img.geo);
+		ret = image_geometry(&img, &img.geo);
 	if (!ret)
 		ret = bitmaps_load(&s, &img);
 	for (i = 0; !ret && i < d->r->bitmaps; i++)
