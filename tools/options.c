@@ -93,7 +93,7 @@ static const struct option_row {
 	    "begin: the bitmap that begins at that instant", parse_text,
 	    checkpoint),
 	ROW("bitmap", "NAME", "backup",
-	    "begin, extents: what has changed since it began; again for more",
+	    "what has changed since it began; again for more",
 	    parse_bitmap, bitmap),
 	ROW("image", "FILE", "backup",
 	    "begin: where the image for others goes (default: in /run)",
@@ -102,6 +102,13 @@ static const struct option_row {
 	    parse_text, socket),
 	ROW("listen", "HOST:PORT", "backup", "serve: an address", parse_text,
 	    listen),
+	ROW("resume", NULL, "backup", "copy: go on where it was stopped",
+	    parse_flag, resume),
+	ROW("verify", NULL, "backup",
+	    "copy: read it back, and compare", parse_flag, verify),
+	ROW("overwrite-device", NULL, "backup",
+	    "copy: TARGET is a block device: overwrite it", parse_flag,
+	    overwrite_device),
 	ROW("dirty-only", NULL, "backup",
 	    "begin: keep only what the bitmaps say has changed", parse_flag,
 	    dirty_only),
@@ -158,8 +165,8 @@ static const struct option_row {
 	ROW("json", NULL, "info status map check measure", "print JSON",
 	    parse_flag, json),
 	ROW("json", NULL, "bitmap", "list: print JSON", parse_flag, json),
-	ROW("json", NULL, "backup", "status, extents: print JSON", parse_flag,
-	    json),
+	ROW("json", NULL, "backup", "status, extents, copy: print JSON",
+	    parse_flag, json),
 #undef ROW
 };
 

@@ -304,6 +304,89 @@ def served(bench):
         expect(got == 4 and "backup begin" in out, f"{action}: {got}: {out}")
 
 
+def content(path, size):
+    with open(path, "rb") as f:
+        return f.read(size + 1)
+
+
+def copies(bench, cluster, size, granularity, options):
+    """The tool's own: all, what has changed, to a file and to a device, stopped, compared"""
+    image, dm, _ = setup(bench, cluster, size, granularity, options)
+    rng = random.Random(SEED)
+    writers = Writers(bench, dm, image.size, rng)
+    target, device = bench.path("target"), bench.add(Loop(bench.file("device", image.size + MIB))).path
+    last = None
+    for n in range(4):
+        writers.some()
+        changed = ("--bitmap", f"c{n - 1}") if n else ()
+        b = Backup(bench, [dm], *changed, "--checkpoint", f"c{n}{granularity and f',granularity={granularity}' or ''}")
+        view = b.view(dm)
+        out = run(TOOL, "backup", "copy", dm.name, target, *changed, "--verify", "--json")
+        lines = [json.loads(line) for line in out.splitlines()]
+        expect(lines and lines[-1]["done"] == lines[-1]["total"], out)
+        expect(not n or lines[-1]["total"] < image.size or view != last, out)
+        writers.some()
+        run(TOOL, "backup", "copy", dm.name, device, *(changed or ("--overwrite-device",)))
+        same(content(target, image.size), view, what=f"copy {n}")
+        same(content(device, image.size)[:image.size], view, what=f"copy {n} to a device")
+        expect(not os.path.exists(target + ".qcow2setup-copy"), "its notes are left")
+        last = view
+        b.end()
+    bench.drop(writers)
+    nothing_left(dm)
+
+
+for _kind in KINDS:
+    test(f"copies of all, and of what has changed: {words(_kind)}", *_kind, all_cpus=True)(copies)
+
+
+@test("a copy that is stopped, goes on, meets a view that is over, or what is no copy")
+def stopped(bench):
+    image, dm, _ = setup(bench, 64 * KIB, 64 * MIB, None, {})
+    disk = bench.add(Io(dm.path))
+    for at in range(0, image.size, MIB):
+        disk.write(at, os.urandom(MIB))
+    b = Backup(bench, [dm], "--checkpoint", "c0")
+    view = b.view(dm)
+    target = bench.path("target")
+    calls = calls_of(bench, dm, "backup copy", target + "0")
+    note(f"{calls} calls")
+
+    def refused(status, text, *argv):
+        got, out = run(TOOL, "backup", "copy", *argv, ok=False)
+        expect(got == status and text in out, f"{argv}: status {got}, not {status}, or no '{text}': {out}")
+
+    for part in (3, 2):
+        status, out = injected(dm, {"INJECT_AT": calls * (part - 1) // part, "INJECT_SIGNAL": 15}, "backup copy", target)
+        expect(status, f"it was not stopped: {out}")
+        refused(5, "--resume", dm.name, target)
+        disk.write(0, os.urandom(4096))
+        run(TOOL, "backup", "copy", dm.name, target, "--resume", "--verify")
+        same(content(target, image.size), view, what="stopped, and gone on with")
+        os.unlink(target)
+    status, out = injected(dm, {"INJECT_AT": calls // 2, "INJECT_SIGNAL": 15}, "backup copy", target)
+    expect(status, out)
+    b.end()
+    refused(4, "no backup", dm.name, target, "--resume")
+    b = Backup(bench, [dm], "--bitmap", "c0", "--checkpoint", "c1")
+    # That is another one.
+    refused(4, "leave --resume out", dm.name, target, "--resume")
+    refused(4, "no such copy", dm.name, bench.path("nothing"), "--bitmap", "c0")
+    refused(4, "no bitmap", dm.name, target + "0", "--bitmap", "c7")
+    big, small = bench.file("big", image.size + 512), bench.add(Loop(bench.file("small", MIB))).path
+    refused(4, "larger", dm.name, big, "--bitmap", "c0")
+    refused(5, "--overwrite-device", dm.name, small)
+    refused(4, "smaller", dm.name, small, "--overwrite-device")
+    refused(1, "usage", dm.name)
+    run("dmsetup", "message", dm.name, "0", "view_end")
+    refused(4, "--failed", dm.name, target + "0", "--bitmap", "c0")
+    b.end("--failed")
+    b = Backup(bench, [dm], "--bitmap", "c1", "--checkpoint", "c2")
+    run(TOOL, "backup", "copy", dm.name, target + "0", "--bitmap", "c1", "--verify")
+    same(content(target + "0", image.size), b.view(dm), what="after a failure")
+    b.end()
+
+
 @test("what else is done with the device while a backup is under way")
 def meanwhile(bench):
     image, dm, _ = setup(bench, 64 * KIB, 8 * MIB, None, {})

@@ -10,13 +10,10 @@
 #include <unistd.h>
 
 #include "commands/commands.h"
-#include "image/bitmaps.h"
-#include "image/walk.h"
 #include "lib/interrupt.h"
 #include "lib/json.h"
 #include "lib/util.h"
 #include "stack/backup.h"
-#include "stack/mapping.h"
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
@@ -87,21 +84,6 @@ static uint64_t kept_bytes(const struct target_status *s)
 	return s->view_kept * granule;
 }
 
-static const char *view_text(const char *view)
-{
-	if (!strcmp(view, "valid"))
-		return "valid";
-	if (!strcmp(view, "no_space"))
-		return "over: no space for what is to be kept";
-	if (!strcmp(view, "cow_device"))
-		return "over: what is to be kept cannot be written";
-	if (!strcmp(view, "device"))
-		return "over: what is to be kept cannot be read";
-	if (!strcmp(view, "no_memory"))
-		return "over: no memory for what is to be kept";
-	return "over";
-}
-
 static void show(struct listing *l, const char *name,
 		 const struct target_status *s)
 {
@@ -131,7 +113,7 @@ static void show(struct listing *l, const char *name,
 		json_object_end(j);
 	} else {
 		printf("%s: %s, %s kept, /dev/mapper/%s", esc(name),
-		       view_text(s->view), human_size(kept_bytes(s)), esc(device));
+		       backup_view_text(s->view), human_size(kept_bytes(s)), esc(device));
 		if (notes.image)
 			printf(", %s", esc(notes.image));
 		for (i = 0; i < notes.bitmaps; i++)
@@ -195,21 +177,13 @@ static int status(const struct options *opt, char **names, unsigned int n)
 
 struct extents_out {
 	struct json j;
-	bool json, any;
-	struct bitmap_reader reader[MOST_RECORDING];
-	unsigned int readers;
-	struct piece {
-		uint64_t start, length;
-		bool dirty, zero;
-	} last;
+	bool json;
 };
 
-static void put_piece(struct extents_out *o)
+static int put_piece(const struct backup_piece *p, void *arg)
 {
-	const struct piece *p = &o->last;
+	struct extents_out *o = arg;
 
-	if (!p->length)
-		return;
 	if (o->json) {
 		json_object(&o->j, NULL);
 		json_number(&o->j, "start", p->start);
@@ -221,76 +195,6 @@ static void put_piece(struct extents_out *o)
 		printf("%" PRIu64 " %" PRIu64 " %s%s\n", p->start, p->length,
 		       p->dirty ? "dirty" : "clean", p->zero ? ", zero" : "");
 	}
-}
-
-/* Dirty in any of the bitmaps; without one all of it is */
-static int cut_extent(const struct extent *e, void *arg)
-{
-	struct extents_out *o = arg;
-	uint64_t at = e->start, end, stop;
-	bool zero = e->state != QCOW2_DATA, dirty, one;
-	unsigned int i;
-	int ret;
-
-	for (; at < e->start + e->length; at = end) {
-		end = e->start + e->length;
-		dirty = !o->readers;
-		for (i = 0; i < o->readers; i++) {
-			ret = bitmap_reader_run(&o->reader[i], at, &one, &stop);
-			if (ret)
-				return ret;
-			dirty |= one;
-			end = min_u64(end, stop);
-		}
-		if (o->last.length && o->last.dirty == dirty && o->last.zero == zero) {
-			o->last.length += end - at;
-			continue;
-		}
-		put_piece(o);
-		o->last = (struct piece){ at, end - at, dirty, zero };
-	}
-	return interrupted() ? EX_WRONG : 0;
-}
-
-static int list_extents(struct extents_out *o, struct image *img)
-{
-	struct extents x = { .states_only = true, .fn = cut_extent, .arg = o };
-	int ret;
-
-	x.size = img->geo.size;
-	if (o->json) {
-		json_start(&o->j, stdout);
-		json_array(&o->j, NULL);
-	}
-	ret = image_walk(img, &img->geo, &x);
-	if (ret)
-		return ret;
-	put_piece(o);
-	if (o->json) {
-		json_array_end(&o->j);
-		json_end(&o->j);
-	}
-	return 0;
-}
-
-/* The notes of a backup that is under way, and whose view is valid */
-static int find_backup(const char *name, struct backup_notes *notes)
-{
-	struct target_status s;
-	int ret;
-
-	ret = dm_check(true);
-	if (!ret)
-		ret = live_status(name, &s);
-	if (ret)
-		return ret == -ENXIO ? dm_gone(name) : ret;
-	if (!s.view || !backup_notes_read(name, notes) || !notes->image)
-		return fail(EX_WRONG, "%s: no backup of it is under way; begin one with qcow2setup backup begin %s --cow DEV|DIR",
-			    esc(name), shell_quote(name));
-	if (strcmp(s.view, "valid"))
-		return fail(EX_WRONG,
-			    "%s: its view is %s; end the backup (qcow2setup backup end %s --failed), and begin another one",
-			    esc(name), view_text(s.view), shell_quote(name));
 	return 0;
 }
 
@@ -298,29 +202,24 @@ static int extents(const struct options *opt, char **names, unsigned int n)
 {
 	struct extents_out o = { .json = opt->json };
 	struct backup_notes notes = { NULL };
-	struct image img = IMAGE_CLOSED;
-	struct bitmaps s = { .img = NULL };
-	unsigned int i;
+	uint64_t size;
 	int ret;
 
 	if (n != 1)
 		return fail(EX_PARAMETER,
 			    "wrong number of arguments; usage: qcow2setup backup extents NAME [--bitmap BITMAP]... [--json]");
-	ret = find_backup(device_name(names[0]), &notes);
+	ret = backup_find(device_name(names[0]), &notes);
+	if (!ret && o.json) {
+		json_start(&o.j, stdout);
+		json_array(&o.j, NULL);
+	}
 	if (!ret)
-		ret = image_open_locked(&img, notes.image, false);
-	if (!ret)
-		ret = image_geometry(&img, &img.geo);
-	if (!ret && opt->bitmaps)
-		ret = bitmaps_load(&s, &img);
-	for (i = 0; !ret && i < opt->bitmaps; i++)
-		ret = bitmap_reader_open(&o.reader[o.readers++], &s, opt->bitmap[i]);
-	if (!ret)
-		ret = list_extents(&o, &img);
-	for (i = 0; i < o.readers; i++)
-		bitmap_reader_close(&o.reader[i]);
-	bitmaps_free(&s);
-	image_close(&img);
+		ret = backup_pieces(&notes, opt->bitmap, opt->bitmaps, put_piece,
+				    &o, &size);
+	if (!ret && o.json) {
+		json_array_end(&o.j);
+		json_end(&o.j);
+	}
 	backup_notes_free(&notes);
 	return ret;
 }
@@ -349,7 +248,7 @@ static int serve(const struct options *opt, char **names, unsigned int n)
 			    "clients have to find it; give --socket PATH, or --listen HOST:PORT");
 	if (n > 16)
 		return fail(EX_PARAMETER, "more than 15 options for qemu-nbd; leave some out");
-	ret = find_backup(device_name(names[0]), &notes);
+	ret = backup_find(device_name(names[0]), &notes);
 	if (ret)
 		return ret;
 	for (i = 0; i < notes.bitmaps; i++) {
@@ -392,6 +291,7 @@ static const struct what {
 	{ "begin", begin, "cow checkpoint bitmap image dirty-only sparse" },
 	{ "status", status, "json" },
 	{ "extents", extents, "bitmap json" },
+	{ "copy", backup_copy, "bitmap json resume verify overwrite-device" },
 	{ "serve", serve, "socket listen" },
 	{ "end", end, "failed" },
 };
@@ -406,6 +306,8 @@ static int check_options(const struct what *what, const struct options *opt)
 		{ "bitmap", opt->bitmaps }, { "image", opt->backup_image },
 		{ "dirty-only", opt->dirty_only }, { "sparse", opt->sparse },
 		{ "json", opt->json }, { "failed", opt->failed },
+		{ "resume", opt->resume }, { "verify", opt->verify },
+		{ "overwrite-device", opt->overwrite_device },
 		{ "socket", opt->socket }, { "listen", opt->listen },
 	};
 	size_t i;
@@ -435,6 +337,6 @@ int cmd_backup(const struct options *opt, char **args)
 		interrupt_catch();
 		return interrupt_result(whats[i].fn(opt, args + 1, n));
 	}
-	return fail(EX_PARAMETER, "backup %s is not known; use backup begin, status, extents, serve or end",
+	return fail(EX_PARAMETER, "backup %s is not known; use backup begin, status, extents, copy, serve or end",
 		    esc(args[0]));
 }

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
@@ -20,6 +21,7 @@
 #include "stack/mapping.h"
 #include "system/claim.h"
 #include "system/device.h"
+#include "system/live.h"
 #include "system/loop.h"
 
 #define SECTOR		512
@@ -65,6 +67,8 @@ static int write_notes(const char *name, const struct backup_notes *n)
 		put_note(f, "image", n->image);
 	if (n->checkpoint)
 		put_note(f, "checkpoint", n->checkpoint);
+	if (n->id)
+		put_note(f, "id", n->id);
 	for (i = 0; i < n->bitmaps; i++)
 		put_note(f, "bitmap", n->bitmap[i]);
 	if (fflush(f) || ferror(f)) {
@@ -104,6 +108,8 @@ bool backup_notes_read(const char *name, struct backup_notes *n)
 			n->image = decode(line + 6);
 		else if (starts_with(line, "checkpoint ") && !n->checkpoint)
 			n->checkpoint = decode(line + 11);
+		else if (starts_with(line, "id ") && !n->id)
+			n->id = decode(line + 3);
 		else if (starts_with(line, "bitmap ") &&
 			 n->bitmaps < BACKUP_MAX_BITMAPS)
 			n->bitmap[n->bitmaps++] = decode(line + 7);
@@ -119,9 +125,118 @@ void backup_notes_free(struct backup_notes *n)
 
 	free(n->image);
 	free(n->checkpoint);
+	free(n->id);
 	for (i = 0; i < n->bitmaps; i++)
 		free(n->bitmap[i]);
 	*n = (struct backup_notes){ NULL };
+}
+
+/*
+ * What is under way
+ */
+
+const char *backup_view_text(const char *view)
+{
+	if (!strcmp(view, "valid"))
+		return "valid";
+	if (!strcmp(view, "no_space"))
+		return "over: no space for what is to be kept";
+	if (!strcmp(view, "cow_device"))
+		return "over: what is to be kept cannot be written";
+	if (!strcmp(view, "device"))
+		return "over: what is to be kept cannot be read";
+	if (!strcmp(view, "no_memory"))
+		return "over: no memory for what is to be kept";
+	return "over";
+}
+
+int backup_find(const char *name, struct backup_notes *notes)
+{
+	struct target_status s;
+	int ret;
+
+	ret = dm_check(true);
+	if (!ret)
+		ret = live_status(name, &s);
+	if (ret)
+		return ret == -ENXIO ? dm_gone(name) : ret;
+	if (!s.view || !backup_notes_read(name, notes) || !notes->image)
+		return fail(EX_WRONG, "%s: no backup of it is under way; begin one with qcow2setup backup begin %s --cow DEV|DIR",
+			    esc(name), shell_quote(name));
+	if (strcmp(s.view, "valid"))
+		return fail(EX_WRONG,
+			    "%s: its view is %s; end the backup (qcow2setup backup end %s --failed), and begin another one",
+			    esc(name), backup_view_text(s.view), shell_quote(name));
+	return 0;
+}
+
+struct cutting {
+	struct bitmap_reader reader[BACKUP_MAX_BITMAPS];
+	unsigned int readers;
+	struct backup_piece last;
+	backup_piece_fn *fn;
+	void *arg;
+};
+
+static int cut_extent(const struct extent *e, void *arg)
+{
+	struct cutting *c = arg;
+	uint64_t at = e->start, end, stop;
+	bool zero = e->state != QCOW2_DATA, dirty, one;
+	struct backup_piece *last = &c->last;
+	unsigned int i;
+	int ret = 0;
+
+	for (; !ret && at < e->start + e->length; at = end) {
+		end = e->start + e->length;
+		dirty = !c->readers;
+		for (i = 0; i < c->readers; i++) {
+			ret = bitmap_reader_run(&c->reader[i], at, &one, &stop);
+			if (ret)
+				return ret;
+			dirty |= one;
+			end = min_u64(end, stop);
+		}
+		if (last->length && last->dirty == dirty && last->zero == zero) {
+			last->length += end - at;
+			continue;
+		}
+		if (last->length)
+			ret = c->fn(last, c->arg);
+		*last = (struct backup_piece){ at, end - at, dirty, zero };
+	}
+	return !ret && interrupted() ? EX_WRONG : ret;
+}
+
+int backup_pieces(const struct backup_notes *notes, const char *const *bitmap,
+		  unsigned int bitmaps, backup_piece_fn *fn, void *arg,
+		  uint64_t *size)
+{
+	struct cutting c = { .fn = fn, .arg = arg };
+	struct extents x = { .states_only = true, .fn = cut_extent, .arg = &c };
+	struct image img = IMAGE_CLOSED;
+	struct bitmaps s = { .img = NULL };
+	unsigned int i;
+	int ret;
+
+	ret = image_open_locked(&img, notes->image, false);
+	if (!ret)
+		ret = image_geometry(&img, &img.geo);
+	if (!ret && bitmaps)
+		ret = bitmaps_load(&s, &img);
+	for (i = 0; !ret && i < bitmaps; i++)
+		ret = bitmap_reader_open(&c.reader[c.readers++], &s, bitmap[i]);
+	if (!ret) {
+		*size = x.size = img.geo.size;
+		ret = image_walk(&img, &img.geo, &x);
+	}
+	if (!ret && c.last.length)
+		ret = fn(&c.last, arg);
+	for (i = 0; i < c.readers; i++)
+		bitmap_reader_close(&c.reader[i]);
+	bitmaps_free(&s);
+	image_close(&img);
+	return ret;
 }
 
 /*
@@ -559,8 +674,15 @@ static int make_image(const struct disk *d, uint64_t sectors)
 static int note_disk(struct disk *d)
 {
 	struct backup_notes n = { .image = (char *)d->image };
+	uint64_t random[2];
 	unsigned int i;
+	char id[40];
 	int ret;
+
+	if (getrandom(random, sizeof(random), 0) != sizeof(random))
+		return fail_errno("no random numbers");
+	snprintf(id, sizeof(id), "%016" PRIx64 "%016" PRIx64, random[0], random[1]);
+	n.id = id;
 
 	if (d->r->checkpoint) {
 		n.checkpoint = checkpoint_name(d->r->checkpoint);

@@ -33,6 +33,7 @@ struct backup_request {
 struct backup_notes {
 	char *image;			/* NULL: there is none (yet) */
 	char *checkpoint;		/* name only; NULL */
+	char *id;			/* no other one has it; NULL */
 	char *bitmap[BACKUP_MAX_BITMAPS];
 	unsigned int bitmaps;
 };
@@ -47,6 +48,27 @@ int backup_begin(const struct backup_request *r, char *const *names, unsigned in
  * far it had come.
  */
 int backup_end(const char *name, bool failed);
+
+/* What is noted of a backup that is under way, whose view is valid */
+int backup_find(const char *name, struct backup_notes *notes);
+
+/* Of the disk, in order; those that follow each other are of different kinds. */
+struct backup_piece {
+	uint64_t start, length;
+	bool dirty;			/* in any of the bitmaps, or there is none */
+	bool zero;			/* it reads as zeros */
+};
+
+/* A result other than 0 ends it all. */
+typedef int backup_piece_fn(const struct backup_piece *p, void *arg);
+
+/* What there is to be copied of a backup; *@size: of the disk, before @fn is called */
+int backup_pieces(const struct backup_notes *notes, const char *const *bitmap,
+		  unsigned int bitmaps, backup_piece_fn *fn, void *arg,
+		  uint64_t *size);
+
+/* What status says of a view, in words */
+const char *backup_view_text(const char *view);
 
 void backup_device_name(char *out, size_t size, const char *name);
 /* False if there are none. */
