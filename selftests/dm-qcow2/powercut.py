@@ -107,6 +107,8 @@ def order_of_log(lines, devices):
     flush = re.compile(r" (block_bio_\w+): (\d+),(\d+) F\w* \d+ \+ 0 ")
     probe = re.compile(rf" ({'|'.join(PROBES)}): \([^)]*\)(?: bio=(0x[0-9a-f]+))?")
     queued, mapping, logged, ending = {}, {}, {}, []
+    # A probe is not seen that hits while another one is at work, in an interrupt: that of an end.
+    unseen, unknown = [], []
     sent, now, done = 0, 0, []
     for line in lines:
         expect("LOST" not in line, "the kernel's trace has lost events")
@@ -116,7 +118,8 @@ def order_of_log(lines, devices):
             event, bio = m.groups()
             if event == "log_map":
                 # What was sent to a device of ours comes here before its sender does anything else.
-                logged.pop(bio, None)
+                if bio in logged:
+                    unseen.append(logged.pop(bio))
                 if letter := queued.pop(who.group(1), None):
                     mapping[who.group(1)] = logged[bio] = [letter, None]
             elif event == "log_mapped":
@@ -135,10 +138,21 @@ def order_of_log(lines, devices):
             # be the one who ends it, if it is quicker than he: then it is the oldest one.
             mine = next((e for e in reversed(ending) if e[2] == who.group(1) and e[1][0] == letter),
                         next((e for e in ending if e[1][0] == letter), None))
-            expect(mine, "a flush has ended that has not got to the log")
-            ending.remove(mine)
-            done.append((mine[0], now, mine[1]))
-    expect(not queued and not mapping and not logged and not ending, "a flush has not ended")
+            if mine:
+                ending.remove(mine)
+                done.append((mine[0], now, mine[1]))
+            else:
+                unknown.append((now, letter))
+    if unknown:
+        note(f"{len(unknown)} flushes whose place in the log has not been seen")
+    # They are those of which nothing was seen.
+    unseen = sorted(unseen + list(logged.values()), key=lambda f: f[1])
+    for when, letter in unknown:
+        mine = next((f for f in unseen if f[0] == letter), None)
+        expect(mine, "a flush has ended that has not got to the log")
+        unseen.remove(mine)
+        done.append((when, when, mine))
+    expect(not queued and not mapping and not unseen and not ending, "a flush has not ended")
 
     done.sort()
     result, group, until = [], [], 0

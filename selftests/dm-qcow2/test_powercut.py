@@ -170,11 +170,14 @@ def flush_order(_bench):
             ("of both devices, and who knows",
              f"1 queue 01 1 enter 01 1 leave 01 {other} 9 log 12 8 log 01 9 end 12 8 end 01", [("?", 1), ("?", 0)]),
             ("ended by who has sent it", f"{one} {other} 9 log 11 1 end 11 9 log 12 9 end 12", [("d", 0), ("d", 1)]),
+            ("an end that is not seen", f"{one} {other} 9 log 12 9 end 12 9 end 11", [("d", 1), ("d", 0)]),
+            ("nor is it when the bio comes again",
+             f"{one} {other} 9 end 11 3 enter 11 3 leave 11 9 log 11 9 log 12 9 end 12", [("d", 0), ("d", 1)]),
             ("a bio that comes again",
              f"{one} 9 log 11 9 end 11 3 enter 11 3 leave 11 9 log 11 {other} 9 log 12 9 end 12",
              [("d", 0), ("d", 1)])):
         expect(order(text) == want, f"{what}: {order(text)}")
-    for text in (one, "1 queue 11", f"{one} 9 log 11", "9 end 11"):
+    for text in (one, "1 queue 11", f"{one} 9 log 11", "9 end 11", f"{one} 9 end 01"):
         try:
             got = order(text)
         except Failure:
