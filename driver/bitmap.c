@@ -455,24 +455,20 @@ static bool qcow2_range_is_durable(struct qcow2_bitmaps *bm, sector_t sector,
 	return true;
 }
 
-/* Make a range, which is empty if both are the same, as large as to have another one in it. */
-static void qcow2_widen(u32 *first, u32 *end, u32 from, u32 to)
+/* Have all words in a range of them, which is empty if both are the same, that have these bits. */
+static void qcow2_widen(u32 *first, u32 *end, u32 bit, u32 bit_end)
 {
+	u32 from = bit / BITS_PER_LONG, to = (bit_end - 1) / BITS_PER_LONG + 1;
 	bool empty = *first == *end;
 
-	if (from == to)
-		return;
 	*first = empty ? from : min(*first, from);
 	*end = empty ? to : max(*end, to);
 }
 
-/* A request asks to change a range.  The lock is held. */
-static void qcow2_set_exact(struct qcow2_bitmaps *bm, struct qcow2_record *rec,
-			    struct qcow2_bits *b, sector_t sector, sector_t nr)
+/* A request asks to change what has these bits.  The lock is held. */
+static void qcow2_set_exact(struct qcow2_bitmaps *bm, struct qcow2_bits *b,
+			    unsigned int first, unsigned int n)
 {
-	unsigned int first, n;
-
-	qcow2_bits_range(bm, rec, sector, nr, &first, &n);
 	qcow2_bits_set(b->exact, first, n);
 	if (!list_is_last(&b->lru, &bm->lru))
 		list_move_tail(&b->lru, &bm->lru);
@@ -488,10 +484,9 @@ static void qcow2_range_set_exact(struct qcow2_bitmaps *bm, sector_t sector,
 		struct qcow2_record *rec = bm->records + i;
 		struct qcow2_bits *b = qcow2_range_bits(bm, rec, sector);
 
-		qcow2_set_exact(bm, rec, b, sector, nr);
 		qcow2_bits_range(bm, rec, sector, nr, &first, &n);
-		qcow2_widen(&b->new_first, &b->new_end, first / BITS_PER_LONG,
-			    (first + n - 1) / BITS_PER_LONG + 1);
+		qcow2_set_exact(bm, b, first, n);
+		qcow2_widen(&b->new_first, &b->new_end, first, first + n);
 	}
 }
 
@@ -512,8 +507,10 @@ static bool qcow2_range_pass(struct qcow2_bitmaps *bm, sector_t sector,
 		if (!qcow2_bits_all(bits[i]->durable, first, n))
 			return false;
 	}
-	for (i = 0; i < bm->count; i++)
-		qcow2_set_exact(bm, bm->records + i, bits[i], sector, nr);
+	for (i = 0; i < bm->count; i++) {
+		qcow2_bits_range(bm, bm->records + i, sector, nr, &first, &n);
+		qcow2_set_exact(bm, bits[i], first, n);
+	}
 	/* It is all over if there is nothing: see qcow2_map_forget(). */
 	return bm->count || bm->view;
 }
@@ -860,9 +857,8 @@ static void qcow2_fill_mark(struct qcow2_bitmaps *bm, struct qcow2_mark *mark)
 	if (b->ahead_first != b->ahead_end) {
 		qcow2_bits_set(mark->buf, b->ahead_first,
 			       b->ahead_end - b->ahead_first);
-		qcow2_widen(&mark->first, &mark->end,
-			    b->ahead_first / BITS_PER_LONG,
-			    (b->ahead_end - 1) / BITS_PER_LONG + 1);
+		qcow2_widen(&mark->first, &mark->end, b->ahead_first,
+			    b->ahead_end);
 		b->loose = true;
 	}
 }
@@ -913,7 +909,7 @@ void qcow2_bitmaps_arm(struct qcow2_bitmaps *bm)
 static void qcow2_set_unsure(struct qcow2_bitmaps *bm, struct qcow2_bits *b,
 			     bool unsure)
 {
-	bm->nr_unsure += unsure - b->unsure;
+	WRITE_ONCE(bm->nr_unsure, bm->nr_unsure + unsure - b->unsure);
 	b->unsure = unsure;
 }
 
@@ -1184,7 +1180,7 @@ void qcow2_bitmaps_forget(struct qcow2_bitmaps *bm)
 	bm->next = 0;
 	bm->ahead = 0;
 	bm->streak = 0;
-	bm->nr_unsure = 0;
+	WRITE_ONCE(bm->nr_unsure, 0);
 	spin_unlock_irq(&bm->lock);
 	list_for_each_entry_safe(b, next, &gone, lru) {
 		mempool_free(b, &bm->blocks);
@@ -1340,13 +1336,13 @@ void qcow2_bitmaps_count(struct qcow2_bitmaps *bm,
 							   qcow2_bits_bytes(bm));
 				counts->durable += memweight(b->durable,
 							     qcow2_bits_bytes(bm));
-				counts->unwritten += b->unsure;
 			}
 			spin_unlock_irq(&bm->lock);
 			index++;
 			cond_resched();
 		} while (b);
 	}
+	counts->unwritten = READ_ONCE(bm->nr_unsure);
 	counts->waits = READ_ONCE(bm->waits);
 	counts->taken_back = READ_ONCE(bm->taken_back);
 }

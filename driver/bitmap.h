@@ -156,7 +156,8 @@ struct qcow2_bitmaps {
 	/* Rounds of marks: how many have begun */
 	unsigned long rounds;
 	unsigned int nr_rounds;		/* on their way */
-	unsigned int nr_unsure;		/* blocks whose last write has failed */
+	/* Blocks whose last write has failed; @lock, but read without for status */
+	unsigned int nr_unsure;
 	bool paused;			/* none begins */
 	wait_queue_head_t quiet;	/* for @nr_rounds to be 0 */
 	/* Sequential writers: where the next one is expected, what was marked ahead; sectors */

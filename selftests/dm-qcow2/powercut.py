@@ -16,6 +16,8 @@ LOG_SIZE = 256 * MIB
 TOOL = os.path.join(qcow2test.HERE, "../../tools/qcow2setup")
 LOAD, REPLAY = (os.path.join(qcow2test.HERE, n) for n in ("qcow2load", "qcow2replay"))
 EVENTS = ("block_bio_queue", "block_bio_complete")
+# Event and device of a flush
+FLUSH = re.compile(r" (block_bio_\w+): (\d+),(\d+) F\w* \d+ \+ 0 ")
 # When dm-log-writes gets a bio, when it has taken what a flush makes durable, and when it
 # puts it into its log
 PROBES = {"log_map": ("p", "log_writes_map bio=$arg2:x64"), "log_mapped": ("r64", "log_writes_map"),
@@ -73,19 +75,22 @@ class FlushTrace:
 
     def lines(self):
         with open(f"{self.dir}/trace", encoding="ascii", errors="replace") as f:
-            return f.read().splitlines()
+            lines = f.read().splitlines()
+        expect(not any("LOST" in line for line in lines), "the kernel's trace has lost events")
+        return lines
+
+    def _letters(self, event):
+        """Of the flushes, in the order of these events"""
+        return "".join(self.devices[int(m.group(2)), int(m.group(3))]
+                       for m in map(FLUSH.search, self.lines()) if m and m.group(1) == event)
 
     def sent(self, letter):
         """How many were sent to a device so far"""
-        found = (re.search(rf" {EVENTS[0]}: (\d+),(\d+) F", line) for line in self.lines())
-        return [self.devices[int(m.group(1)), int(m.group(2))] for m in found if m].count(letter)
+        return self._letters(EVENTS[0]).count(letter)
 
     def ended(self):
         """The letters of the flushes, in the order of their ends"""
-        lines = self.lines()
-        expect(not any("LOST" in line for line in lines), "the kernel's trace has lost events")
-        found = (re.search(rf" {EVENTS[1]}: (\d+),(\d+) F\w* \d+ \+ 0 ", line) for line in lines)
-        return "".join(self.devices[int(m.group(1)), int(m.group(2))] for m in found if m)
+        return self._letters(EVENTS[1])
 
     def flushes(self):
         """Of devices that are on a dm-log-writes device, in the order of its log: letter
@@ -104,15 +109,12 @@ class FlushTrace:
 
 def order_of_log(lines, devices):
     """See FlushTrace.flushes. lines: of the trace; devices: dict of (major, minor): letter"""
-    flush = re.compile(r" (block_bio_\w+): (\d+),(\d+) F\w* \d+ \+ 0 ")
     probe = re.compile(rf" ({'|'.join(PROBES)}): \([^)]*\)(?: bio=(0x[0-9a-f]+))?")
     queued, mapping, logged, ending = {}, {}, {}, []
     # A probe is not seen that hits while another one is at work, in an interrupt: that of an end.
     unseen, unknown = [], []
-    sent, now, done = 0, 0, []
-    for line in lines:
-        expect("LOST" not in line, "the kernel's trace has lost events")
-        now += 1
+    sent, done = 0, []
+    for now, line in enumerate(lines, 1):
         who = re.match(r"\s*.+-(\d+)\s+\[", line)
         if m := probe.search(line):
             event, bio = m.groups()
@@ -128,7 +130,7 @@ def order_of_log(lines, devices):
                     sent += 1
             elif bio in logged:
                 ending.append((now, logged.pop(bio), who.group(1)))
-        elif m := flush.search(line):
+        elif m := FLUSH.search(line):
             letter = devices[int(m.group(2)), int(m.group(3))]
             if m.group(1) == EVENTS[0]:
                 expect(who.group(1) not in queued, "a flush has not got to the log")
