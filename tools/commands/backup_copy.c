@@ -87,17 +87,17 @@ static void what_of(const struct copying *c, char *text, size_t size)
 
 static int read_state(struct copying *c)
 {
-	char want[80], id[80] = "", what[40] = "";
+	char want[80], found[80] = "", id[40], what[40];
 	FILE *f = fopen(c->state, "re");
 	bool good;
 
 	what_of(c, want, sizeof(want));
-	good = f && fscanf(f, "%64s %32s %" SCNu64, id, what, &c->begin) == 3;
+	good = f && fscanf(f, "%39s %39s %" SCNu64, id, what, &c->begin) == 3;
 	if (f)
 		fclose(f);
-	strcat(id, " ");
-	strcat(id, what);
-	if (good && !strcmp(id, want))
+	if (good)
+		snprintf(found, sizeof(found), "%s %s", id, what);
+	if (!strcmp(found, want))
 		return 0;
 	return fail(EX_WRONG,
 		    "%s: no copy of this backup was stopped there; leave --resume out, and begin anew",
