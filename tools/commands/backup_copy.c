@@ -85,7 +85,8 @@ static void what_of(const struct copying *c, char *text, size_t size)
 	snprintf(text, size, "%s %016" PRIx64, c->notes.id ? c->notes.id : "-", hash);
 }
 
-static int read_state(struct copying *c)
+/* Was a copy of the same stopped there? */
+static bool read_state(struct copying *c)
 {
 	char want[80], found[80] = "", id[40], what[40];
 	FILE *f = fopen(c->state, "re");
@@ -97,11 +98,7 @@ static int read_state(struct copying *c)
 		fclose(f);
 	if (good)
 		snprintf(found, sizeof(found), "%s %s", id, what);
-	if (!strcmp(found, want))
-		return 0;
-	return fail(EX_WRONG,
-		    "%s: no copy of this backup was stopped there; leave --resume out, and begin anew",
-		    esc(c->target));
+	return !strcmp(found, want);
 }
 
 static int write_state(struct copying *c, uint64_t reached)
@@ -127,10 +124,16 @@ static int write_state(struct copying *c, uint64_t reached)
 
 static int make_file(struct copying *c)
 {
+	bool exists;
+
 	c->to.fd = open(c->target, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	if (c->to.fd < 0 && errno == EEXIST)
+	exists = c->to.fd < 0 && errno == EEXIST;
+	if (exists && read_state(c))
 		return fail(EX_BUSY,
 			    "%s: exists; go on with --resume, remove it, or choose another name",
+			    esc(c->target));
+	if (exists)
+		return fail(EX_BUSY, "%s: exists; remove it, or choose another name",
 			    esc(c->target));
 	if (c->to.fd < 0 || ftruncate(c->to.fd, c->size))
 		return fail_errno("%s: cannot create it", esc(c->target));
@@ -177,11 +180,10 @@ static int open_target(struct copying *c)
 	int ret;
 
 	snprintf(c->state, sizeof(c->state), "%s.qcow2setup-copy", c->target);
-	if (c->opt->resume) {
-		ret = read_state(c);
-		if (ret)
-			return ret;
-	}
+	if (c->opt->resume && !read_state(c))
+		return fail(EX_WRONG,
+			    "%s: no copy of this backup was stopped there; leave --resume out, and begin anew",
+			    esc(c->target));
 	if (stat(c->target, &st) || (S_ISREG(st.st_mode) && !c->opt->resume &&
 				     !c->opt->bitmaps)) {
 		if (c->opt->bitmaps)
