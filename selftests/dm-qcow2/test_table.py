@@ -284,6 +284,58 @@ def backing_argument(bench):
     f.done()
 
 
+@test("feature arguments: view")
+def view_argument(bench):
+    f = Fixture(bench, backing=bench.file("backing", 10 * MIB))
+    backing = ("backing_dev", f.image.backing_loop.path)
+
+    def view(*words):
+        return f.with_features(*backing, *words)
+
+    cow = bench.add(Loop(bench.file("cow", SIZE))).path
+    f.accepted("view", view("view", cow))
+    f.accepted("VIEW", view("VIEW", cow))
+    # How many words there are
+    for words in (["view"], ["view_granularity"], ["view", cow, "view_granularity"], ["view_granularity", "4096", "view"]):
+        f.refused("no value", "value", view(*words))
+    f.refused("no value", "value", f.line(f.words[:ORDER + 1] + ["3", *backing, "view", cow]))
+    f.refused("feature count", "feature|argument", f.line(f.words[:ORDER + 1] + ["5", *backing, "view", cow]))
+    f.refused("arguments left over", "too many", f.line(f.words[:ORDER + 1] + ["4", *backing, "view", cow, cow]))
+    for words in (["view", cow, "view", cow], ["view", cow, "view", "/dev/does-not-exist"],
+                  ["view_granularity", "4096", "view", cow, "view_granularity", "8192"]):
+        f.refused("duplicate feature", "twice", view(*words))
+    for name in ("views", "view_", "view_granularities"):
+        f.refused("unknown feature", "unknown", view(name, cow))
+    # Granules
+    for bits in range(12, 21):
+        f.accepted(f"granules of {1 << bits}", view("view", cow, "view_granularity", str(1 << bits)))
+        f.accepted(f"granules of {1 << bits}", view("view_granularity", str(1 << bits), "view", cow))
+    for bad in ("0", "1", "512", "2048", "4095", "4097", "12288", "65537", "2097152", "4294967296", "4294971392", "-4096",
+                "x", "4K", "4096x", "0x1000", "4096.0", "18446744073709551616", "18446744073709555712"):
+        f.refused("granularity", "granularity.*power of 2 from 4096 to 1048576",
+                  view("view", cow, "view_granularity", bad))
+    f.refused("a granularity of nothing", "view_granularity needs view", view("view_granularity", "65536"))
+    # The device
+    for device in ("/dev/does-not-exist", "0:0", "nonsense", "/dev/null"):
+        f.refused("no such device", "open the view's device", view("view", device))
+    for device in (f.meta, f.data, backing[1], f.dm.path):
+        f.refused("one of the others", "view's device is one of", view("view", device))
+    f.refused("too small", "view's device is smaller", view("view", bench.add(Loop(bench.file("short", SIZE - 512))).path))
+    for name, size in (("exact", SIZE), ("long", SIZE + MIB)):
+        f.accepted(f"one that is {name}", view("view", bench.add(Loop(bench.file(name, size))).path))
+    blocks = bench.add(Loop(bench.file("blocks", SIZE + 4096 - 512), block_size=4096)).path
+    f.refused("blocks that the end is in the middle of", "logical block of the view's", view("view", blocks))
+    readonly = bench.add(Loop(bench.file("readonly", SIZE), readonly=True)).path
+    # Where it may be opened for writing, it is looked at.
+    says = re.compile("Cannot open the view's device|View's device is read-only")
+    fault, messages = f.load(view("view", readonly))
+    if not fault or len(messages) != 1 or not says.search(messages[0]):
+        f.fault(f"a device that cannot be written: {fault or 'accepted'}, {messages}")
+    f.refused("a table that does not write", "view needs a table that may write", view("read_only", "view", cow))
+    f.refused("a table that does not write", "view needs a table that may write", view("view", cow, "read_only"))
+    f.done()
+
+
 @test("feature arguments: extended_l2")
 def extended_argument(bench):
     f = Fixture(bench, cluster=16 * KIB, extended=True)

@@ -7,17 +7,22 @@ Environment: SEED (printed, to repeat a run), ROUNDS (of readers that race with 
 """
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import random
+import re
+import struct
 import threading
 import time
 
 from bitmaps import covers, record
-from qcow2test import (DM_NOFLUSH_FLAG, DM_TABLE_STATUS, KIB, MIB, Dm, Ext4, Failure, Io, Loop, Lower, Task, dm_ioctl,
-                       expect, fails_with, main, note, queue_limit, same, test, wait_for)
+from qcow2test import (DM_NOFLUSH_FLAG, DM_READONLY_FLAG, DM_TABLE_CLEAR, DM_TABLE_LOAD, DM_TABLE_STATUS, KIB, MIB, Dm,
+                       Ext4, Failure, Io, KernelLog, Loop, Lower, Task, dm_ioctl, expect, fails_with, main, note,
+                       queue_limit, same, test, wait_for)
 
 RWF_NOWAIT = 8
+BLKROSET = 0x125D
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 ROUNDS = int(os.environ.get("ROUNDS", 3))
 note(f"SEED={SEED}")
@@ -518,6 +523,84 @@ def refused(bench):
         v.dm.remove()
     with contextlib.closing(Io(v.view.path)) as disk, fails_with(errno.EPERM):
         disk.write(0, bytes(4096))
+    v.check("at the end")
+
+
+class Refusals:
+    """Tables of target qcow2-view that are not taken, each with its reason in the kernel's log"""
+
+    def __init__(self, bench):
+        self.log = bench.add(KernelLog())
+        self.dm = bench.add(Dm("refused"))
+
+    def load(self, table, flags):
+        """None, or the errno and what the kernel says to it"""
+        try:
+            dm_ioctl(DM_TABLE_LOAD, self.dm.name, table, flags)
+            dm_ioctl(DM_TABLE_CLEAR, self.dm.name)
+            return None
+        except OSError as e:
+            lines = [re.sub(r".*: qcow2-view: ", "", text) for text in self.log.lines(r"table: .*qcow2-view: ")]
+            return e.errno, lines
+
+    def refused(self, text, table, flags=DM_READONLY_FLAG):
+        got = self.load(table, flags)
+        expect(got, f"{table}: it is taken")
+        expect(len(got[1]) == 1 and text in got[1][0], f"{table}: no '{text}': {got}")
+
+    def taken(self, table):
+        got = self.load(table, DM_READONLY_FLAG)
+        expect(not got, f"{table}: {got}")
+
+
+@test("a view's own table: what is refused, each with its reason")
+def view_table(bench):
+    v = Viewed(bench, SIZE)
+    r = Refusals(bench)
+    n = SIZE // 512
+    good = f"{v.dm.path} {v.cow}"
+    r.taken(f"0 {n} qcow2-view {good}")
+    for words in ("", v.dm.path, f"{good} 0", f"{good} {v.cow}"):
+        r.refused("Wrong number of arguments", f"0 {n} qcow2-view {words}")
+    r.refused("A view is read-only", f"0 {n} qcow2-view {good}", 0)
+    for device in ("/dev/nothing", "0:0", "nonsense"):
+        r.refused("Cannot open the device", f"0 {n} qcow2-view {device} {v.cow}")
+        r.refused("Cannot open the view's device", f"0 {n} qcow2-view {v.dm.path} {device}")
+    for device, cow in ((v.cow, v.dm.path), (v.dm.path, v.image.data_loop.path), (v.image.data_loop.path, v.cow),
+                        (v.cow, v.cow), (v.dm.path, v.dm.path), (v.view.path, v.cow)):
+        r.refused("no view there", f"0 {n} qcow2-view {device} {cow}")
+    for length in (1, 8, n - 1, n + 1, 2 * n):
+        r.refused("not as long as the device", f"0 {length} qcow2-view {good}")
+    r.refused("not as long as the device", f"0 8 zero\n8 {n} qcow2-view {good}")
+    v.check("refused")
+    # It has had one, and has it no more, or not yet.
+    v.dm.message("view_end")
+    r.refused("no view there", f"0 {n} qcow2-view {good}")
+    v.dm.load(v.plain)
+    r.refused("no view there", f"0 {n} qcow2-view {good}")
+    dm_ioctl(DM_TABLE_LOAD, v.dm.name, v.viewed)
+    r.refused("no view there", f"0 {n} qcow2-view {good}")
+    v.dm.cycle()
+    r.taken(f"0 {n} qcow2-view {good}")
+
+
+@test("nothing writes to a view")
+def read_only(bench):
+    v = Viewed(bench, SIZE)
+    v.change(v.rng, v.disk)
+    with open(v.view.path, "rb") as f:
+        # What stays so is the mapped device's own.
+        fcntl.ioctl(f, BLKROSET, struct.pack("i", 0))
+    with contextlib.closing(Io(v.view.path)) as disk:
+        for at in (0, MIB, SIZE - 4096):
+            with fails_with(errno.EPERM):
+                disk.write(at, b"x" * 4096)
+            for kind in ("discard", "zero_out", "zero_range", "punch_hole"):
+                with fails_with(errno.EPERM, errno.EOPNOTSUPP):
+                    getattr(disk, kind)(at, 4096)
+    with fails_with(errno.EINVAL):
+        dm_ioctl(DM_TABLE_LOAD, v.view.name, v.view.line)
+    v.view.cycle()
     v.check("at the end")
 
 

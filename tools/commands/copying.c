@@ -42,7 +42,8 @@ int copy_list_add(struct copy_list *l, const struct copy_piece *p)
  * How far it is: which copy, and up to where all is on the target's disk
  */
 
-static int read_state(struct copying *c)
+/* Was it stopped there? */
+static bool read_state(struct copying *c)
 {
 	FILE *f = fopen(c->state, "re");
 	char id[80];
@@ -51,11 +52,7 @@ static int read_state(struct copying *c)
 	good = f && fscanf(f, "%79s %" SCNu64, id, &c->begin) == 2;
 	if (f)
 		fclose(f);
-	if (good && !strcmp(id, c->id))
-		return 0;
-	return fail(EX_WRONG,
-		    "%s: no such copy was stopped there; leave --resume out, and begin anew",
-		    esc(c->target));
+	return good && c->id && !strcmp(id, c->id);
 }
 
 static int write_state(struct copying *c, uint64_t reached)
@@ -81,10 +78,16 @@ static int write_state(struct copying *c, uint64_t reached)
 
 static int make_file(struct copying *c)
 {
+	bool exists;
+
 	c->to.fd = open(c->target, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	if (c->to.fd < 0 && errno == EEXIST)
+	exists = c->to.fd < 0 && errno == EEXIST;
+	if (exists && read_state(c))
 		return fail(EX_BUSY,
 			    "%s: exists; go on with --resume, remove it, or choose another name",
+			    esc(c->target));
+	if (exists)
+		return fail(EX_BUSY, "%s: exists; remove it, or choose another name",
 			    esc(c->target));
 	if (c->to.fd < 0 || ftruncate(c->to.fd, c->size))
 		return fail_errno("%s: cannot create it", esc(c->target));
@@ -131,11 +134,10 @@ int copying_open(struct copying *c)
 	int ret;
 
 	snprintf(c->state, sizeof(c->state), "%s.qcow2setup-copy", c->target);
-	if (c->opt->resume) {
-		ret = read_state(c);
-		if (ret)
-			return ret;
-	}
+	if (c->opt->resume && !read_state(c))
+		return fail(EX_WRONG,
+			    "%s: no copy of this backup was stopped there; leave --resume out, and begin anew",
+			    esc(c->target));
 	if (stat(c->target, &st) || (S_ISREG(st.st_mode) && !c->opt->resume &&
 				     !c->update)) {
 		if (c->update)

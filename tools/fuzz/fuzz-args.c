@@ -21,7 +21,8 @@ static void again(const struct qcow2_args *a, sector_t len)
 		.backing_dev = a->backing_dev,
 		.no_discard_passdown = a->no_passdown,
 		.cache_limit = a->cache_limit, .zeroed_from = a->zeroed_from,
-		.bitmaps = a->bitmaps,
+		.bitmaps = a->bitmaps, .view = a->cow_dev,
+		.view_granularity = a->view_bits_given ? 1ULL << a->view_bits : 0,
 	};
 	struct target_table t;
 	struct qcow2_args b;
@@ -45,6 +46,10 @@ static void again(const struct qcow2_args *a, sector_t len)
 	MUST(a->cache_limit == b.cache_limit);
 	MUST(a->zeroed_from == b.zeroed_from);
 	MUST(a->bitmaps == b.bitmaps);
+	MUST(!a->cow_dev == !b.cow_dev);
+	MUST(!a->cow_dev || !strcmp(a->cow_dev, b.cow_dev));
+	MUST(a->view_bits == b.view_bits);
+	MUST(a->view_bits_given == b.view_bits_given);
 	MUST(a->read_only == b.read_only && a->raw == b.raw);
 	MUST(a->no_passdown == b.no_passdown);
 	MUST(a->geo.size == b.geo.size && a->geo.ext_l2 == b.geo.ext_l2);
@@ -55,8 +60,12 @@ static void again(const struct qcow2_args *a, sector_t len)
 	MUST(a->geo.cluster_bits == b.geo.cluster_bits);
 	MUST(a->geo.refcount_order == b.geo.refcount_order);
 	if (a->geo.cluster_bits <= QCOW2_MAX_CLUSTER_BITS &&
-	    a->geo.refcount_order <= QCOW2_MAX_REFCOUNT_ORDER)
+	    a->geo.refcount_order <= QCOW2_MAX_REFCOUNT_ORDER) {
 		MUST(target_parse_table(line, &t));
+		MUST(!t.f.view == !a->cow_dev);
+		MUST(!t.f.view || !strcmp(t.f.view, a->cow_dev));
+		MUST(t.f.view_granularity == f.view_granularity);
+	}
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -95,6 +104,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		     args.data_dev == argv[1]);
 		for (i = 8; args.backing_dev && args.backing_dev != argv[i]; i++)
 			MUST(i < argc);
+		for (i = 8; args.cow_dev && args.cow_dev != argv[i]; i++)
+			MUST(i < argc);
+		MUST(args.view_bits >= QCOW2_VIEW_BITS_MIN &&
+		     args.view_bits <= QCOW2_VIEW_BITS_MAX);
+		MUST(args.cow_dev || !args.view_bits_given);
+		MUST(args.view_bits_given || args.view_bits == QCOW2_VIEW_BITS);
 		MUST(args.geo.size >> SECTOR_SHIFT == len);
 		/* Any numbers: this judges them, and must not stumble. */
 		qcow2_geometry_check(&args.geo, 1ULL << (len & 63));

@@ -40,6 +40,9 @@ static void again(const struct target_table *t)
 	MUST(u.f.bitmaps == t->f.bitmaps);
 	MUST(!u.f.backing_dev == !t->f.backing_dev);
 	MUST(!u.f.backing_dev || !strcmp(u.f.backing_dev, t->f.backing_dev));
+	MUST(!u.f.view == !t->f.view);
+	MUST(!u.f.view || !strcmp(u.f.view, t->f.view));
+	MUST(u.f.view_granularity == t->f.view_granularity);
 }
 
 static void see_features(const struct target_features *f, const char *line,
@@ -50,12 +53,13 @@ static void see_features(const struct target_features *f, const char *line,
 	MUST(f->count <= TARGET_MAX_FEATURES);
 	for (i = 0; i < f->count; i++)
 		MUST(f->name[i] >= line && f->name[i] < line + size);
+	MUST(!f->view || (f->view > line && f->view < line + size));
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static const struct target_version versions[] = {
-		{ 1, 0, 0 }, { 1, 1, 0 }, { 1, 2, 0 },
+		{ 1, 0, 0 }, { 1, 1, 0 }, { 1, TARGET_MINOR_VIEW, 0 },
 	};
 	struct target_table t;
 	struct target_status s;
@@ -77,6 +81,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		MUST(versions[i].minor || !s.given);
 		MUST(s.given & STATUS_UNWRITTEN || !s.unwritten);
 		MUST(s.given & STATUS_TRIMS || !s.trims);
+		MUST(s.given & STATUS_VIEW_KEPT || !s.view_kept);
+		MUST(s.given & STATUS_VIEW_ZERO || !s.view_zero);
+		MUST(versions[i].minor || !s.view);
+		MUST(!s.view || (s.view > s.line && s.view < s.mode));
 	}
 	free(line);
 	return 0;

@@ -121,6 +121,12 @@ TABLES = (
     "7:0 7:1 16 196608 2 65536 1 4 0",
     "a b +16 196608\n 2 65536 1 4 3 Backing_Dev x EXTENDED_L2",
     "a b 16 196608 2 65536 1 4 3 read_only read_only cache_limit",
+    "7:0 7:1 16 196608 2 65536 1 4 2 view 7:2",
+    "7:0 7:1 16 196608 2 65536 1 4 5 bitmaps view 7:2 view_granularity 4096",
+    "7:0 7:1 9 1024 8 512 1 4 4 View_Granularity 1048576 VIEW view",
+    "7:0 7:1 16 196608 2 65536 1 4 14 read_only extended_l2 backing_dev 7:3 no_discard_passdown cache_limit 65536 "
+    "zeroed_from 1048576 bitmaps view 7:2 view_granularity 65536",
+    "a b 16 196608 2 65536 1 4 4 view c view_granularity 3000",
 )
 STATUSES = (
     "128 3/16 3 12288 1 1000 3 40 5 0 0 1 read_only ro",
@@ -133,6 +139,10 @@ STATUSES = (
     "1 0/1 0 0 0 0 0 0 0 0 0 0 0 fail",
     "1 0/1 0 0 0 0 0 0 0 0 0 0 4 unwritten 1 unwritten 1 rw",
     "1 0/1 0 0 0 0 0 0 0 0 0 0 3 unwritten 1 rw",
+    "128 3/16 3 12288 1 1000 3 40 5 0 0 5 bitmaps view 7:2 view_granularity 4096 "
+    "12 unwritten 0 free_clusters 0 trims 0 view valid view_kept 18446744073709551615 view_zero 7 rw",
+    "1 0/1 0 0 0 0 0 0 0 0 0 2 view 7:2 6 view_zero 0 view_kept 1 view no_space nospc",
+    "1 0/1 0 0 0 0 0 0 0 0 0 2 view 7:2 4 view valid view ended rw",
 )
 
 

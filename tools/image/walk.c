@@ -85,6 +85,7 @@ int image_geometry(const struct image *img, struct qcow2_geometry *g)
 		fault = qcow2_geometry_check(g, img->node.size);
 	if (!fault)
 		return 0;
-	return fail(EX_WRONG, "%s: %s; see what qcow2setup check says",
-		    esc(img->node.path), qcow2_fault_str(fault));
+	return fail(EX_WRONG, "%s: %s; see what qcow2setup check %s says",
+		    esc(img->node.path), qcow2_fault_str(fault),
+		    shell_quote(img->node.path));
 }

@@ -254,6 +254,7 @@ struct disk {
 	const char *name;
 	char device[DM_NAME_MAX + 16];
 	char image[PATH_MAX];
+	bool image_given;		/* its name is the user's */
 	struct loop loop;
 	char cow[32];			/* "MAJOR:MINOR" */
 	struct node cow_node;
@@ -431,6 +432,10 @@ static int check_free(const struct disk *d)
 		return fail(EX_BUSY,
 			    "%s: a device of that name exists; end the backup that it is of (qcow2setup backup end %s), or remove it",
 			    esc(d->device), shell_quote(d->name));
+	if (!access(d->image, F_OK) && d->image_given)
+		return fail(EX_BUSY,
+			    "%s: exists; remove it, or give --image another name",
+			    esc(d->image));
 	if (!access(d->image, F_OK))
 		return fail(EX_BUSY,
 			    "%s: exists; end the backup that it is of (qcow2setup backup end %s), or remove it",
@@ -453,7 +458,7 @@ static int open_disk(struct disk *d, struct live *l)
 		return ret;
 	if (v.minor < TARGET_MINOR_VIEW)
 		return fail(EX_WRONG,
-			    "the loaded dm-qcow2 module is of version %u.%u.%u, which has no views; load the newer one",
+			    "the loaded dm-qcow2 module is of version %u.%u.%u, which has no views; reload the module: close all devices, then modprobe -r dm-qcow2 && modprobe dm-qcow2",
 			    v.major, v.minor, v.patch);
 	if (l->table.f.view)
 		return fail(EX_BUSY,
@@ -530,7 +535,7 @@ static int see_kept(const char *name, struct shown *s, uint64_t sectors)
 		ret = dm_ask(name, text, &answer);
 		if (ret)
 			return fail(errno_to_exit(-ret),
-				    "%s: cannot ask what its view keeps: %s; see dmesg",
+				    "%s: cannot ask what its view keeps: %s; leave its table alone meanwhile, and try again",
 				    esc(name), strerror(-ret));
 		before = at;
 		for (p = answer; *p; p = *end ? end + 1 + (end[1] == ' ') : end) {
@@ -593,8 +598,8 @@ static int write_image(const struct disk *d, uint64_t sectors,
 	n->g.refcount_order = 4;
 	n->g.l1_entries = qcow2_l1_entries_needed(&n->g);
 	ret = plan_new(&n->g, true, &n->p) ? 0 :
-	      fail(EX_WRONG, "%s: is too large for an image of its view; use %s itself",
-		   esc(d->name), esc(data));
+	      fail(EX_WRONG, "%s: is too large for an image of its view",
+		   esc(d->name));
 	n->g.l1_offset = n->p.l1_at << IMAGE_BITS;
 	n->g.reftable_offset = n->p.reftable_at << IMAGE_BITS;
 	n->g.reftable_clusters = n->p.reftable_clusters;
@@ -602,7 +607,7 @@ static int write_image(const struct disk *d, uint64_t sectors,
 	if (!ret && n->fd < 0)
 		ret = fail_errno("%s: cannot create it", esc(d->image));
 	if (!ret && !new_image_header(n, header))
-		ret = fail(EX_WRONG, "%s: name is too long", esc(data));
+		ret = fail(EX_WRONG, "%s: is too long a name", esc(data));
 	if (!ret)
 		ret = new_image_write(n, header);
 	if (n->fd >= 0)
@@ -735,7 +740,7 @@ static int skip_clean(const struct disk *d, uint64_t sectors)
 			ret = dm_message(d->name, text);
 			if (ret)
 				ret = fail(errno_to_exit(-ret),
-					   "%s: cannot tell it what is not wanted: %s; see dmesg",
+					   "%s: cannot tell it what is not wanted: %s; leave its table alone meanwhile, and try again",
 					   esc(d->name), strerror(-ret));
 		}
 		clean = end;
@@ -844,6 +849,20 @@ static int begin(struct disk *d, struct live *l, struct change *c,
 	return ret ? ret : live_change_all(l, c, n);
 }
 
+/* One whose instant was there: what has ended does not begin again, but nothing is lost. */
+static void undo(const struct disk *d)
+{
+	char *checkpoint;
+
+	if (backup_end(d->name, true) || !d->r->bitmaps)
+		return;
+	checkpoint = checkpoint_name(d->r->checkpoint);
+	if (checkpoint)
+		warning("%s: bitmap %s has begun, and has all that is in those that have ended; give that one as --bitmap the next time",
+			esc(d->name), esc(checkpoint));
+	free(checkpoint);
+}
+
 int backup_begin(const struct backup_request *r, char *const *names,
 		 unsigned int n, const char *image)
 {
@@ -865,6 +884,7 @@ int backup_begin(const struct backup_request *r, char *const *names,
 		d[i] = (struct disk){
 			.r = r, .name = names[i], .loop = LOOP_CLOSED,
 			.cow_node = NODE_CLOSED, .granularity = 1 << 16,
+			.image_given = image,
 		};
 		backup_device_name(d[i].device, sizeof(d[i].device), names[i]);
 		if (image)
@@ -891,7 +911,7 @@ int backup_begin(const struct backup_request *r, char *const *names,
 		char path[400];
 
 		if (done[i]) {
-			backup_end(d[i].name, true);
+			undo(d + i);
 			continue;
 		}
 		notes_path(path, sizeof(path), d[i].name);
@@ -981,8 +1001,8 @@ static int remove_view(const char *device)
 		return ret;
 	if (!starts_with(info.uuid, DM_UUID_VIEW_PREFIX))
 		return fail(EX_WRONG,
-			    "%s: not made by qcow2setup backup; rename it (dmsetup rename %s), and try again",
-			    esc(device), esc(device));
+			    "%s: not made by qcow2setup backup; rename it (dmsetup rename %s NEW), and try again",
+			    esc(device), shell_quote(device));
 	ret = dm_remove(device, false);
 	if (ret != -EBUSY)
 		return ret;
@@ -1008,6 +1028,29 @@ static int switch_back(const char *name, struct ending *e)
 	return ret;
 }
 
+/* It is closed, and its image's name is not known here. */
+static int cannot_merge(const char *name, const struct backup_notes *n)
+{
+	char *words = NULL;
+	unsigned int i;
+	size_t size;
+	FILE *f;
+	int ret;
+
+	f = open_memstream(&words, &size);
+	if (!f)
+		return fail_nomem();
+	fprintf(f, "%s", shell_word(n->checkpoint, strlen(n->checkpoint)));
+	for (i = 0; i < n->bitmaps; i++)
+		fprintf(f, " %s", shell_word(n->bitmap[i], strlen(n->bitmap[i])));
+	fclose(f);
+	ret = fail(EX_WRONG,
+		   "%s: is closed, and so its bitmaps cannot be put together; open it again, or do that in its image (qcow2setup bitmap merge IMAGE %s), and leave --failed out",
+		   esc(name), words ? words : "");
+	free(words);
+	return ret;
+}
+
 int backup_end(const char *name, bool failed)
 {
 	char device[DM_NAME_MAX + 16], path[400];
@@ -1028,9 +1071,7 @@ int backup_end(const char *name, bool failed)
 	if (!info.exists && !noted)
 		ret = dm_gone(name);
 	else if (!info.exists && e.merge)
-		ret = fail(EX_WRONG,
-			   "%s: is closed, and so its bitmaps cannot be put together; open it again, or use qcow2setup bitmap merge on its image",
-			   esc(name));
+		ret = cannot_merge(name, &notes);
 	else if (info.exists)
 		ret = switch_back(name, &e);
 	if (ret)

@@ -28,7 +28,7 @@ VERBS = ("add", "check", "choose", "close", "compare", "convert", "create", "dec
          "try", "unmount", "use", "wait", "unload", "copy", "detach", "release")
 # Where a remedy begins in a text
 REMEDY = re.compile(r"(?:^|; |, or |, and |: |\(|then )(?:" + "|".join(VERBS) + r")\b|--[a-z]|"
-                    r"\b(?:qcow2setup|qemu-img|dmsetup|losetup|modprobe|truncate|mknod) [%-a-z]")
+                    r"\b(?:qcow2setup|qemu-img|dmsetup|losetup|modprobe|truncate|mknod) [-%a-z]")
 COMMANDS = ("qcow2setup", "qemu-img", "qemu-nbd", "dmsetup", "losetup", "modprobe", "truncate",
             "mknod", "umount", "swapoff", "dd")
 

@@ -117,6 +117,26 @@ for args in '' 'frobnicate' 'info --frobnicate t.qcow2' 'info --size' 'info --si
 done
 refused 1 'usage' info && printed IMAGE=t.qcow2 && tested
 ok "number of arguments"
+refused 1 'usage' help info more && sed -i 's/ \[ACTION\]//' said && printed && grep -q '^Usage' out.cmd && cp err said &&
+	tested
+ok "number of arguments: help"
+image 4M
+while IFS=@ read -r args words; do
+	# shellcheck disable=SC2086 # words are wanted
+	refused 1 'usage' bitmap $args && sed -i "s/IMAGE|NAME/IMAGE/; s/ \[.*//; s/SOURCE\.\.\./SOURCE/" said &&
+		printed IMAGE=t.qcow2 $words && cp err said && tested
+	ok "bitmap: usage: $args"
+done <<'TABLE'
+add t.qcow2@BITMAP=b0
+add t.qcow2 b1 --json@BITMAP=b1
+list t.qcow2 b0@
+list t.qcow2 --disabled@
+disable t.qcow2@BITMAP=b0
+enable t.qcow2 b0 b1@BITMAP=b0
+merge t.qcow2 b0@TARGET=b1 SOURCE=b0
+clear t.qcow2 b1 --granularity 4K@BITMAP=b1
+remove t.qcow2 b1 --json@BITMAP=b1
+TABLE
 
 # needs WHAT OPTION ARG...: without the option it is refused, and names it
 needs() {

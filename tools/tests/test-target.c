@@ -91,11 +91,63 @@ static void test_table_all_features(void **state)
 	assert_false(t.f.read_only);
 }
 
+#define TABLE	"7:0 7:1 16 196608 2 65536 1 4"
+
+static void test_table_view(void **state)
+{
+	const struct target_features f = {
+		.cache_limit = 1 << 20, .zeroed_from = 1 << 21,
+		.bitmaps = true, .view = "253:9", .view_granularity = 4096,
+	}, plain = { .view = "/dev/mapper/cow" };
+	char line[256];
+	struct target_table t;
+
+	(void)state;
+	assert_true(target_format_table(line, sizeof(line), "7:0", "7:1", &geo,
+					&f));
+	assert_string_equal(line, TABLE " 9 cache_limit 1048576 zeroed_from 2097152 bitmaps view 253:9 view_granularity 4096");
+	assert_true(target_parse_table(line, &t));
+	assert_string_equal(t.f.view, "253:9");
+	assert_int_equal(t.f.view_granularity, 4096);
+	assert_int_equal(t.f.cache_limit, 1 << 20);
+	assert_int_equal(t.f.zeroed_from, 1 << 21);
+	assert_true(t.f.bitmaps);
+	assert_null(t.f.unknown);
+	assert_int_equal(t.f.count, 5);
+	assert_string_equal(t.f.name[3], "view");
+	assert_string_equal(t.f.name[4], "view_granularity");
+	assert_true(target_format_table(line, sizeof(line), "7:0", "7:1", &geo,
+					&plain));
+	assert_string_equal(line, TABLE " 2 view /dev/mapper/cow");
+	assert_true(target_parse_table(line, &t));
+	assert_string_equal(t.f.view, "/dev/mapper/cow");
+	assert_int_equal(t.f.view_granularity, 0);
+	/* in another order, and a device named like a feature */
+	assert_true(target_parse_table(TABLE " 4 view_granularity 18446744073709551615 view view_granularity",
+				       &t));
+	assert_int_equal(t.f.view_granularity, UINT64_MAX);
+	assert_string_equal(t.f.view, "view_granularity");
+	assert_int_equal(t.f.count, 2);
+	/* It is the name of a device, and no feature. */
+	assert_true(target_parse_table(TABLE " 2 backing_dev view", &t));
+	assert_null(t.f.view);
+	assert_string_equal(t.f.backing_dev, "view");
+	/* Not these, which a newer target may have */
+	assert_true(target_parse_table(TABLE " 2 views View", &t));
+	assert_null(t.f.view);
+	assert_string_equal(t.f.unknown, "views");
+	assert_true(target_parse_table(TABLE, &t));
+	assert_null(t.f.view);
+	assert_int_equal(t.f.view_granularity, 0);
+}
+
 static void test_table_too_long(void **state)
 {
 	const struct target_features f = {
 		.read_only = true, .backing_dev = "253:7",
 		.no_discard_passdown = true, .cache_limit = 1 << 20,
+		.zeroed_from = 1 << 20, .bitmaps = true, .view = "253:8",
+		.view_granularity = 1 << 20,
 	};
 	char line[256];
 	size_t size, len;
@@ -128,6 +180,22 @@ static void test_table_bad(void **state)
 		"7:0 7:1 16 196608 2 65536 1 4 1 backing_dev 7:2",
 		"7:0 7:1 16 196608 2 65536 1 4 1 cache_limit",
 		"7:0 7:1 16 196608 2 65536 1 4 2 cache_limit x",
+		TABLE " 1 view",
+		TABLE " 1 view 7:2",
+		TABLE " 3 view 7:2",
+		TABLE " 2 view 7:2 view",
+		TABLE " 3 view 7:2 view",
+		TABLE " 3 bitmaps read_only view",
+		TABLE " 1 view_granularity",
+		TABLE " 1 view_granularity 4096",
+		TABLE " 3 view 7:2 view_granularity",
+		TABLE " 3 view 7:2 view_granularity 4096",
+		TABLE " 4 view 7:2 view_granularity x",
+		TABLE " 4 view 7:2 view_granularity 4K",
+		TABLE " 4 view 7:2 view_granularity -1",
+		TABLE " 4 view 7:2 view_granularity 0x1000",
+		TABLE " 4 view 7:2 view_granularity 18446744073709551616",
+		TABLE " 4 view view_granularity 4096",
 	};
 	struct target_table t;
 	char line[2048];
@@ -236,6 +304,57 @@ static void test_status(void **state)
 	assert_string_equal(s.mode, "nospc");
 }
 
+/* What a target says of a view, which is there as long as it has one. */
+static void test_status_view(void **state)
+{
+	static const char * const views[] = {
+		"valid", "ended", "no_space", "cow_device", "device",
+		"no_memory", "what-a-newer-one-says", "view_kept", "7",
+	};
+	static const struct target_version v1_4 = { 1, 4, 0 };
+	struct target_status s;
+	char line[256];
+	size_t i;
+
+	(void)state;
+	for (i = 0; i < ARRAY_SIZE(views); i++) {
+		snprintf(line, sizeof(line),
+			 NUMBERS "4 view 7:9 view_granularity 4096 12 unwritten 1 free_clusters 2 trims 3 view %s view_kept 18446744073709551615 view_zero 5 rw",
+			 views[i]);
+		assert_true(target_parse_status(line, &v1_4, &s));
+		assert_string_equal(s.view, views[i]);
+		assert_int_equal(s.given, STATUS_UNWRITTEN |
+				 STATUS_FREE_CLUSTERS | STATUS_TRIMS |
+				 STATUS_VIEW_KEPT | STATUS_VIEW_ZERO);
+		assert_int_equal(s.view_kept, UINT64_MAX);
+		assert_int_equal(s.view_zero, 5);
+		assert_int_equal(s.trims, 3);
+		assert_string_equal(s.f.view, "7:9");
+		assert_int_equal(s.f.view_granularity, 4096);
+		assert_string_equal(s.mode, "rw");
+	}
+	/* among others, and in another order */
+	assert_true(target_parse_status(NUMBERS "2 view 7:9 10 view_zero 3 new key view_kept 2 view valid more 1 nospc",
+					&v1_4, &s));
+	assert_string_equal(s.view, "valid");
+	assert_int_equal(s.given, STATUS_VIEW_KEPT | STATUS_VIEW_ZERO);
+	assert_int_equal(s.view_kept, 2);
+	assert_int_equal(s.view_zero, 3);
+	assert_string_equal(s.mode, "nospc");
+	/* what is named so, but is none: the table has a view, the line tells nothing of it */
+	assert_true(target_parse_status(NUMBERS "2 view valid 4 key view trims 1 ro",
+					&v1_4, &s));
+	assert_null(s.view);
+	assert_string_equal(s.f.view, "valid");
+	assert_int_equal(s.given, STATUS_TRIMS);
+	assert_true(target_parse_status(NUMBERS "0 2 unwritten 0 rw", &v1_4,
+					&s));
+	assert_null(s.view);
+	assert_null(s.f.view);
+	assert_int_equal(s.view_kept, 0);
+	assert_int_equal(s.view_zero, 0);
+}
+
 /* As many keys as there will ever be. */
 static void test_status_long(void **state)
 {
@@ -315,11 +434,24 @@ static void test_status_bad_keys(void **state)
 		"18446744073709551616 unwritten 0 rw",
 		"2 unwritten 0 nospace",
 		"2 unwritten 0 rw rw",
+		"1 view rw",
+		"2 view rw",
+		"2 view valid",
+		"3 view valid view_kept rw",
+		"4 view valid view_kept rw",
+		"4 view valid view valid rw",
+		"6 view valid trims 1 view ended rw",
+		"2 view_kept x rw",
+		"2 view_kept -1 rw",
+		"2 view_kept 18446744073709551616 rw",
+		"4 view_kept 0 view_kept 0 rw",
+		"2 view_zero valid rw",
+		"4 view_zero 1 view_zero 1 rw",
 	};
 	static const struct target_version others[] = {
 		{ 0, 9, 0 }, { 2, 0, 0 }, { 2, 1, 0 },
 	};
-	const char *good = NUMBERS "0 2 unwritten 0 rw";
+	const char *good = NUMBERS "0 8 unwritten 0 view valid view_kept 1 view_zero 2 rw";
 	struct target_status s;
 	char line[256];
 	size_t i;
@@ -361,20 +493,57 @@ static void test_lacks(void **state)
 	assert_string_equal(target_lacks(&v1_1, &t), "shiny");
 }
 
+/* Each with the first version that has it */
+static void test_lacks_newer(void **state)
+{
+	static const struct {
+		const char *features, *first;
+		unsigned int minor;
+	} newer[] = {
+		{ "2 zeroed_from 65536", "zeroed_from", 2 },
+		{ "2 read_only bitmaps", "bitmaps", 3 },
+		{ "2 view 7:2", "view", 4 },
+		{ "4 view_granularity 4096 view 7:2", "view_granularity", 4 },
+		{ "5 view 7:2 view_granularity 4096 bitmaps", "view", 4 },
+	};
+	struct target_version v = { TARGET_MAJOR, 0, 9 };
+	struct target_table t;
+	char line[256];
+	size_t i;
+
+	(void)state;
+	for (i = 0; i < ARRAY_SIZE(newer); i++) {
+		snprintf(line, sizeof(line), TABLE " %s", newer[i].features);
+		assert_true(target_parse_table(line, &t));
+		assert_null(t.f.unknown);
+		for (v.minor = 0; v.minor < newer[i].minor; v.minor++) {
+			const char *lacks = target_lacks(&v, &t);
+
+			assert_non_null(lacks);
+			/* an older one lacks what it lacks first */
+			assert_string_equal(lacks, newer[i].first);
+		}
+		assert_null(target_lacks(&v, &t));
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_table),
 		cmocka_unit_test(test_table_features),
 		cmocka_unit_test(test_table_all_features),
+		cmocka_unit_test(test_table_view),
 		cmocka_unit_test(test_table_too_long),
 		cmocka_unit_test(test_table_bad),
 		cmocka_unit_test(test_status_old),
 		cmocka_unit_test(test_status),
+		cmocka_unit_test(test_status_view),
 		cmocka_unit_test(test_status_long),
 		cmocka_unit_test(test_status_bad),
 		cmocka_unit_test(test_status_bad_keys),
 		cmocka_unit_test(test_lacks),
+		cmocka_unit_test(test_lacks_newer),
 	};
 
 	return cmocka_run_group_tests_name("target", tests, NULL, NULL);
