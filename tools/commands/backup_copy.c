@@ -197,6 +197,24 @@ static int open_target(struct copying *c)
 }
 
 /*
+ * Past the page cache of a device, where there is nothing that would be read again: as far as all
+ * that is copied are whole blocks of it.
+ */
+static void go_direct(const struct copying *c)
+{
+	uint64_t block = c->to.block_size;
+	size_t i;
+
+	if (!c->to.bdev || block > COPIER_ALIGN)
+		return;
+	for (i = 0; i < c->list.n; i++)
+		if (c->list.p[i].start % block || c->list.p[i].length % block)
+			return;
+	/* If it cannot be, it goes on as it is. */
+	fcntl(c->to.fd, F_SETFL, O_DIRECT);
+}
+
+/*
  * Copying
  */
 
@@ -312,6 +330,8 @@ static int copy_all(struct copying *c)
 	if (c->from < 0)
 		return fail_errno("%s: cannot open it", esc(path));
 	ret = open_target(c);
+	if (!ret)
+		go_direct(c);
 	if (!ret && !c->opt->resume)
 		ret = write_state(c, 0);
 	if (!ret)
