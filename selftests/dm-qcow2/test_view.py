@@ -555,6 +555,9 @@ def limits(bench):
         v.begin()
         with fails_with(errno.EAGAIN):
             os.pwritev(v.disk.fd, [m], 0, RWF_NOWAIT)
+        # The view makes nobody wait who would not have to below it.
+        v.reader.read(0, 4096)
+        expect(os.preadv(v.reader.fd, [m], 0, RWF_NOWAIT) == 4096, "a read of the view has waited")
     page.close()
     v.check("at the end")
 
