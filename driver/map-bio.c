@@ -10,6 +10,7 @@
  */
 #include "compat.h"
 #include "fill.h"
+#include "keep.h"
 #include "map-bio.h"
 #include "process.h"
 
@@ -66,13 +67,16 @@ static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
 	return DM_MAPIO_SUBMITTED;
 }
 
-/* Leave a bio to the workqueue when what it changes has been marked. */
+/* Leave a bio to the workqueue when what it changes has been marked, and kept. */
 static int qcow2_defer_to_mark(struct qcow2_target *q, struct qcow2_io *io,
 			       struct bio *bio)
 {
 	if (bio->bi_opf & REQ_NOWAIT)
 		return qcow2_would_block(bio);
 	qcow2_prepare(q, io, bio);
+	/* Both at the same time, if it needs marks, too */
+	if (q->view && qcow2_keep_now(io, !q->bitmaps.count))
+		return DM_MAPIO_SUBMITTED;
 	if (!qcow2_bitmaps_join(&q->bitmaps, io->sector, io->left,
 				&io->wait.node, &io->mark_round))
 		qcow2_io_queue(io);
