@@ -62,8 +62,8 @@ static struct qcow2_keep *qcow2_keep_find(struct qcow2_target *q, u64 granule)
 }
 
 /*
- * What an io has waited for has been kept.  If it is a hit now, it is on its way; what else there is,
- * and what has to wait again, is for process().
+ * What an io has waited for has been kept.  If it is a hit now, it is on its way; what else there
+ * is, and what has to wait again, is for process().
  */
 static void qcow2_keep_pass(struct qcow2_io *io)
 {
@@ -226,7 +226,7 @@ static void qcow2_keep_worker(struct work_struct *work)
 	blk_finish_plug(&plug);
 }
 
-/* Memory for a job, of which nobody knows yet; NULL without it, which GFP_NOIO does not come to */
+/* A job that nobody knows of yet; NULL without memory, which does not happen with GFP_NOIO */
 static struct qcow2_keep *qcow2_keep_alloc(struct qcow2_target *q, u64 granule,
 					   gfp_t gfp)
 {
