@@ -89,24 +89,27 @@ qcow2_shrinker_alloc(void *private_data,
 }
 #endif
 
+#define QCOW2_SINCE_6(MINOR) \
+	(LINUX_VERSION_MAJOR > 6 || LINUX_VERSION_PATCHLEVEL >= (MINOR))
+
 /*
  * Open a device for reading, whoever has claimed it, and whoever will: dm_get_device() claims.
  * 6.5 took the mode from those who close, 6.7 gave them a handle, 6.9 a file.
  */
 static inline int qcow2_open_shared(dev_t dev, struct dm_dev *d)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 9, 0)
+#if QCOW2_SINCE_6(9)
 	d->bdev_file = bdev_file_open_by_dev(dev, BLK_OPEN_READ, NULL, NULL);
 	if (IS_ERR(d->bdev_file))
 		return PTR_ERR(d->bdev_file);
 	d->bdev = file_bdev(d->bdev_file);
-#elif LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
+#elif QCOW2_SINCE_6(7)
 	d->bdev_handle = bdev_open_by_dev(dev, BLK_OPEN_READ, NULL, NULL);
 	if (IS_ERR(d->bdev_handle))
 		return PTR_ERR(d->bdev_handle);
 	d->bdev = d->bdev_handle->bdev;
 #else
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 5, 0)
+#if QCOW2_SINCE_6(5)
 	d->bdev = blkdev_get_by_dev(dev, BLK_OPEN_READ, NULL, NULL);
 #else
 	d->bdev = blkdev_get_by_dev(dev, BLK_OPEN_READ, NULL);
@@ -120,11 +123,11 @@ static inline int qcow2_open_shared(dev_t dev, struct dm_dev *d)
 
 static inline void qcow2_close_shared(struct dm_dev *d)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 9, 0)
+#if QCOW2_SINCE_6(9)
 	bdev_fput(d->bdev_file);
-#elif LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
+#elif QCOW2_SINCE_6(7)
 	bdev_release(d->bdev_handle);
-#elif LINUX_VERSION_CODE >= KERNEL_VERSION(6, 5, 0)
+#elif QCOW2_SINCE_6(5)
 	blkdev_put(d->bdev, NULL);
 #else
 	blkdev_put(d->bdev, BLK_OPEN_READ);

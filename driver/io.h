@@ -6,6 +6,7 @@
 #define DM_QCOW2_IO_H
 
 #include <linux/device-mapper.h>
+#include <linux/llist.h>
 
 #include "bitmap.h"
 #include "claim.h"
@@ -27,6 +28,8 @@ struct qcow2_stats {
 /* What is just being kept for a view: see keep.c */
 struct qcow2_keeper {
 	struct workqueue_struct *wq;
+	struct work_struct work;	/* goes on with all that are due */
+	struct llist_head due;		/* jobs */
 	mempool_t pool;			/* struct qcow2_keep */
 	spinlock_t lock;		/* of the rest; the view's nests in it */
 	struct hlist_head jobs[1 << QCOW2_KEEP_HASH_BITS];

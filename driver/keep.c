@@ -5,7 +5,8 @@
  * A job keeps a granule: it reads what the guest would, a piece at a time, and writes that to
  * the view's device.  Until it has ended nothing of the granule changes, for whoever
  * wants that waits for it.  Jobs are nobody's: the ios that wait for one may go on without it
- * as soon as the view is over.
+ * as soon as the view is over.  One work goes on with all of them, one step each time: what
+ * comes to it while it runs is done together.
  */
 #include <linux/hash.h>
 
@@ -20,14 +21,21 @@
 /* Granules that one io has kept at a time */
 #define QCOW2_KEEP_AHEAD	16
 
-/* Owned by who works on it: process(), its bio, its work. */
+/* What comes next of a job */
+enum qcow2_keep_next {
+	QCOW2_KEEP_READ,	/* it is new */
+	QCOW2_KEEP_WRITE,	/* a piece has been read */
+	QCOW2_KEEP_ON,		/* it has been written */
+};
+
+/* Owned by who has made it, until the keeper has it; then by its bio, or the keeper's work. */
 struct qcow2_keep {
 	struct qcow2_target *q;
 	u64 granule;
 	sector_t sector, nr;		/* the piece */
 	struct qcow2_pages pages;
-	struct work_struct work;	/* what comes when a bio has ended */
-	bool written;			/* that was the one that writes */
+	enum qcow2_keep_next next;
+	struct llist_node due;		/* the keeper's */
 	/* q->keeper.lock: */
 	struct hlist_node node;
 	struct list_head waiters;	/* ios */
@@ -53,60 +61,97 @@ static struct qcow2_keep *qcow2_keep_find(struct qcow2_target *q, u64 granule)
 	return NULL;
 }
 
-/* A job is over.  Any context. */
+/*
+ * What an io has waited for has been kept.  If it is a hit now, it is on its way; what else there
+ * is, and what has to wait again, is for process().
+ */
+static void qcow2_keep_pass(struct qcow2_io *io)
+{
+	struct qcow2_target *q = io->q;
+	struct bio *bio = io->bio;
+
+	if (io->parent || bio_op(bio) != REQ_OP_WRITE ||
+	    (bio->bi_opf & REQ_FUA) || !qcow2_io_whole(io, io->left) ||
+	    !qcow2_mode_writes(qcow2_mode(&q->health)) ||
+	    !qcow2_bitmaps_pass(&q->bitmaps, io->sector, io->left) ||
+	    !qcow2_is_data(&q->map, io->sector, io->left)) {
+		qcow2_io_queue(io);
+		return;
+	}
+	qcow2_io_release(io);
+	bio_set_dev(bio, q->data_bdev);
+	dm_submit_bio_remap(bio, NULL);
+}
+
 static void qcow2_keep_end(struct qcow2_keep *job, bool kept)
 {
 	struct qcow2_target *q = job->q;
-	unsigned long flags;
+	struct qcow2_io *io, *next;
 	LIST_HEAD(waiters);
 
-	spin_lock_irqsave(&q->keeper.lock, flags);
+	spin_lock_irq(&q->keeper.lock);
 	if (kept)
 		qcow2_view_set(q->view, job->granule, 1, QCOW2_GRANULE_KEPT);
 	hlist_del(&job->node);
 	list_splice(&job->waiters, &waiters);
-	spin_unlock_irqrestore(&q->keeper.lock, flags);
+	spin_unlock_irq(&q->keeper.lock);
 
 	qcow2_pages_put(&job->pages, &q->copy_pages);
 	mempool_free(job, &q->keeper.pool);
-	qcow2_io_wake(&waiters, 0);
+	list_for_each_entry_safe(io, next, &waiters, wait.node)
+		qcow2_keep_pass(io);
 	/* Suspend has waited for it: nothing is touched after that. */
 	atomic_dec(&q->slow);
+}
+
+/* Let the work go on with a job.  Any context. */
+static void qcow2_keep_due(struct qcow2_keep *job)
+{
+	struct qcow2_keeper *keeper = &job->q->keeper;
+
+	if (llist_add(&job->due, &keeper->due))
+		queue_work(keeper->wq, &keeper->work);
 }
 
 static void qcow2_keep_bio_end(struct bio *bio)
 {
 	struct qcow2_keep *job = container_of(bio, struct qcow2_keep, bio);
-	struct qcow2_target *q = job->q;
-	sector_t end = job->sector + job->nr;
 
-	if (!job->written && job->io.kind != QCOW2_IO_OVER) {
+	if (job->next == QCOW2_KEEP_WRITE && job->io.kind != QCOW2_IO_OVER) {
 		/* All of it was read by this bio; as its parts would, it goes on with the io. */
 		if (bio->bi_status)
 			qcow2_io_error(&job->io, bio->bi_status);
 		qcow2_io_put(&job->io);
 		return;
 	}
-	if (job->written && !bio->bi_status &&
-	    end == qcow2_view_granule_end(q->view, job->sector))
-		qcow2_keep_end(job, true);
-	else
-		queue_work(q->keeper.wq, &job->work);
+	qcow2_keep_due(job);
+}
+
+static void qcow2_keep_set_bio(struct qcow2_keep *job,
+			       struct block_device *bdev, blk_opf_t opf)
+{
+	struct bio *bio = &job->bio;
+
+	bio_init(bio, bdev, job->vecs, ARRAY_SIZE(job->vecs), opf | REQ_SYNC);
+	bio->bi_iter.bi_sector = job->sector;
+	bio->bi_end_io = qcow2_keep_bio_end;
+	qcow2_pages_add(&job->pages, bio, 0, job->nr << SECTOR_SHIFT);
 }
 
 /* Read the next piece. */
 static void qcow2_keep_read(struct qcow2_keep *job)
 {
 	struct qcow2_target *q = job->q;
-	struct bio *bio = &job->bio;
 
-	job->written = false;
-	bio_init(bio, q->data_bdev, job->vecs, ARRAY_SIZE(job->vecs),
-		 REQ_OP_READ | REQ_SYNC);
-	bio->bi_iter.bi_sector = job->sector;
-	bio->bi_end_io = qcow2_keep_bio_end;
-	qcow2_pages_add(&job->pages, bio, 0, job->nr << SECTOR_SHIFT);
-	qcow2_io_init(q, &job->io, bio, NULL);
+	job->next = QCOW2_KEEP_WRITE;
+	qcow2_keep_set_bio(job, q->data_bdev, REQ_OP_READ);
+	/* Nothing of it becomes anything else before the job has ended. */
+	if (q->raw || qcow2_is_data(&q->map, job->sector, job->nr)) {
+		job->io.kind = QCOW2_IO_OVER;
+		submit_bio(&job->bio);
+		return;
+	}
+	qcow2_io_init(q, &job->io, &job->bio, NULL);
 	job->io.ours = true;
 	job->io.sector = job->sector;
 	job->io.left = job->nr;
@@ -115,28 +160,22 @@ static void qcow2_keep_read(struct qcow2_keep *job)
 
 static void qcow2_keep_write(struct qcow2_keep *job)
 {
-	struct qcow2_target *q = job->q;
-	struct bio *bio = &job->bio;
-
-	job->written = true;
-	bio_init(bio, q->cow_dev->bdev, job->vecs, ARRAY_SIZE(job->vecs),
-		 REQ_OP_WRITE | REQ_SYNC);
-	bio->bi_iter.bi_sector = job->sector;
-	bio->bi_end_io = qcow2_keep_bio_end;
-	qcow2_pages_add(&job->pages, bio, 0, job->nr << SECTOR_SHIFT);
-	submit_bio(bio);
+	job->next = QCOW2_KEEP_ON;
+	qcow2_keep_set_bio(job, job->q->cow_dev->bdev, REQ_OP_WRITE);
+	submit_bio(&job->bio);
 }
 
 static void qcow2_keep_fail(struct qcow2_keep *job, blk_status_t status)
 {
 	struct qcow2_target *q = job->q;
-	const char *why = job->written ? "cow_device" : "device";
+	bool written = job->next == QCOW2_KEEP_ON;
+	const char *why = written ? "cow_device" : "device";
 
-	if (job->written && status == BLK_STS_NOSPC)
+	if (written && status == BLK_STS_NOSPC)
 		why = "no_space";
 	if (qcow2_view_state(q->view) != QCOW2_VIEW_OVER)
 		DMERR("%s: the view is over: cannot %s sector %llu: %d",
-		      q->mdio.name, job->written ? "keep" : "read",
+		      q->mdio.name, written ? "keep" : "read",
 		      (unsigned long long)job->sector,
 		      blk_status_to_errno(status));
 	qcow2_view_end(q->view, why);
@@ -155,65 +194,99 @@ static void qcow2_keep_too_much(struct qcow2_keep *job)
 	qcow2_keep_end(job, false);
 }
 
-static void qcow2_keep_worker(struct work_struct *work)
+/* A job is new, or its bio has ended. */
+static void qcow2_keep_step(struct qcow2_keep *job)
 {
-	struct qcow2_keep *job = container_of(work, struct qcow2_keep, work);
-	struct qcow2_target *q = job->q;
-	blk_status_t status = job->bio.bi_status;
-	sector_t end;
+	sector_t end = qcow2_view_granule_end(job->q->view, job->sector);
 
-	bio_uninit(&job->bio);
-	if (status) {
-		qcow2_keep_fail(job, status);
+	if (job->next == QCOW2_KEEP_READ) {
+		qcow2_keep_read(job);
 		return;
 	}
-	if (!job->written) {
+	bio_uninit(&job->bio);
+	if (job->bio.bi_status) {
+		qcow2_keep_fail(job, job->bio.bi_status);
+		return;
+	}
+	if (job->next == QCOW2_KEEP_WRITE) {
 		/* Of one that is in more pieces only the first one asks. */
-		if (job->sector == job->granule << q->view->shift &&
-		    !qcow2_view_take(q->view))
+		if (job->sector == job->granule << job->q->view->shift &&
+		    !qcow2_view_take(job->q->view))
 			qcow2_keep_too_much(job);
 		else
 			qcow2_keep_write(job);
 		return;
 	}
 	job->sector += job->nr;
-	end = qcow2_view_granule_end(q->view, job->sector);
+	if (job->sector == end) {
+		qcow2_keep_end(job, true);
+		return;
+	}
 	job->nr = min_t(sector_t, job->nr, end - job->sector);
 	qcow2_keep_read(job);
 }
 
-/*
- * See to it that a granule, which is live, is kept.  False if there is nothing to wait for: it is
- * kept, or the view is over.
- */
-static bool qcow2_keep_start(struct qcow2_target *q, u64 granule)
+static void qcow2_keep_worker(struct work_struct *work)
+{
+	struct qcow2_keeper *keeper = container_of(work, struct qcow2_keeper,
+						   work);
+	struct llist_node *due = llist_reverse_order(llist_del_all(&keeper->due));
+	struct qcow2_keep *job, *next;
+	struct blk_plug plug;
+
+	/* Granules that follow each other are written at one go. */
+	blk_start_plug(&plug);
+	llist_for_each_entry_safe(job, next, due, due) {
+		qcow2_keep_step(job);
+		cond_resched();
+	}
+	blk_finish_plug(&plug);
+}
+
+/* A job that nobody knows of yet; NULL without memory, which does not happen with GFP_NOIO */
+static struct qcow2_keep *qcow2_keep_alloc(struct qcow2_target *q, u64 granule,
+					   gfp_t gfp)
 {
 	const sector_t most = QCOW2_PAGES_MOST << (PAGE_SHIFT - SECTOR_SHIFT);
 	sector_t sector = granule << q->view->shift;
+	struct qcow2_keep *job;
+
+	job = mempool_alloc(&q->keeper.pool, gfp);
+	if (!job)
+		return NULL;
+	job->q = q;
+	job->granule = granule;
+	job->next = QCOW2_KEEP_READ;
+	job->sector = sector;
+	job->nr = min(qcow2_view_granule_end(q->view, sector) - sector, most);
+	INIT_LIST_HEAD(&job->waiters);
+	job->nr = qcow2_pages_get(&job->pages, &q->copy_pages,
+				  job->nr << SECTOR_SHIFT, gfp) >>
+		  SECTOR_SHIFT;
+	if (job->nr)
+		return job;
+	mempool_free(job, &q->keeper.pool);
+	return NULL;
+}
+
+/*
+ * See to it that a granule, which is live, is kept; memory for its state is there.  False if there
+ * is nothing to wait for: it is kept, or there was no memory that had to be waited for.
+ */
+static bool qcow2_keep_granule(struct qcow2_target *q, u64 granule, bool wait)
+{
 	struct qcow2_keep *job, *other;
 	bool live;
 
-	if (!qcow2_view_prepare(q->view, granule)) {
-		DMERR("%s: the view is over: no memory", q->mdio.name);
-		qcow2_view_end(q->view, "no_memory");
-		return false;
-	}
 	spin_lock_irq(&q->keeper.lock);
 	other = qcow2_keep_find(q, granule);
 	spin_unlock_irq(&q->keeper.lock);
 	if (other)
 		return true;
-
-	job = mempool_alloc(&q->keeper.pool, GFP_NOIO);
-	job->q = q;
-	job->granule = granule;
-	job->sector = sector;
-	job->nr = min(qcow2_view_granule_end(q->view, sector) - sector, most);
-	INIT_WORK(&job->work, qcow2_keep_worker);
-	INIT_LIST_HEAD(&job->waiters);
-	job->nr = qcow2_pages_get(&job->pages, &q->copy_pages,
-				  job->nr << SECTOR_SHIFT, GFP_NOIO) >>
-		  SECTOR_SHIFT;
+	job = qcow2_keep_alloc(q, granule,
+			       wait ? GFP_NOIO : GFP_NOWAIT | __GFP_NOWARN);
+	if (!job)
+		return false;
 
 	spin_lock_irq(&q->keeper.lock);
 	other = qcow2_keep_find(q, granule);
@@ -228,8 +301,18 @@ static bool qcow2_keep_start(struct qcow2_target *q, u64 granule)
 		mempool_free(job, &q->keeper.pool);
 		return other;
 	}
-	qcow2_keep_read(job);
+	qcow2_keep_due(job);
 	return true;
+}
+
+/* As above; false, too, if the view is over. */
+static bool qcow2_keep_start(struct qcow2_target *q, u64 granule)
+{
+	if (qcow2_view_prepare(q->view, granule))
+		return qcow2_keep_granule(q, granule, true);
+	DMERR("%s: the view is over: no memory", q->mdio.name);
+	qcow2_view_end(q->view, "no_memory");
+	return false;
 }
 
 /* Leave an io with the job of a granule; false if there is none. */
@@ -338,6 +421,24 @@ static enum qcow2_keep_step qcow2_keep_range(struct qcow2_io *io, bool wait,
 	return jobs ? QCOW2_KEEP_COPY : QCOW2_KEEP_DONE;
 }
 
+bool qcow2_keep_now(struct qcow2_io *io, bool wait)
+{
+	struct qcow2_view *view = io->q->view;
+	u64 granule = io->sector >> view->shift;
+
+	if (bio_op(io->bio) != REQ_OP_WRITE ||
+	    (io->sector + io->left - 1) >> view->shift != granule ||
+	    qcow2_view_state(view) == QCOW2_VIEW_OVER ||
+	    !qcow2_view_is_prepared(view, granule) ||
+	    qcow2_view_look(view, granule) != QCOW2_GRANULE_LIVE)
+		return false;
+	/* What reads as zeros needs no job. */
+	if (!io->q->raw && !qcow2_is_data(&io->q->map, io->sector, io->left))
+		return false;
+	return qcow2_keep_granule(io->q, granule, false) && wait &&
+	       qcow2_keep_wait(io, granule);
+}
+
 void qcow2_keep_begin(struct qcow2_io *io)
 {
 	u64 granule;
@@ -371,9 +472,10 @@ int qcow2_keep_pools(struct qcow2_target *q)
 	int r;
 
 	spin_lock_init(&q->keeper.lock);
-	/* None of its works waits for memory that only another one frees. */
-	q->keeper.wq = alloc_workqueue("dm-qcow2-view",
-				       WQ_UNBOUND | WQ_MEM_RECLAIM, 0);
+	init_llist_head(&q->keeper.due);
+	INIT_WORK(&q->keeper.work, qcow2_keep_worker);
+	/* It waits for no memory that only it frees; each time it does but little. */
+	q->keeper.wq = alloc_workqueue("dm-qcow2-view", WQ_MEM_RECLAIM, 0);
 	if (!q->keeper.wq)
 		return -ENOMEM;
 	r = mempool_init_kmalloc_pool(&q->keeper.pool, QCOW2_KEEP_RESERVE,

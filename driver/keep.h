@@ -12,6 +12,13 @@ int qcow2_keep_pools(struct qcow2_target *q);
 void qcow2_keep_exit(struct qcow2_target *q);
 
 /*
+ * What map() can do at once, waiting for nothing, for a write to one granule: have that kept.  True
+ * if the io waits for it, and is no longer the caller's; process() will look at all again.  Whoever
+ * has to wait for something else, too, says so with @wait.
+ */
+bool qcow2_keep_now(struct qcow2_io *io, bool wait);
+
+/*
  * Begin to keep what an io is about to change, as far as that can be said without waiting for
  * anything but memory.  Workqueue context.
  */

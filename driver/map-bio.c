@@ -10,6 +10,7 @@
  */
 #include "compat.h"
 #include "fill.h"
+#include "keep.h"
 #include "map-bio.h"
 #include "process.h"
 
@@ -66,13 +67,35 @@ static int qcow2_defer(struct qcow2_target *q, struct qcow2_io *io,
 	return DM_MAPIO_SUBMITTED;
 }
 
-/* Leave a bio to the workqueue when what it changes has been marked. */
+/*
+ * A bio that must not wait: it can be left to the job that keeps what it changes, if that can be
+ * made at once.  Its submitter does not wait then.
+ */
+static int qcow2_keep_nowait(struct qcow2_target *q, struct qcow2_io *io,
+			     struct bio *bio)
+{
+	/* Marks are waited for longer, and by many: that is for who may. */
+	if (!q->view || q->bitmaps.count)
+		return qcow2_would_block(bio);
+	qcow2_prepare(q, io, bio);
+	bio->bi_opf &= ~REQ_NOWAIT;
+	if (qcow2_keep_now(io, true))
+		return DM_MAPIO_SUBMITTED;
+	bio->bi_opf |= REQ_NOWAIT;
+	qcow2_io_release(io);
+	return qcow2_would_block(bio);
+}
+
+/* Leave a bio to the workqueue when what it changes has been marked, and kept. */
 static int qcow2_defer_to_mark(struct qcow2_target *q, struct qcow2_io *io,
 			       struct bio *bio)
 {
 	if (bio->bi_opf & REQ_NOWAIT)
-		return qcow2_would_block(bio);
+		return qcow2_keep_nowait(q, io, bio);
 	qcow2_prepare(q, io, bio);
+	/* Both at the same time, if it needs marks, too */
+	if (q->view && qcow2_keep_now(io, !q->bitmaps.count))
+		return DM_MAPIO_SUBMITTED;
 	if (!qcow2_bitmaps_join(&q->bitmaps, io->sector, io->left,
 				&io->wait.node, &io->mark_round))
 		qcow2_io_queue(io);

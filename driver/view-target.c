@@ -79,6 +79,8 @@ static void qcow2_view_again(struct work_struct *work)
 	struct bio *bio = qcow2_view_bio(io);
 	struct dm_target *ti = io->ti;
 
+	/* Whoever must not wait has been answered if the first read would have. */
+	bio->bi_opf &= ~REQ_NOWAIT;
 	bio->bi_status = BLK_STS_OK;
 	bio->bi_iter = io->iter;
 	switch (qcow2_view_map(ti, bio)) {
@@ -259,6 +261,7 @@ static int qcow2_view_iterate_devices(struct dm_target *ti,
 struct target_type qcow2_view_target = {
 	.name = "qcow2-view",
 	.version = {1, 0, 0},
+	.features = DM_TARGET_NOWAIT,
 	.module = THIS_MODULE,
 	.ctr = qcow2_view_ctr,
 	.dtr = qcow2_view_dtr,

@@ -187,6 +187,12 @@ static inline sector_t qcow2_view_granule_end(const struct qcow2_view *view,
  */
 bool qcow2_view_prepare(struct qcow2_view *view, u64 granule);
 
+static inline bool qcow2_view_is_prepared(const struct qcow2_view *view,
+					  u64 granule)
+{
+	return READ_ONCE(view->pieces[granule >> QCOW2_VIEW_PIECE_SHIFT]);
+}
+
 /*
  * Granules that are live get another state, for which memory has been prepared; others stay as
  * they are.

@@ -13,7 +13,7 @@ import subprocess
 import time
 
 import qcow2test
-from qcow2test import (KIB, MIB, Ext4, Failure, Io, Loop, Task, expect, fails_with, main, note, run, same, test,
+from qcow2test import (GIB, KIB, MIB, Ext4, Failure, Io, Loop, Task, expect, fails_with, main, note, run, same, test,
                        wait_for)
 from test_checkpoint import KINDS, TOOL, Opened, Writers, calls_of, injected, joined, no_helper, setup, words
 
@@ -23,6 +23,9 @@ qcow2test.forget_tests()
 CALLS = int(os.environ.get("CALLS", 12))
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 ROUNDS = int(os.environ.get("ROUNDS", 4))
+# Calls that are made at most as a device is held: a small one, and one of 256 GiB; a bitmap that begins has more clusters
+# there
+HELD_MOST = {(): (15, 15), ("--bitmap", "b0", "--checkpoint", "b1"): (99, 109)}
 note(f"SEED={SEED}")
 
 
@@ -219,6 +222,42 @@ class Sequence:
                 while want + step <= most:
                     want += step
                 expect(n == (want if 0 < want <= most else 0), f"disk {d}, block {at} has write {n}, not {want}, of {most}")
+
+
+def held(bench, size, count, *options):
+    """How many calls are made from the suspend of the first device to the resume of the last one"""
+    devices = []
+    for n in range(count):
+        image = bench.image(size, name=f"held{size}-{n}", cluster=64 * KIB, raw=True)
+        dm = Opened.__new__(Opened)
+        dm.image, dm.name, dm.options = image, f"qcow2test{os.getpid()}-held{n}", ()
+        dm.path = f"/dev/mapper/{dm.name}"
+        run(TOOL, "open", image.path, dm.name, "--data-file", image.data)
+        devices.append(bench.add(dm))
+        if options:
+            dm.tool("bitmap add", "b0")
+    path, cow = bench.path("held"), bench.path("kept")
+    os.makedirs(cow, exist_ok=True)
+    status, out = injected(devices[0], {"INJECT_HELD": path}, "backup begin", *(d.name for d in devices[1:]), "--cow", cow,
+                           *options)
+    expect(status == 0, out)
+    for dm in devices:
+        run(TOOL, "backup", "end", dm.name)
+        bench.drop(dm)
+    with open(path, encoding="ascii") as f:
+        return int(f.read())
+
+
+@test("devices are held for few calls, whatever their size")
+def few_calls(bench):
+    for options, most in HELD_MOST.items():
+        found = [held(bench, size, 1, *options) for size in (16 * MIB, 256 * GIB)]
+        four = held(bench, 16 * MIB, 4, *options)
+        note(f"{options}: {found} calls, {four} of four devices")
+        for calls, limit in zip(found, most):
+            expect(0 < calls <= limit, f"{found} calls, at most {most}")
+        # The suspends of all but the first one are among them.
+        expect(four <= 4 * found[0] + 3, f"{four} calls of four devices, {found[0]} of one")
 
 
 @test("several disks are of one instant", all_cpus=True)

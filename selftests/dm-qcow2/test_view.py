@@ -634,10 +634,19 @@ def limits(bench):
         bench.drop(v.reader)
         bench.drop(v.view)
         v.dm.load(v.plain)
-        v.disk.write(0, b"a" * ANY)
+        v.disk.write(0, b"a" * 2 * ANY)
         v.begin()
         with fails_with(errno.EAGAIN):
             os.pwritev(v.disk.fd, [m], 0, RWF_NOWAIT)
+        # The view makes nobody wait who would not have to below it.
+        v.reader.read(0, 4096)
+        expect(os.preadv(v.reader.fd, [m], 0, RWF_NOWAIT) == 4096, "a read of the view has waited")
+        # What can be kept without waiting for anything need not have been kept: if bitmaps do not come first.
+        v.disk.write(0, b"b" * 4096)
+        kept = v.dm.status().view_kept
+        for at in (ANY, ANY + 4096):
+            expect(os.pwritev(v.disk.fd, [m], at, RWF_NOWAIT) == 4096, "a write to what is not kept has waited")
+        expect(v.dm.status().view_kept == kept + 1, f"{v.dm.status()}, {kept} were kept")
     page.close()
     v.check("at the end")
 

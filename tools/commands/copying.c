@@ -253,9 +253,30 @@ static int run_copier(struct copying *c, bool compare)
 	return 0;
 }
 
+/*
+ * Past the page cache of a device, where there is nothing that would be read again: as far as all
+ * that is copied are whole blocks of it.
+ */
+static void go_direct(const struct copying *c)
+{
+	uint64_t block = c->to.block_size;
+	size_t i;
+
+	if (!c->to.bdev || block > COPIER_ALIGN)
+		return;
+	for (i = 0; i < c->list.n; i++)
+		if (c->list.p[i].start % block || c->list.p[i].length % block)
+			return;
+	/* If it cannot be, it goes on as it is. */
+	fcntl(c->to.fd, F_SETFL, O_DIRECT);
+}
+
 int copying_run(struct copying *c)
 {
-	int ret = c->opt->resume ? 0 : write_state(c, 0);
+	int ret;
+
+	go_direct(c);
+	ret = c->opt->resume ? 0 : write_state(c, 0);
 
 	if (!ret)
 		ret = run_copier(c, false);

@@ -86,7 +86,7 @@ static void *work(void *arg)
 	for (me = 0; !pthread_equal(c->thread[me], pthread_self()); me++)
 		;
 	pthread_mutex_unlock(&c->lock);
-	if (posix_memalign((void **)&buf, 4096, 2 * COPIER_BYTES)) {
+	if (posix_memalign((void **)&buf, COPIER_ALIGN, 2 * COPIER_BYTES)) {
 		buf = NULL;
 		err = ENOMEM;
 	}
@@ -102,19 +102,25 @@ static void *work(void *arg)
 			break;
 		c->done += c->at[me].length;
 		c->at[me].length = 0;
-		pthread_cond_broadcast(&c->change);
-		while (!c->next.length && !c->over && !c->error)
-			pthread_cond_wait(&c->change, &c->lock);
-		if (!c->next.length || c->error)
+		while (!c->waiting && !c->over && !c->error) {
+			c->idle++;
+			pthread_cond_wait(&c->given, &c->lock);
+			c->idle--;
+		}
+		if (!c->waiting || c->error)
 			break;
-		p = c->at[me] = c->next;
-		c->next.length = 0;
-		pthread_cond_broadcast(&c->change);
+		p = c->at[me] = c->next[c->first];
+		c->first = (c->first + 1) % COPIER_NEXT;
+		/* Who adds is woken for many at once, while there is still enough to do. */
+		if (c->waiting-- == COPIER_NEXT / 2)
+			pthread_cond_signal(&c->taken);
 		pthread_mutex_unlock(&c->lock);
 		err = copy_piece(c, &p, buf, &reading, &differs);
 		pthread_mutex_lock(&c->lock);
 	}
-	pthread_cond_broadcast(&c->change);
+	/* It may have been the last one, or the first one that fails. */
+	pthread_cond_broadcast(&c->given);
+	pthread_cond_signal(&c->taken);
 	pthread_mutex_unlock(&c->lock);
 	free(buf);
 	return NULL;
@@ -128,8 +134,9 @@ int copier_start(struct copier *c)
 	pthread_mutex_init(&c->lock, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	pthread_cond_init(&c->change, &attr);
+	pthread_cond_init(&c->taken, &attr);
 	pthread_condattr_destroy(&attr);
+	pthread_cond_init(&c->given, NULL);
 	/* They look for themselves among those that are there. */
 	pthread_mutex_lock(&c->lock);
 	while (!err && c->threads < COPIER_THREADS) {
@@ -151,12 +158,13 @@ int copier_add(struct copier *c, const struct copier_piece *p, unsigned int ms)
 	until.tv_sec += ms / 1000 + until.tv_nsec / 1000000000L;
 	until.tv_nsec %= 1000000000L;
 	pthread_mutex_lock(&c->lock);
-	while (!c->error && c->next.length && ret != ETIMEDOUT)
-		ret = pthread_cond_timedwait(&c->change, &c->lock, &until);
-	ret = c->error ? -1 : !c->next.length;
+	while (!c->error && c->waiting == COPIER_NEXT && ret != ETIMEDOUT)
+		ret = pthread_cond_timedwait(&c->taken, &c->lock, &until);
+	ret = c->error ? -1 : c->waiting < COPIER_NEXT;
 	if (ret > 0) {
-		c->next = *p;
-		pthread_cond_broadcast(&c->change);
+		c->next[(c->first + c->waiting++) % COPIER_NEXT] = *p;
+		if (c->idle)
+			pthread_cond_signal(&c->given);
 	}
 	pthread_mutex_unlock(&c->lock);
 	return ret;
@@ -177,8 +185,8 @@ uint64_t copier_reached(struct copier *c, uint64_t next)
 	unsigned int i;
 
 	pthread_mutex_lock(&c->lock);
-	if (c->next.length && c->next.start < next)
-		next = c->next.start;
+	if (c->waiting && c->next[c->first].start < next)
+		next = c->next[c->first].start;
 	for (i = 0; i < c->threads; i++)
 		if (c->at[i].length && c->at[i].start < next)
 			next = c->at[i].start;
@@ -192,12 +200,13 @@ void copier_finish(struct copier *c, bool stop)
 
 	pthread_mutex_lock(&c->lock);
 	if (stop)
-		c->next.length = 0;
+		c->waiting = 0;
 	c->over = true;
-	pthread_cond_broadcast(&c->change);
+	pthread_cond_broadcast(&c->given);
 	pthread_mutex_unlock(&c->lock);
 	for (i = 0; i < c->threads; i++)
 		pthread_join(c->thread[i], NULL);
-	pthread_cond_destroy(&c->change);
+	pthread_cond_destroy(&c->given);
+	pthread_cond_destroy(&c->taken);
 	pthread_mutex_destroy(&c->lock);
 }

@@ -11,6 +11,8 @@
 
 #define COPIER_THREADS	8
 #define COPIER_BYTES	(1U << 20)	/* of one request */
+#define COPIER_NEXT	16		/* that wait for a thread */
+#define COPIER_ALIGN	4096		/* of the memory for it */
 
 struct copier_piece {
 	uint64_t start;
@@ -29,8 +31,12 @@ struct copier {
 	pthread_t thread[COPIER_THREADS];
 	unsigned int threads;
 	pthread_mutex_t lock;		/* of the rest */
-	pthread_cond_t change;
-	struct copier_piece next;	/* for who comes first */
+	pthread_cond_t given;		/* to them, or it is all over */
+	pthread_cond_t taken;		/* there is room for more, or something went wrong */
+	/* For who comes first: a ring */
+	struct copier_piece next[COPIER_NEXT];
+	unsigned int first, waiting;
+	unsigned int idle;		/* threads that have nothing to do */
 	struct copier_piece at[COPIER_THREADS];	/* what they work on */
 	bool over;			/* nothing comes any more, or it shall end */
 	uint64_t done;			/* bytes */
@@ -43,7 +49,7 @@ struct copier {
 /* After the constant fields have been set.  0, or -errno. */
 int copier_start(struct copier *c);
 /*
- * Hand on a piece of at most COPIER_BYTES; waits @ms milliseconds at most until somebody takes it.
+ * Hand on a piece of at most COPIER_BYTES; waits @ms milliseconds at most until there is room for it.
  * 1: taken, 0: not yet, -1: something has gone wrong.
  */
 int copier_add(struct copier *c, const struct copier_piece *p, unsigned int ms);

@@ -14,6 +14,8 @@
  * INJECT_STATUS="WORD...": what follows the features in the status line.
  * INJECT_SUSPENDED=FILE: the number of bytes that were written between a suspend and
  * the resume is written to FILE at the end.
+ * INJECT_HELD=FILE: the number of calls, those that open, read and send among them, between
+ * the first suspend and the last resume is written to FILE at the end.
  *
  * All this is for the process that was started, not for its children.
  */
@@ -34,8 +36,8 @@
 
 static long calls;
 static pid_t started;
-static int suspended;
-static unsigned long long written;
+static int suspended;			/* devices */
+static unsigned long long written, held;
 
 __attribute__((constructor)) static void start(void)
 {
@@ -48,6 +50,7 @@ static int goes_wrong(void)
 	const char *at = getenv("INJECT_AT"), *sig = getenv("INJECT_SIGNAL");
 	const char *command = getenv("INJECT_COMMAND");
 
+	held += suspended && getpid() == started;
 	if (getpid() != started || ++calls != (at ? atol(at) : 0))
 		return 0;
 	if (sig) {
@@ -80,6 +83,7 @@ __attribute__((destructor)) static void report(void)
 		return;
 	report_number(getenv("INJECT_COUNT"), calls);
 	report_number(getenv("INJECT_SUSPENDED"), written);
+	report_number(getenv("INJECT_HELD"), held);
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -174,14 +178,23 @@ int ioctl(int fd, unsigned long request, ...)
 		other_target(request, arg);
 		/* The same request ends it, with another flag. */
 		if (_IOC_NR(request) == DM_DEV_SUSPEND_CMD)
-			suspended = !!(((struct dm_ioctl *)arg)->flags & DM_SUSPEND_FLAG);
+			suspended += ((struct dm_ioctl *)arg)->flags & DM_SUSPEND_FLAG ? 1 : -!!suspended;
 	}
 	return ret;
 }
 
+/* A call that counts only if that is wanted */
+static int may_go_wrong(const char *wanted)
+{
+	if (getenv(wanted))
+		return goes_wrong();
+	held += suspended && getpid() == started;
+	return 0;
+}
+
 static int read_goes_wrong(void)
 {
-	return getenv("INJECT_READS") && goes_wrong();
+	return may_go_wrong("INJECT_READS");
 }
 
 ssize_t pread64(int fd, void *buf, size_t len, off_t off);
@@ -192,7 +205,7 @@ ssize_t pread64(int fd, void *buf, size_t len, off_t off)
 
 ssize_t send(int fd, const void *buf, size_t len, int flags)
 {
-	return getenv("INJECT_SENDS") && goes_wrong() ? -1 :
+	return may_go_wrong("INJECT_SENDS") ? -1 :
 	       REAL(send)(fd, buf, len, flags);
 }
 
