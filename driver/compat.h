@@ -12,6 +12,7 @@
 #include <linux/falloc.h>
 #include <linux/shrinker.h>
 #include <linux/slab.h>
+#include <linux/version.h>
 
 /* 6.5 renamed the open modes of block devices */
 #ifndef BLK_OPEN_READ
@@ -87,6 +88,48 @@ qcow2_shrinker_alloc(void *private_data,
 	return &s->shrinker;
 }
 #endif
+
+/*
+ * Open a device for reading, whoever has claimed it, and whoever will: dm_get_device() claims.
+ * 6.5 took the mode from those who close, 6.7 gave them a handle, 6.9 a file.
+ */
+static inline int qcow2_open_shared(dev_t dev, struct dm_dev *d)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 9, 0)
+	d->bdev_file = bdev_file_open_by_dev(dev, BLK_OPEN_READ, NULL, NULL);
+	if (IS_ERR(d->bdev_file))
+		return PTR_ERR(d->bdev_file);
+	d->bdev = file_bdev(d->bdev_file);
+#elif LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
+	d->bdev_handle = bdev_open_by_dev(dev, BLK_OPEN_READ, NULL, NULL);
+	if (IS_ERR(d->bdev_handle))
+		return PTR_ERR(d->bdev_handle);
+	d->bdev = d->bdev_handle->bdev;
+#else
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 5, 0)
+	d->bdev = blkdev_get_by_dev(dev, BLK_OPEN_READ, NULL, NULL);
+#else
+	d->bdev = blkdev_get_by_dev(dev, BLK_OPEN_READ, NULL);
+#endif
+	if (IS_ERR(d->bdev))
+		return PTR_ERR(d->bdev);
+#endif
+	d->mode = BLK_OPEN_READ;
+	return 0;
+}
+
+static inline void qcow2_close_shared(struct dm_dev *d)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 9, 0)
+	bdev_fput(d->bdev_file);
+#elif LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
+	bdev_release(d->bdev_handle);
+#elif LINUX_VERSION_CODE >= KERNEL_VERSION(6, 5, 0)
+	blkdev_put(d->bdev, NULL);
+#else
+	blkdev_put(d->bdev, BLK_OPEN_READ);
+#endif
+}
 
 /*
  * 6.17 knows devices whose write zeroes unmap, so that later writes to the range

@@ -143,6 +143,18 @@ static void qcow2_keep_fail(struct qcow2_keep *job, blk_status_t status)
 	qcow2_keep_end(job, false);
 }
 
+/* No more may be kept than is so already. */
+static void qcow2_keep_too_much(struct qcow2_keep *job)
+{
+	struct qcow2_target *q = job->q;
+
+	if (qcow2_view_state(q->view) != QCOW2_VIEW_OVER)
+		DMERR("%s: the view is over: its limit is reached at sector %llu",
+		      q->mdio.name, (unsigned long long)job->sector);
+	qcow2_view_end(q->view, "limit");
+	qcow2_keep_end(job, false);
+}
+
 static void qcow2_keep_worker(struct work_struct *work)
 {
 	struct qcow2_keep *job = container_of(work, struct qcow2_keep, work);
@@ -156,7 +168,12 @@ static void qcow2_keep_worker(struct work_struct *work)
 		return;
 	}
 	if (!job->written) {
-		qcow2_keep_write(job);
+		/* Of one that is in more pieces only the first one asks. */
+		if (job->sector == job->granule << q->view->shift &&
+		    !qcow2_view_take(q->view))
+			qcow2_keep_too_much(job);
+		else
+			qcow2_keep_write(job);
 		return;
 	}
 	job->sector += job->nr;
@@ -232,7 +249,11 @@ static bool qcow2_keep_wait(struct qcow2_io *io, u64 granule)
 enum qcow2_keep_step {
 	QCOW2_KEEP_DONE,	/* nothing of the granule is to be kept any more */
 	QCOW2_KEEP_COPY,	/* a job has to do it */
-	QCOW2_KEEP_WAIT,	/* the io waits for a slice, and is no longer the caller's */
+	/*
+	 * A slice has to be loaded.  If that was to be waited for, the io does so, and is no
+	 * longer the caller's.
+	 */
+	QCOW2_KEEP_WAIT,
 };
 
 /*
@@ -259,7 +280,9 @@ static enum qcow2_keep_step qcow2_keep_zeros(struct qcow2_io *io, u64 granule,
 	while (to < end) {
 		nr = qcow2_lookup(map, to, min_t(sector_t, end - to, UINT_MAX / 2),
 				  &state);
-		if (!nr && wait && to - from < 1UL << shift) {
+		if (!nr && to - from < 1UL << shift) {
+			if (!wait)
+				return QCOW2_KEEP_WAIT;
 			r = qcow2_cache_load(&q->cache, to >> (map->unit_shift +
 							       map->slice_shift),
 					     &io->wait.node);

@@ -788,6 +788,17 @@ static int qcow2_message_skip(struct qcow2_target *q, char **argv)
 	return 0;
 }
 
+/* view_limit <sectors>: no more than this is kept, in whole granules. */
+static int qcow2_message_limit(struct qcow2_target *q, char **argv)
+{
+	u64 nr;
+
+	if (kstrtou64(argv[1], 10, &nr) || !nr)
+		return -EINVAL;
+	qcow2_view_limit(q->view, nr >> q->view->shift);
+	return 0;
+}
+
 /*
  * view_map <sector> <sectors>: what becomes of reads of the view, as runs of "<sectors><letter>"
  * from the beginning of the granule that <sector> is in, as far as there is room: l live,
@@ -839,6 +850,8 @@ static int qcow2_message(struct dm_target *ti, unsigned int argc, char **argv,
 		qcow2_view_end(q->view, "ended");
 		return 0;
 	}
+	if (argc == 2 && !strcasecmp(argv[0], "view_limit"))
+		return qcow2_message_limit(q, argv);
 	if (argc == 3 && !strcasecmp(argv[0], "view_skip"))
 		return qcow2_message_skip(q, argv);
 	if (argc == 3 && !strcasecmp(argv[0], "view_map"))

@@ -15,7 +15,9 @@
 
 struct qcow2_view_target {
 	/* Constant */
-	struct dm_dev *live, *cow;
+	struct dm_dev live;		/* open, but not claimed: see qcow2_view_open() */
+	bool opened;
+	struct dm_dev *cow;
 	struct qcow2_view *view;
 	struct qcow2_view_reader reader;
 	struct workqueue_struct *wq;	/* reads again */
@@ -55,7 +57,7 @@ static int qcow2_view_map(struct dm_target *ti, struct bio *bio)
 	switch (qcow2_view_bio_state(v, bio->bi_iter.bi_sector)) {
 	case QCOW2_GRANULE_LIVE:
 		io->live = true;
-		bio_set_dev(bio, v->live->bdev);
+		bio_set_dev(bio, v->live.bdev);
 		return DM_MAPIO_REMAPPED;
 	case QCOW2_GRANULE_KEPT:
 		bio_set_dev(bio, v->cow->bdev);
@@ -122,9 +124,38 @@ static void qcow2_view_dtr(struct dm_target *ti)
 		qcow2_view_lose(v->view, &v->reader);
 	if (v->cow)
 		dm_put_device(ti, v->cow);
-	if (v->live)
-		dm_put_device(ti, v->live);
+	if (v->opened)
+		qcow2_close_shared(&v->live);
 	kfree(v);
+}
+
+/*
+ * A file system may be on the live device, or a volume group; both have claimed it then, or may
+ * want to: this reader must not.
+ */
+static int qcow2_view_open(struct qcow2_view_target *v, const char *path)
+{
+	unsigned int major, minor;
+	char more;
+	dev_t dev;
+	int r;
+
+	if (sscanf(path, "%u:%u%c", &major, &minor, &more) == 2) {
+		dev = MKDEV(major, minor);
+		if (MAJOR(dev) != major || MINOR(dev) != minor)
+			return -EOVERFLOW;
+	} else {
+		r = lookup_bdev(path, &dev);
+		if (r)
+			return r;
+	}
+	r = qcow2_open_shared(dev, &v->live);
+	if (r)
+		return r;
+	v->opened = true;
+	/* As dm_get_device() does, for who prints it */
+	format_dev_t(v->live.name, dev);
+	return 0;
 }
 
 /*
@@ -152,7 +183,7 @@ static int qcow2_view_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	}
 	ti->private = v;
 	v->reader.ti = ti;
-	r = dm_get_device(ti, argv[0], BLK_OPEN_READ, &v->live);
+	r = qcow2_view_open(v, argv[0]);
 	if (r) {
 		ti->error = "Cannot open the device";
 		goto bad;
@@ -162,7 +193,7 @@ static int qcow2_view_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 		ti->error = "Cannot open the view's device";
 		goto bad;
 	}
-	v->view = qcow2_view_find(v->live->bdev->bd_dev, v->cow->bdev->bd_dev,
+	v->view = qcow2_view_find(v->live.bdev->bd_dev, v->cow->bdev->bd_dev,
 				  &v->reader);
 	if (!v->view) {
 		ti->error = "The device's live table has no view there";
@@ -206,11 +237,11 @@ static void qcow2_view_status_of(struct dm_target *ti, status_type_t type,
 		       qcow2_view_status(v->view));
 		break;
 	case STATUSTYPE_TABLE:
-		DMEMIT("%s %s", v->live->name, v->cow->name);
+		DMEMIT("%s %s", v->live.name, v->cow->name);
 		break;
 	case STATUSTYPE_IMA:
 		DMEMIT_TARGET_NAME_VERSION(ti->type);
-		DMEMIT(",device=%s,cow_device=%s;", v->live->name, v->cow->name);
+		DMEMIT(",device=%s,cow_device=%s;", v->live.name, v->cow->name);
 		break;
 	}
 }
@@ -221,7 +252,7 @@ static int qcow2_view_iterate_devices(struct dm_target *ti,
 	struct qcow2_view_target *v = ti->private;
 	int r;
 
-	r = fn(ti, v->live, 0, ti->len, data);
+	r = fn(ti, &v->live, 0, ti->len, data);
 	return r ? r : fn(ti, v->cow, 0, ti->len, data);
 }
 

@@ -43,6 +43,7 @@ struct qcow2_view *qcow2_view_create(dev_t dev, dev_t cow, sector_t size,
 	view->shift = shift;
 	view->size = size;
 	view->granules = granules;
+	view->limit = granules;
 	refcount_set(&view->refs, 1);
 	INIT_LIST_HEAD(&view->node);
 	INIT_LIST_HEAD(&view->readers);
@@ -200,6 +201,25 @@ void qcow2_view_lose(struct qcow2_view *view, struct qcow2_view_reader *reader)
 const char *qcow2_view_status(const struct qcow2_view *view)
 {
 	return qcow2_view_state(view) == QCOW2_VIEW_OVER ? view->why : "valid";
+}
+
+void qcow2_view_limit(struct qcow2_view *view, u64 granules)
+{
+	spin_lock_irq(&view->lock);
+	view->limit = granules;
+	spin_unlock_irq(&view->lock);
+}
+
+bool qcow2_view_take(struct qcow2_view *view)
+{
+	unsigned long flags;
+	bool good;
+
+	spin_lock_irqsave(&view->lock, flags);
+	good = view->begun < view->limit;
+	view->begun += good;
+	spin_unlock_irqrestore(&view->lock, flags);
+	return good;
 }
 
 bool qcow2_view_passes(const struct qcow2_view *view, sector_t sector,

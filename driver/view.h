@@ -78,6 +78,7 @@ struct qcow2_view {
 	unsigned int state;
 	const char *why;		/* it is over; before @state */
 	u64 kept, zero, skipped;	/* granules; read anywhere (READ_ONCE) */
+	u64 begun, limit;		/* that are kept, or will be soon; granules */
 	/*
 	 * Two bits for each granule, by pieces, NULL: all of them live.  Pieces stay as long as
 	 * the view does.  Read anywhere (smp_load_acquire of both).
@@ -159,6 +160,15 @@ static inline enum qcow2_granule qcow2_view_look(const struct qcow2_view *view,
 	return smp_load_acquire(&piece[i / (BITS_PER_LONG / 2)]) >>
 	       (2 * i % BITS_PER_LONG) & 3;
 }
+
+/*
+ * No more granules than this are kept: a view that would need more is over.  Those that are kept
+ * already stay.
+ */
+void qcow2_view_limit(struct qcow2_view *view, u64 granules);
+
+/* May a granule be kept, within that limit?  It counts from now on. */
+bool qcow2_view_take(struct qcow2_view *view);
 
 /* Need nothing of a range be kept any more?  @nr is 1 at least. */
 bool qcow2_view_passes(const struct qcow2_view *view, sector_t sector,

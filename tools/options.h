@@ -39,7 +39,7 @@ struct options {
 	const char *stop, *start;	/* bitmaps */
 	const char *cow, *checkpoint, *backup_image;
 	const char *socket, *listen;	/* of backup serve */
-	bool dirty_only, failed, resume, verify;
+	bool dirty_only, failed, resume, verify, freeze;
 	/* --bitmap, of a new image */
 	const char *bitmap[MOST_RECORDING];
 	unsigned int bitmaps;

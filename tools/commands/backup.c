@@ -24,6 +24,7 @@ static int begin(const struct options *opt, char **names, unsigned int n)
 		.cow = opt->cow, .checkpoint = opt->checkpoint,
 		.bitmap = opt->bitmap, .bitmaps = opt->bitmaps,
 		.dirty_only = opt->dirty_only, .sparse = opt->sparse,
+		.freeze = opt->freeze, .most = opt->size,
 	};
 	unsigned int i, k;
 
@@ -288,7 +289,7 @@ static const struct what {
 	int (*fn)(const struct options *opt, char **names, unsigned int n);
 	const char *options;		/* that it takes: words */
 } whats[] = {
-	{ "begin", begin, "cow checkpoint bitmap image dirty-only sparse" },
+	{ "begin", begin, "cow checkpoint bitmap image dirty-only sparse freeze size" },
 	{ "status", status, "json" },
 	{ "extents", extents, "bitmap json" },
 	{ "copy", backup_copy, "bitmap json resume verify overwrite-device" },
@@ -306,6 +307,7 @@ static int check_options(const struct what *what, const struct options *opt)
 		{ "bitmap", opt->bitmaps }, { "image", opt->backup_image },
 		{ "dirty-only", opt->dirty_only }, { "sparse", opt->sparse },
 		{ "json", opt->json }, { "failed", opt->failed },
+		{ "freeze", opt->freeze }, { "size", opt->size },
 		{ "resume", opt->resume }, { "verify", opt->verify },
 		{ "overwrite-device", opt->overwrite_device },
 		{ "socket", opt->socket }, { "listen", opt->listen },

@@ -21,6 +21,7 @@
 #include "stack/mapping.h"
 #include "system/claim.h"
 #include "system/device.h"
+#include "system/freeze.h"
 #include "system/live.h"
 #include "system/loop.h"
 
@@ -141,6 +142,8 @@ const char *backup_view_text(const char *view)
 		return "valid";
 	if (!strcmp(view, "no_space"))
 		return "over: no space for what is to be kept";
+	if (!strcmp(view, "limit"))
+		return "over: more has changed than was to be kept";
 	if (!strcmp(view, "cow_device"))
 		return "over: what is to be kept cannot be written";
 	if (!strcmp(view, "device"))
@@ -436,7 +439,6 @@ static int check_free(const struct disk *d)
 static int open_disk(struct disk *d, struct live *l)
 {
 	struct target_version v;
-	struct dm_dev_info info;
 	struct stat st;
 	int ret;
 
@@ -455,11 +457,8 @@ static int open_disk(struct disk *d, struct live *l)
 			    "%s: a backup of it is under way; end it first (qcow2setup backup end %s)",
 			    esc(d->name), shell_quote(d->name));
 	ret = check_free(d);
-	if (!ret)
-		ret = dm_query(d->name, &info);
 	if (ret)
 		return ret;
-	d->rdev = info.rdev;
 	if (!stat(d->r->cow, &st) && S_ISDIR(st.st_mode))
 		return make_cow_file(d, l->sectors * SECTOR);
 	return open_cow_device(d, l->sectors * SECTOR);
@@ -747,10 +746,23 @@ static int skip_clean(const struct disk *d, uint64_t sectors)
 	return ret;
 }
 
+static int limit_view(const struct disk *d)
+{
+	char text[64];
+	int ret;
+
+	snprintf(text, sizeof(text), "view_limit %" PRIu64, d->r->most / SECTOR);
+	ret = dm_message(d->name, text);
+	return ret ? fail(errno_to_exit(-ret), "%s: cannot tell it how much is to be kept: %s; see dmesg",
+			  esc(d->name), strerror(-ret)) : 0;
+}
+
 static int finish_disk(const struct disk *d, uint64_t sectors)
 {
-	int ret = make_view(d, sectors);
+	int ret = d->r->most ? limit_view(d) : 0;
 
+	if (!ret)
+		ret = make_view(d, sectors);
 	if (!ret && d->r->dirty_only)
 		ret = skip_clean(d, sectors);
 	return ret ? ret : make_image(d, sectors);
@@ -762,38 +774,66 @@ static int compare_order(const struct disk *a, const struct disk *b)
 	       device_is_above(b->rdev, a->rdev) ? 1 : 0;
 }
 
-/* What is on top of others comes first; they are few. */
-static void sort_disks(struct disk *d, struct live *l, unsigned int n)
+/* What is on top of others comes first; they are few.  Nothing of them is open yet. */
+static int sort_disks(struct disk *d, unsigned int n)
 {
+	struct dm_dev_info info;
 	unsigned int i, k;
+	int ret;
 
+	for (i = 0; i < n; i++) {
+		ret = dm_query(d[i].name, &info);
+		if (!ret && !info.exists)
+			ret = dm_gone(d[i].name);
+		if (ret)
+			return ret;
+		d[i].rdev = info.rdev;
+	}
 	for (i = 0; i < n; i++)
 		for (k = i + 1; k < n; k++)
 			if (compare_order(d + i, d + k) > 0) {
 				struct disk disk = d[i];
-				struct live live = l[i];
 
 				d[i] = d[k];
 				d[k] = disk;
-				l[i] = l[k];
-				l[k] = live;
 			}
+	return 0;
+}
+
+static int freeze(void *arg)
+{
+	return freezer_freeze(arg);
+}
+
+static void thaw(void *arg)
+{
+	freezer_thaw(arg);
 }
 
 static int begin(struct disk *d, struct live *l, struct change *c,
-		 unsigned int n)
+		 unsigned int n, struct freezer *f)
 {
+	bool frozen = d->r->freeze;
 	unsigned int i;
 	int ret = 0;
 
+	ret = dm_check(true);
+	if (!ret)
+		ret = sort_disks(d, n);
 	for (i = 0; !ret && i < n; i++)
 		ret = open_disk(d + i, l + i);
+	for (i = 0; !ret && frozen && i < n; i++)
+		ret = freezer_find(f, d[i].rdev);
+	for (i = 0; !ret && frozen && i < n; i++)
+		ret = freezer_check(f, d[i].rdev, d[i].name);
+	if (!ret && frozen)
+		ret = freezer_start(f);
 	if (ret)
 		return ret;
-	sort_disks(d, l, n);
 	for (i = 0; !ret && i < n; i++) {
 		c[i] = (struct change){
 			.prepare = prepare, .apply = apply, .arg = d + i,
+			.hold = frozen ? freeze : NULL, .let_go = thaw, .held = f,
 		};
 		/* Before there is anything that they are about */
 		ret = note_disk(d + i);
@@ -809,6 +849,7 @@ int backup_begin(const struct backup_request *r, char *const *names,
 	struct change *c = calloc(n, sizeof(*c));
 	uint64_t *sectors = calloc(n, sizeof(*sectors));
 	bool *done = calloc(n, sizeof(*done));
+	struct freezer freezer = FREEZER_NONE;
 	unsigned int i;
 	int ret;
 
@@ -829,7 +870,8 @@ int backup_begin(const struct backup_request *r, char *const *names,
 			snprintf(d[i].image, sizeof(d[i].image), "%s/%s.qcow2",
 				 RUN, d[i].device);
 	}
-	ret = begin(d, l, c, n);
+	ret = begin(d, l, c, n, &freezer);
+	freezer_close(&freezer);
 	for (i = 0; i < n; i++) {
 		done[i] = l[i].step == LIVE_DONE;
 		sectors[i] = l[i].sectors;

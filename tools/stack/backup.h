@@ -27,6 +27,8 @@ struct backup_request {
 	unsigned int bitmaps;
 	bool dirty_only;
 	bool sparse;
+	bool freeze;			/* file systems on them, for that instant */
+	uint64_t most;			/* bytes that may be kept of each; 0: no limit */
 };
 
 /* What is noted of a backup; backup_notes_free() */

@@ -661,20 +661,29 @@ static void undo_one(struct live *l)
 
 int live_change_all(struct live *l, const struct change *c, unsigned int n)
 {
+	bool held = false;
 	unsigned int i;
 	int ret = 0;
 
 	for (i = 0; !ret && i < n; i++)
 		ret = prepare_one(l + i, c + i);
-	for (i = 0; !ret && i < n; i++)
+	if (!ret && c->hold) {
+		ret = c->hold(c->held);
+		held = !ret;
+	}
+	for (i = 0; !ret && i < n; i++) {
 		ret = suspend_one(l + i);
-	for (i = 0; !ret && i < n; i++)
-		ret = change_suspended(l + i, c + i);
+		/* Before the next one is suspended: this one's image may be on that. */
+		if (!ret)
+			ret = change_suspended(l + i, c + i);
+	}
 	for (i = n; !ret && i > 0; i--)
 		ret = resume_one(l + i - 1);
 	/* What is below others comes back first. */
 	for (i = n; ret && i > 0; i--)
 		undo_one(l + i - 1);
+	if (held)
+		c->let_go(c->held);
 	for (i = 0; i < n; i++) {
 		if (l[i].step != LIVE_DONE && l[i].data.file.grown) {
 			shrink_file(&l[i].data.file);

@@ -79,11 +79,18 @@ struct change {
 	/* Changes l->img, which is at rest, by few writes. */
 	int (*apply)(struct live *l, void *arg);
 	void *arg;
+	/*
+	 * NULL, or called once, of the first one: when all are prepared and before any is
+	 * suspended, and, if that was all right, when none is suspended any more.
+	 */
+	int (*hold)(void *arg);
+	void (*let_go)(void *arg);
+	void *held;
 };
 
 /*
- * Change @n devices in one step: all of them are suspended, in this order, before the first one
- * changes, and all have changed before the first one is resumed, the last of them first.  Of a
+ * Change @n devices in one step: they are suspended and changed in this order, what is on top of
+ * others first, and all have changed before the first one is resumed, the last of them first.  Of a
  * failure in between nothing is left.  If one cannot be resumed it is as before, and
  * those that were resumed before it have changed: l->step says so.
  */

@@ -315,29 +315,73 @@ static void unescape_octal(char *s)
 	*to = 0;
 }
 
-static void each_mount(dev_t rdev, device_mount_fn *fn, void *arg)
+/* Of file systems that have no number of their device: what they were mounted from. */
+static dev_t mounted_device(const char *number, const char *source)
+{
+	unsigned int major, minor;
+	struct stat st;
+
+	if (sscanf(number, "%u:%u", &major, &minor) != 2)
+		return 0;
+	if (major)
+		return makedev(major, minor);
+	return source && *source == '/' && !stat(source, &st) &&
+	       S_ISBLK(st.st_mode) ? st.st_rdev : 0;
+}
+
+void device_each_mount(device_each_mount_fn *fn, void *arg)
 {
 	FILE *f = fopen("/proc/self/mountinfo", "re");
-	char *line = NULL, *save, *number, *where, want[32];
+	char *line = NULL, *save, *number, *where, *word, *source;
 	size_t size = 0;
+	dev_t rdev;
 
 	if (!f)
 		return;
-	snprintf(want, sizeof(want), "%u:%u", major(rdev), minor(rdev));
 	while (getline(&line, &size, f) > 0) {
-		/* ID parent MAJOR:MINOR root where ... */
+		/* ID parent MAJOR:MINOR root where options [more...] - type source options */
 		if (!strtok_r(line, " ", &save) || !strtok_r(NULL, " ", &save))
 			continue;
 		number = strtok_r(NULL, " ", &save);
 		strtok_r(NULL, " ", &save);
 		where = strtok_r(NULL, " ", &save);
-		if (!number || !where || strcmp(number, want))
+		if (!number || !where)
 			continue;
+		do
+			word = strtok_r(NULL, " ", &save);
+		while (word && strcmp(word, "-"));
+		source = word && strtok_r(NULL, " ", &save) ?
+			 strtok_r(NULL, " \n", &save) : NULL;
 		unescape_octal(where);
-		fn("mounted on", where, arg);
+		if (source)
+			unescape_octal(source);
+		rdev = mounted_device(number, source);
+		if (rdev)
+			fn(rdev, where, arg);
 	}
 	free(line);
 	fclose(f);
+}
+
+struct mounts_of {
+	dev_t rdev;
+	device_mount_fn *fn;
+	void *arg;
+};
+
+static void mount_of(dev_t rdev, const char *where, void *arg)
+{
+	struct mounts_of *m = arg;
+
+	if (rdev == m->rdev)
+		m->fn("mounted on", where, m->arg);
+}
+
+static void each_mount(dev_t rdev, device_mount_fn *fn, void *arg)
+{
+	struct mounts_of m = { rdev, fn, arg };
+
+	device_each_mount(mount_of, &m);
 }
 
 static void each_swap(dev_t rdev, device_mount_fn *fn, void *arg)
