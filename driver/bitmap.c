@@ -29,7 +29,10 @@
 /* So many times a mark has to follow the one before until that is done. */
 #define QCOW2_AHEAD_STREAK	2
 
-/* Bits that nobody has asked for are taken back when there was no mark for so long. */
+/*
+ * Bits that nobody has asked for are taken back when there was no mark for so long, and when none
+ * of those that were marked ahead was used: a writer may be slow.
+ */
 #define QCOW2_IDLE_PERIOD	(2 * HZ)
 /* Waiting for more requests to mark for: this part of what a round takes, or so many ns */
 #define QCOW2_GATHER_PART	4
@@ -404,8 +407,12 @@ unsigned long qcow2_bitmaps_drop(struct qcow2_bitmaps *bm, unsigned long nr)
 		qcow2_account_bits(bm, -1);
 	}
 	/* What is left can go when it has been taken back. */
-	if (!dropped && bm->count)
+	if (!dropped && bm->count) {
+		spin_lock_irq(&bm->lock);
+		bm->used = false;
+		spin_unlock_irq(&bm->lock);
 		mod_delayed_work(bm->wq, &bm->idle, 0);
+	}
 	return dropped;
 }
 
@@ -511,6 +518,7 @@ static bool qcow2_range_pass(struct qcow2_bitmaps *bm, sector_t sector,
 		qcow2_bits_range(bm, bm->records + i, sector, nr, &first, &n);
 		qcow2_set_exact(bm, bits[i], first, n);
 	}
+	bm->used = true;
 	/* It is all over if there is nothing: see qcow2_map_forget(). */
 	return bm->count || bm->view;
 }
@@ -1141,8 +1149,15 @@ static void qcow2_idle_worker(struct work_struct *work)
 {
 	struct qcow2_bitmaps *bm = container_of(to_delayed_work(work),
 						struct qcow2_bitmaps, idle);
+	bool used;
 
-	if (qcow2_mode(bm->health) != QCOW2_FAIL && qcow2_bitmaps_sync(bm))
+	spin_lock_irq(&bm->lock);
+	used = bm->used;
+	bm->used = false;
+	spin_unlock_irq(&bm->lock);
+	if (qcow2_mode(bm->health) == QCOW2_FAIL)
+		return;
+	if (used || qcow2_bitmaps_sync(bm))
 		qcow2_bitmaps_arm(bm);
 }
 

@@ -164,6 +164,7 @@ struct qcow2_bitmaps {
 	sector_t next;
 	sector_t ahead;
 	unsigned int streak;		/* marks in a row that have followed the one before */
+	bool used;			/* of what was marked ahead, since it was last asked */
 	unsigned long waits;		/* requests that had to wait */
 	unsigned long taken_back;	/* granules */
 };

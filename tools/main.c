@@ -64,7 +64,7 @@ const struct action actions[] = {
 		"end a bitmap and begin another, in one step",
 		"qcow2setup checkpoint vm --stop monday --start tuesday"
 	}, {
-		"backup", cmd_backup, 1, INT_MAX, "begin|status|extents|copy|serve|end NAME...",
+		"backup", cmd_backup, 1, INT_MAX, "begin|status|extents|copy|restore|serve|end NAME...",
 		"show disks as they were at one instant, while they are used",
 		"qcow2setup backup begin vm --cow /var/tmp"
 	},

@@ -38,6 +38,7 @@ struct options {
 	const char *map_bitmap;		/* --bitmap of map */
 	const char *stop, *start;	/* bitmaps */
 	const char *cow, *checkpoint, *backup_image;
+	const char *increment_of;
 	const char *socket, *listen;	/* of backup serve */
 	bool dirty_only, failed, resume, verify, freeze;
 	/* --bitmap, of a new image */

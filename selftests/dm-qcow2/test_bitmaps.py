@@ -392,6 +392,22 @@ def sequential(bench):
     exact(image, names, exact_from, "at the end")
 
 
+@test("a sequential writer that is slow waits no more often")
+def slow_sequential(bench):
+    image, _ = setup(bench, 64 * KIB, 64 * MIB, (64 * KIB,),
+                     {"raw": True, "data": bench.add(NullBlk(64 * MIB, discard=False, memory=False)).path})
+    dm = image.open("bitmaps")
+    disk = bench.io(dm)
+    # Once it is marked 16 MiB ahead, the next mark comes after more than it takes to be idle.
+    for at in range(0, 60 * MIB, 4 * MIB):
+        for n in range(16):
+            disk.write(at + n * 256 * KIB, bytes(256 * KIB))
+        time.sleep(1.2)
+    note(f"{waits(dm)} waits for 60 MiB")
+    expect(waits(dm) <= 15, f"{dm.status()}")
+    wait_for("what is not needed is taken back", 60, lambda: dm.status().keys["taken_back"])
+
+
 @test("tables that are refused: bitmaps that nobody would keep, or that cannot be kept")
 def refused(bench):
     image, names = setup(bench, 64 * KIB, 8 * MIB, (64 * KIB, 4 * KIB), {})

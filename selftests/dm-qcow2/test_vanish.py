@@ -32,7 +32,15 @@ class Scsi:
         wait_for("a SCSI disk", 60, disks)
         self.path = "/dev/" + os.path.basename(disks()[0])
         self.device = os.path.dirname(os.path.dirname(disks()[0]))
-        wait_for(self.path, 10, lambda: os.path.exists(self.path))
+        wait_for(self.path, 60, self.can_be_opened)
+
+    def can_be_opened(self):
+        """The node may be there before the disk is, or still be that of the one before."""
+        try:
+            with open(self.path, "rb", buffering=0) as f:
+                return f.seek(0, os.SEEK_END) > 0
+        except OSError:
+            return False
 
     def vanish(self):
         with open(f"{self.device}/delete", "w", encoding="ascii") as f:

@@ -216,7 +216,7 @@ static int extents(const struct options *opt, char **names, unsigned int n)
 	}
 	if (!ret)
 		ret = backup_pieces(&notes, opt->bitmap, opt->bitmaps, put_piece,
-				    &o, &size);
+				    &o, &size, NULL);
 	if (!ret && o.json) {
 		json_array_end(&o.j);
 		json_end(&o.j);
@@ -292,7 +292,10 @@ static const struct what {
 	{ "begin", begin, "cow checkpoint bitmap image dirty-only sparse freeze size" },
 	{ "status", status, "json" },
 	{ "extents", extents, "bitmap json" },
-	{ "copy", backup_copy, "bitmap json resume verify overwrite-device" },
+	{ "copy", backup_copy,
+	  "bitmap json resume verify overwrite-device increment-of" },
+	{ "restore", backup_restore,
+	  "json verify overwrite-device trust-image-paths" },
 	{ "serve", serve, "socket listen" },
 	{ "end", end, "failed" },
 };
@@ -310,6 +313,8 @@ static int check_options(const struct what *what, const struct options *opt)
 		{ "freeze", opt->freeze }, { "size", opt->size },
 		{ "resume", opt->resume }, { "verify", opt->verify },
 		{ "overwrite-device", opt->overwrite_device },
+		{ "increment-of", opt->increment_of },
+		{ "trust-image-paths", opt->trust_image_paths },
 		{ "socket", opt->socket }, { "listen", opt->listen },
 	};
 	size_t i;
@@ -339,6 +344,6 @@ int cmd_backup(const struct options *opt, char **args)
 		interrupt_catch();
 		return interrupt_result(whats[i].fn(opt, args + 1, n));
 	}
-	return fail(EX_PARAMETER, "backup %s is not known; use backup begin, status, extents, copy, serve or end",
+	return fail(EX_PARAMETER, "backup %s is not known; use backup begin, status, extents, copy, restore, serve or end",
 		    esc(args[0]));
 }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * qcow2setup backup copy: what a view shows, or what has changed of it, to a file or device.
+ *
+ * What has changed can also be kept by itself, as an increment: an image, TARGET, whose data file is
+ * TARGET.data, and whose backing file is the copy before it, full or an increment, too.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -8,347 +11,281 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "commands/commands.h"
-#include "lib/interrupt.h"
-#include "lib/progress.h"
+#include "commands/copying.h"
+#include "image/image.h"
+#include "image/make.h"
 #include "lib/util.h"
 #include "stack/backup.h"
-#include "system/claim.h"
-#include "system/copier.h"
 #include "system/device.h"
-#include "system/locks.h"
 
-/* How long is waited for a copier before somebody is told how far it is */
-#define STEP_MS		200
-/* How often that is said to programs, and noted for who goes on with it */
-#define SAY_S		1
+/* Clusters of an increment: as granules of bitmaps are, within these */
+#define INCREMENT_MIN_BITS	12
+#define INCREMENT_MAX_BITS	16
 
-struct piece_list {
-	struct backup_piece *p;
-	size_t n, room;
-	uint64_t bytes;			/* that are to be copied */
-};
-
-struct copying {
-	const struct options *opt;
-	const char *name, *target;
+struct copy {
+	struct copying c;
+	const char *name;
 	struct backup_notes notes;
-	struct piece_list list;
-	uint64_t size;
+	struct copy_list list;		/* of what has changed, to the byte */
 	int from;
-	struct node to;
-	bool fresh;
-	char state[PATH_MAX];		/* where it is noted how far it is */
-	uint64_t begin;			/* where to go on */
-	time_t said;
-	uint64_t said_done;
+	char id[80];
+	/* Of an increment */
+	unsigned int bits;
+	char data[PATH_MAX];
+	size_t at;			/* in c.list, when its tables are written */
 };
 
 static int add_piece(const struct backup_piece *p, void *arg)
 {
-	struct piece_list *l = arg;
-	struct backup_piece *more;
+	struct copy *k = arg;
+	const struct copy_piece piece = {
+		.start = p->start, .length = p->length, .from = k->from,
+		.zero = p->zero,
+	};
 
-	if (!p->dirty)
-		return 0;
-	if (l->n == l->room) {
-		l->room = 2 * l->room + 1024;
-		more = realloc(l->p, l->room * sizeof(*more));
-		if (!more)
-			return fail_nomem();
-		l->p = more;
-	}
-	l->p[l->n++] = *p;
-	l->bytes += p->length;
-	return 0;
+	return p->dirty ? copy_list_add(&k->list, &piece) : 0;
 }
 
-/*
- * How far it is: the backup, what of it, and up to where all is on the target's disk
- */
-
-static void what_of(const struct copying *c, char *text, size_t size)
+/* The backup, and what of it */
+static void make_id(struct copy *k, const struct options *opt)
 {
 	uint64_t hash = 1469598103934665603ULL;
 	unsigned int i;
 	const char *s;
 
-	for (i = 0; i < c->opt->bitmaps; i++)
-		for (s = c->opt->bitmap[i]; ; s++) {
+	for (i = 0; i < opt->bitmaps; i++)
+		for (s = opt->bitmap[i]; ; s++) {
 			hash = (hash ^ (unsigned char)*s) * 1099511628211ULL;
 			if (!*s)
 				break;
 		}
-	snprintf(text, size, "%s %016" PRIx64, c->notes.id ? c->notes.id : "-", hash);
+	snprintf(k->id, sizeof(k->id), "%.40s-%016" PRIx64,
+		 k->notes.id ? k->notes.id : "", hash);
+	k->c.id = k->id;
 }
 
-static int read_state(struct copying *c)
+/* The view is over, most likely, and this says why. */
+static int why(const struct copying *c)
 {
-	char want[80], id[80] = "", what[40] = "";
-	FILE *f = fopen(c->state, "re");
-	bool good;
-
-	what_of(c, want, sizeof(want));
-	good = f && fscanf(f, "%64s %32s %" SCNu64, id, what, &c->begin) == 3;
-	if (f)
-		fclose(f);
-	strcat(id, " ");
-	strcat(id, what);
-	if (good && !strcmp(id, want))
-		return 0;
-	return fail(EX_WRONG,
-		    "%s: no copy of this backup was stopped there; leave --resume out, and begin anew",
-		    esc(c->target));
-}
-
-static int write_state(struct copying *c, uint64_t reached)
-{
-	char text[80];
-	FILE *f;
-
-	if (fdatasync(c->to.fd))
-		return fail_errno("%s: cannot write it", esc(c->target));
-	what_of(c, text, sizeof(text));
-	f = fopen(c->state, "we");
-	if (!f)
-		return fail_errno("%s: cannot note there how far the copy is", esc(c->state));
-	fprintf(f, "%s %" PRIu64 "\n", text, reached);
-	if (fclose(f))
-		return fail_errno("%s: cannot note there how far the copy is", esc(c->state));
-	return 0;
-}
-
-/*
- * The target
- */
-
-static int make_file(struct copying *c)
-{
-	c->to.fd = open(c->target, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	if (c->to.fd < 0 && errno == EEXIST)
-		return fail(EX_BUSY,
-			    "%s: exists; go on with --resume, remove it, or choose another name",
-			    esc(c->target));
-	if (c->to.fd < 0 || ftruncate(c->to.fd, c->size))
-		return fail_errno("%s: cannot create it", esc(c->target));
-	c->fresh = true;
-	return 0;
-}
-
-/* A copy that is to be brought up to date, or that was stopped */
-static int open_file(struct copying *c)
-{
-	int ret = node_lock(&c->to, true);
-
-	if (ret)
-		return ret;
-	if (c->to.size > c->size)
-		return fail(EX_WRONG,
-			    "%s: file of %s is larger than %s: not a copy of it; choose another name",
-			    esc(c->target), human_size(c->to.size), esc(c->name));
-	if (ftruncate(c->to.fd, c->size))
-		return fail_errno("%s: cannot make it longer", esc(c->target));
-	return 0;
-}
-
-static int open_device(struct copying *c)
-{
-	int ret;
-
-	if (!c->opt->overwrite_device && !c->opt->bitmaps && !c->opt->resume)
-		return fail(EX_BUSY,
-			    "%s: is a block device; give --overwrite-device to destroy what is on it",
-			    esc(c->target));
-	if (c->to.size < c->size)
-		return fail(EX_WRONG,
-			    "%s: device of %s is smaller than %s, of %s; enlarge it, or choose another one",
-			    esc(c->target), human_size(c->to.size), esc(c->name),
-			    human_size(c->size));
-	ret = node_lock(&c->to, true);
-	return ret ? ret : claim_check(&c->to, true);
-}
-
-static int open_target(struct copying *c)
-{
-	struct stat st;
-	int ret;
-
-	snprintf(c->state, sizeof(c->state), "%s.qcow2setup-copy", c->target);
-	if (c->opt->resume) {
-		ret = read_state(c);
-		if (ret)
-			return ret;
-	}
-	if (stat(c->target, &st) || (S_ISREG(st.st_mode) && !c->opt->resume &&
-				     !c->opt->bitmaps)) {
-		if (c->opt->bitmaps)
-			return fail(EX_WRONG,
-				    "%s: no such copy to be brought up to date; copy all first, without --bitmap",
-				    esc(c->target));
-		return make_file(c);
-	}
-	ret = node_open(&c->to, AT_FDCWD, c->target, 0);
-	if (ret)
-		return ret;
-	return c->to.bdev ? open_device(c) : open_file(c);
-}
-
-/*
- * Copying
- */
-
-static void say(struct copying *c, uint64_t done, bool last)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	if (!last && now.tv_sec < c->said + SAY_S)
-		return;
-	if (c->opt->json) {
-		printf("{\"done\": %" PRIu64 ", \"total\": %" PRIu64 ", \"rate\": %" PRIu64 "}\n",
-		       done, c->list.bytes,
-		       c->said ? (done - c->said_done) / (now.tv_sec - c->said ? now.tv_sec - c->said : 1) : 0);
-		fflush(stdout);
-	}
-	c->said = now.tv_sec;
-	c->said_done = done;
-}
-
-static int went_wrong(struct copying *c, const struct copier *k)
-{
+	struct copy *k = c->arg;
 	struct backup_notes notes;
 	int ret;
 
-	if (k->differs)
-		return fail(EX_WRONG,
-			    "%s: differs from what was copied at byte %" PRIu64 "; do not trust it, and copy to another place",
-			    esc(c->target), k->where);
-	errno = k->error;
-	if (!k->reading || k->compare)
-		return fail_errno("%s: cannot be %s at byte %" PRIu64, esc(c->target),
-				  k->compare ? "read" : "written", k->where);
-	/* The view is over, most likely, and this says why. */
-	ret = backup_find(c->name, &notes);
-	if (ret)
-		return ret;
+	ret = backup_find(k->name, &notes);
 	backup_notes_free(&notes);
-	errno = k->error;
-	return fail_errno("%s: cannot be read at byte %" PRIu64, esc(c->name), k->where);
+	return ret;
 }
 
-/* All pieces from c->begin on, or all of them to be compared. */
-static int run_copier(struct copying *c, bool compare)
-{
-	struct copier k = {
-		.from = c->from, .to = c->to.fd, .device = c->to.bdev,
-		.fresh = c->fresh, .compare = compare,
-	};
-	uint64_t at = 0, skipped = 0, done;
-	struct timespec noted, now;
-	bool stop = false;
-	size_t i;
-	int ret;
+/*
+ * An increment
+ */
 
-	ret = copier_start(&k);
-	if (ret) {
-		errno = -ret;
-		return fail_errno("no threads to copy with");
-	}
-	clock_gettime(CLOCK_MONOTONIC, &noted);
-	progress(compare ? "compare" : "copy", 0, c->list.bytes);
-	for (i = 0; !stop && i < c->list.n; i++) {
-		const struct backup_piece *p = &c->list.p[i];
+static int put_run(struct copy *k, uint64_t from, uint64_t to, bool zero)
+{
+	struct copy_list *l = &k->c.list;
+	uint64_t start = from << k->bits, end = to << k->bits;
+	const struct copy_piece *last = l->n ? &l->p[l->n - 1] : NULL;
+	struct copy_piece piece = { .from = k->from, .zero = zero };
+
+	/* A cluster that two pieces are in is data already. */
+	if (last && start < last->start + last->length)
+		start = last->start + last->length;
+	end = min_u64(end, k->c.size);
+	if (start >= end)
+		return 0;
+	piece.start = start;
+	piece.length = end - start;
+	return copy_list_add(l, &piece);
+}
+
+/* Whole clusters: those of which not all is known to be zeros are data. */
+static int round_pieces(struct copy *k)
+{
+	uint64_t cs = 1ULL << k->bits, from, to, first, last;
+	size_t i;
+	int ret = 0;
+
+	for (i = 0; !ret && i < k->list.n; i++) {
+		const struct copy_piece *p = &k->list.p[i];
 		uint64_t end = p->start + p->length;
 
-		for (at = p->start; !stop && at < end;) {
-			struct copier_piece piece = {
-				.start = at, .zero = p->zero,
-				.length = min_u64(end - at, COPIER_BYTES),
-			};
-
-			if (!compare && at + piece.length <= c->begin) {
-				skipped += piece.length;
-				at += piece.length;
-				continue;
-			}
-			ret = copier_add(&k, &piece, STEP_MS);
-			if (ret > 0)
-				at += piece.length;
-			stop = ret < 0 || interrupted();
-			done = copier_done(&k) + skipped;
-			progress(compare ? "compare" : "copy", done, c->list.bytes);
-			say(c, done, false);
-			clock_gettime(CLOCK_MONOTONIC, &now);
-			if (!compare && !stop && now.tv_sec >= noted.tv_sec + 5) {
-				noted = now;
-				stop = write_state(c, copier_reached(&k, at));
-			}
+		from = p->start >> k->bits;
+		to = align_up(end, cs) >> k->bits;
+		first = align_up(p->start, cs) >> k->bits;
+		last = end == k->c.size ? to : end >> k->bits;
+		if (!p->zero || first >= last) {
+			ret = put_run(k, from, to, false);
+			continue;
 		}
+		ret = put_run(k, from, first, false);
+		if (!ret)
+			ret = put_run(k, first, last, true);
+		if (!ret)
+			ret = put_run(k, last, to, false);
 	}
-	if (!compare && (stop || interrupted()))
-		write_state(c, copier_reached(&k, at));
-	copier_finish(&k, stop);
-	progress_end();
-	if (k.error)
-		return went_wrong(c, &k);
-	if (stop || interrupted())
-		return EX_WRONG;
-	say(c, k.done + skipped, true);
+	return ret;
+}
+
+static enum qcow2_state state_of(void *arg, uint64_t cluster)
+{
+	struct copy *k = arg;
+	const struct copy_list *l = &k->c.list;
+	uint64_t at = cluster << k->bits;
+
+	while (k->at < l->n && l->p[k->at].start + l->p[k->at].length <= at)
+		k->at++;
+	if (k->at == l->n || l->p[k->at].start > at)
+		return QCOW2_UNALLOCATED;
+	return l->p[k->at].zero ? QCOW2_ZERO : QCOW2_DATA;
+}
+
+/* Its name in the new image: QEMU looks for a data file in its own folder. */
+static int full_name(const char *path, char *name)
+{
+	if (realpath(path, name))
+		return 0;
+	return fail_errno("%s: cannot tell where it is", esc(path));
+}
+
+static int write_increment(struct copy *k, const char *target,
+			   const struct options *opt)
+{
+	char data[PATH_MAX], backing[PATH_MAX], side[PATH_MAX + 8];
+	uint8_t *header = calloc(1, 1UL << k->bits);
+	struct new_image n = {
+		.path = target, .fresh = true, .dir = -1,
+		.state = state_of, .arg = k, .fd = -1,
+		.data_file = data, .backing = backing,
+	};
+	int ret;
+
+	if (!header)
+		return fail_nomem();
+	snprintf(side, sizeof(side), "%s" INCREMENT_DATA, opt->increment_of);
+	n.backing_format = access(side, F_OK) ? "raw" : "qcow2";
+	ret = full_name(k->data, data);
+	if (!ret)
+		ret = full_name(opt->increment_of, backing);
+	n.g.size = k->c.size;
+	n.g.cluster_bits = k->bits;
+	n.g.refcount_order = 4;
+	n.g.l1_entries = qcow2_l1_entries_needed(&n.g);
+	if (!ret && !plan_new(&n.g, true, &n.p))
+		ret = fail(EX_WRONG, "%s: is too large for an increment of that granularity; use a bitmap with a larger one",
+			   esc(k->name));
+	n.g.l1_offset = n.p.l1_at << k->bits;
+	n.g.reftable_offset = n.p.reftable_at << k->bits;
+	n.g.reftable_clusters = n.p.reftable_clusters;
+	if (!ret && !new_image_header(&n, header))
+		ret = fail(EX_WRONG, "%s: its name, and that of %s, are too long; choose shorter ones",
+			   esc(n.path), esc(opt->increment_of));
+	if (!ret) {
+		n.fd = open(n.path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+		if (n.fd < 0)
+			ret = fail_errno("%s: cannot create it", esc(n.path));
+	}
+	if (!ret) {
+		ret = new_image_write(&n, header);
+		if (ret)
+			unlink(n.path);
+	}
+	if (n.fd >= 0)
+		close(n.fd);
+	free(header);
+	return ret;
+}
+
+static int check_increment(struct copy *k, const char *target,
+			   const struct options *opt)
+{
+	struct stat st;
+
+	if (!opt->bitmaps)
+		return fail(EX_PARAMETER,
+			    "an increment is of what has changed; give --bitmap NAME, too");
+	if (stat(opt->increment_of, &st))
+		return fail_errno("%s: cannot find the copy that came before", esc(opt->increment_of));
+	if (!access(target, F_OK))
+		return fail(EX_BUSY, "%s: exists; remove it, or choose another name",
+			    esc(target));
+	if (snprintf(k->data, sizeof(k->data), "%s" INCREMENT_DATA, target) >=
+	    (int)sizeof(k->data))
+		return fail(EX_WRONG, "%s: name is too long; choose a shorter one", esc(target));
 	return 0;
 }
 
-static int copy_all(struct copying *c)
+/*
+ * What the action does
+ */
+
+static int open_view(struct copy *k)
 {
-	char path[200];
+	char device[160], path[200];
+
+	backup_device_name(device, sizeof(device), k->name);
+	snprintf(path, sizeof(path), "/dev/mapper/%s", device);
+	k->from = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+	return k->from < 0 ? fail_errno("%s: cannot open it", esc(path)) : 0;
+}
+
+static int list_pieces(struct copy *k, const struct options *opt)
+{
+	unsigned int bits = INCREMENT_MAX_BITS;
 	int ret;
 
-	backup_device_name(path, sizeof(path), c->name);
-	memmove(path + sizeof("/dev/mapper/") - 1, path, strlen(path) + 1);
-	memcpy(path, "/dev/mapper/", sizeof("/dev/mapper/") - 1);
-	c->from = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
-	if (c->from < 0)
-		return fail_errno("%s: cannot open it", esc(path));
-	ret = open_target(c);
-	if (!ret && !c->opt->resume)
-		ret = write_state(c, 0);
-	if (!ret)
-		ret = run_copier(c, false);
-	if (!ret && fsync(c->to.fd))
-		ret = fail_errno("%s: cannot write it", esc(c->target));
-	if (!ret && c->opt->verify) {
-		/* From the disk, not from memory. */
-		posix_fadvise(c->to.fd, 0, 0, POSIX_FADV_DONTNEED);
-		ret = run_copier(c, true);
+	ret = backup_pieces(&k->notes, opt->bitmap, opt->bitmaps, add_piece, k,
+			    &k->c.size, &bits);
+	if (ret || !opt->increment_of) {
+		k->c.list = k->list;
+		k->list = (struct copy_list){ NULL };
+		return ret;
 	}
-	if (!ret && unlink(c->state))
-		ret = fail_errno("%s: cannot remove it", esc(c->state));
-	return ret;
+	k->bits = bits < INCREMENT_MIN_BITS ? INCREMENT_MIN_BITS :
+		  bits > INCREMENT_MAX_BITS ? INCREMENT_MAX_BITS : bits;
+	return round_pieces(k);
 }
 
 int backup_copy(const struct options *opt, char **names, unsigned int n)
 {
-	struct copying c = { .opt = opt, .from = -1, .to = NODE_CLOSED };
+	struct copy k = {
+		.c = { .opt = opt, .to = NODE_CLOSED }, .from = -1,
+	};
 	int ret;
 
 	if (n != 2)
 		return fail(EX_PARAMETER,
-			    "wrong number of arguments; usage: qcow2setup backup copy NAME TARGET [--bitmap BITMAP]... [--resume] [--verify]");
-	c.name = device_name(names[0]);
-	c.target = names[1];
-	c.to.path = c.target;
-	ret = backup_find(c.name, &c.notes);
+			    "wrong number of arguments; usage: qcow2setup backup copy NAME TARGET [--bitmap BITMAP]... [--increment-of COPY] [--resume] [--verify]");
+	k.name = k.c.source = device_name(names[0]);
+	k.c.target = k.c.to.path = names[1];
+	k.c.why = why;
+	k.c.arg = &k;
+	k.c.update = opt->bitmaps && !opt->increment_of;
+	ret = opt->increment_of ? check_increment(&k, names[1], opt) : 0;
+	if (opt->increment_of)
+		k.c.target = k.c.to.path = k.data;
 	if (!ret)
-		ret = backup_pieces(&c.notes, opt->bitmap, opt->bitmaps, add_piece,
-				    &c.list, &c.size);
+		ret = backup_find(k.name, &k.notes);
 	if (!ret)
-		ret = copy_all(&c);
-	free(c.list.p);
-	backup_notes_free(&c.notes);
-	node_close(&c.to);
-	if (c.from >= 0)
-		close(c.from);
+		ret = open_view(&k);
+	if (!ret)
+		ret = list_pieces(&k, opt);
+	if (!ret) {
+		make_id(&k, opt);
+		ret = copying_open(&k.c);
+	}
+	if (!ret)
+		ret = copying_run(&k.c);
+	if (!ret && opt->increment_of)
+		ret = write_increment(&k, names[1], opt);
+	if (!ret)
+		ret = copying_done(&k.c);
+	copying_close(&k.c);
+	free(k.list.p);
+	backup_notes_free(&k.notes);
+	if (k.from >= 0)
+		close(k.from);
 	return ret;
 }

@@ -17,8 +17,9 @@ int cmd_check(const struct options *opt, char **args);
 int cmd_measure(const struct options *opt, char **args);
 int cmd_resize(const struct options *opt, char **args);
 int cmd_backup(const struct options *opt, char **args);
-/* Of cmd_backup: NAME TARGET */
+/* Of cmd_backup: NAME TARGET, COPY TARGET */
 int backup_copy(const struct options *opt, char **names, unsigned int n);
+int backup_restore(const struct options *opt, char **names, unsigned int n);
 int cmd_bitmap(const struct options *opt, char **args);
 int cmd_checkpoint(const struct options *opt, char **args);
 

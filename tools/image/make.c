@@ -105,13 +105,17 @@ static int write_table(const struct new_image *n, value_fn *value,
 {
 	__be64 chunk[8192];
 	uint64_t i = 0;
+	bool some;
 	size_t k;
 	int ret;
 
 	while (i < entries) {
-		for (k = 0; k < ARRAY_SIZE(chunk) && i < entries; k++)
+		some = !n->fresh;
+		for (k = 0; k < ARRAY_SIZE(chunk) && i < entries; k++) {
 			chunk[k] = value(n, i++);
-		ret = write_at(n->fd, chunk, k * 8, at);
+			some |= chunk[k];
+		}
+		ret = some ? write_at(n->fd, chunk, k * 8, at) : 0;
 		if (ret)
 			return write_failed(n, -ret);
 		at += k * 8;
@@ -147,8 +151,14 @@ static __be64 l2_entry(const struct new_image *n, uint64_t i)
 	/* Behind each extended entry: all subclusters are allocated. */
 	if (g->ext_l2 && i % 2)
 		return cpu_to_be64(0xffffffff);
-	if (n->is_zero && n->is_zero(n->arg, cluster))
+	switch (n->state ? n->state(n->arg, cluster) : QCOW2_DATA) {
+	case QCOW2_UNALLOCATED:
+		return 0;
+	case QCOW2_ZERO:
 		return cpu_to_be64(QCOW2_OFLAG_ZERO);
+	default:
+		break;
+	}
 	return cpu_to_be64(qcow2_l2_data_entry(cluster << g->cluster_bits));
 }
 
@@ -199,6 +209,7 @@ static int write_tables(const struct new_image *n, const uint8_t *zeros)
 {
 	const struct plan_new *p = &n->p;
 	uint64_t cs = 1ULL << n->g.cluster_bits, i;
+	bool tables = n->raw || n->state;
 	int ret;
 
 	ret = write_table(n, reftable_entry, p->reftable_clusters * cs / 8,
@@ -208,10 +219,10 @@ static int write_tables(const struct new_image *n, const uint8_t *zeros)
 	if (!ret)
 		ret = write_table(n, l1_entry, p->l1_clusters * cs / 8,
 				  p->l1_at * cs);
-	if (!ret && n->raw)
+	if (!ret && tables)
 		ret = write_table(n, l2_entry, p->l2_tables * cs / 8,
 				  p->l2_at * cs);
-	for (i = 0; !ret && !n->raw && !n->fresh && i < p->l2_tables; i++) {
+	for (i = 0; !ret && !tables && !n->fresh && i < p->l2_tables; i++) {
 		ret = write_at(n->fd, zeros, cs, (p->l2_at + i) * cs);
 		if (ret)
 			ret = write_failed(n, -ret);

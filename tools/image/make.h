@@ -21,8 +21,11 @@ struct new_image {
 	/* A directory from bitmaps_new_dir(); NULL: no bitmaps */
 	const void *bitmaps;
 	struct qcow2_bitmaps_ext bitmaps_ext;
-	/* If all L2 tables are written, for @raw: does a cluster read as zeros?  NULL: none does */
-	bool (*is_zero)(void *arg, uint64_t cluster);
+	/*
+	 * All L2 tables are written, with what is said of each cluster, in order; NULL: all of
+	 * them are data, if @raw, or there are no L2 tables.  @arg is for it.
+	 */
+	enum qcow2_state (*state)(void *arg, uint64_t cluster);
 	void *arg;
 };
 

@@ -213,7 +213,7 @@ static int cut_extent(const struct extent *e, void *arg)
 
 int backup_pieces(const struct backup_notes *notes, const char *const *bitmap,
 		  unsigned int bitmaps, backup_piece_fn *fn, void *arg,
-		  uint64_t *size)
+		  uint64_t *size, unsigned int *bits)
 {
 	struct cutting c = { .fn = fn, .arg = arg };
 	struct extents x = { .states_only = true, .fn = cut_extent, .arg = &c };
@@ -227,8 +227,11 @@ int backup_pieces(const struct backup_notes *notes, const char *const *bitmap,
 		ret = image_geometry(&img, &img.geo);
 	if (!ret && bitmaps)
 		ret = bitmaps_load(&s, &img);
-	for (i = 0; !ret && i < bitmaps; i++)
+	for (i = 0; !ret && i < bitmaps; i++) {
 		ret = bitmap_reader_open(&c.reader[c.readers++], &s, bitmap[i]);
+		if (!ret && bits && c.reader[i].b->head.granularity_bits < *bits)
+			*bits = c.reader[i].b->head.granularity_bits;
+	}
 	if (!ret) {
 		*size = x.size = img.geo.size;
 		ret = image_walk(&img, &img.geo, &x);
@@ -494,11 +497,11 @@ static void set_shown(struct shown *s, uint64_t from, uint64_t to)
 		s->data[c / 8] |= 1 << c % 8;
 }
 
-static bool is_zero(void *arg, uint64_t cluster)
+static enum qcow2_state shown_state(void *arg, uint64_t cluster)
 {
 	const struct shown *s = arg;
 
-	return !(s->data[cluster / 8] & 1 << cluster % 8);
+	return s->data[cluster / 8] & 1 << cluster % 8 ? QCOW2_DATA : QCOW2_ZERO;
 }
 
 static int see_extent(const struct extent *e, void *arg)
@@ -655,7 +658,7 @@ static int make_image(const struct disk *d, uint64_t sectors)
 {
 	uint64_t clusters = ((sectors * SECTOR - 1) >> IMAGE_BITS) + 1;
 	struct shown s = { .data = calloc(clusters / 8 + 1, 1) };
-	struct new_image n = { .is_zero = is_zero, .arg = &s };
+	struct new_image n = { .state = shown_state, .arg = &s };
 	bool raw = false;
 	int ret;
 
@@ -663,7 +666,7 @@ static int make_image(const struct disk *d, uint64_t sectors)
 		return fail_nomem();
 	ret = find_shown(d->name, &s, sectors, &raw);
 	if (raw)
-		n.is_zero = NULL;
+		n.state = NULL;
 	if (!ret)
 		ret = write_image(d, sectors, &n);
 	free(s.data);

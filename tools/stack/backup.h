@@ -64,10 +64,13 @@ struct backup_piece {
 /* A result other than 0 ends it all. */
 typedef int backup_piece_fn(const struct backup_piece *p, void *arg);
 
-/* What there is to be copied of a backup; *@size: of the disk, before @fn is called */
+/*
+ * What there is to be copied of a backup; *@size: of the disk, before @fn is called.  *@bits gets
+ * no larger than log2 of the smallest granularity of the bitmaps; NULL: not asked for.
+ */
 int backup_pieces(const struct backup_notes *notes, const char *const *bitmap,
 		  unsigned int bitmaps, backup_piece_fn *fn, void *arg,
-		  uint64_t *size);
+		  uint64_t *size, unsigned int *bits);
 
 /* What status says of a view, in words */
 const char *backup_view_text(const char *view);

@@ -26,13 +26,11 @@ static int write_zeros(const struct copier *c, uint8_t *buf,
 
 	if (c->fresh)
 		return 0;
-	if (c->device) {
-		if (!ioctl(c->to, BLKZEROOUT, range))
-			return 0;
-	} else if (!fallocate(c->to, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			      p->start, p->length)) {
+	/* What takes no space, if that can be; a device reads as zeros there, too. */
+	if (!fallocate(c->to, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+		       p->start, p->length) ||
+	    (c->device && !ioctl(c->to, BLKZEROOUT, range)))
 		return 0;
-	}
 	memset(buf, 0, p->length);
 	return write_at(c->to, buf, p->length, p->start);
 }
@@ -64,7 +62,7 @@ static int copy_piece(const struct copier *c, const struct copier_piece *p,
 	if (p->zero)
 		memset(buf, 0, p->length);
 	else
-		ret = read_at(c->from, buf, p->length, p->start);
+		ret = read_at(p->from, buf, p->length, p->start);
 	if (ret)
 		return -ret;
 	*reading = false;

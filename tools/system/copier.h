@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Copy pieces of one file or device to another one, at the same offsets, several at a time.
+ * Copy pieces of files or devices to another one, at the same offsets, several at a time.
  */
 #ifndef QCOW2SETUP_COPIER_H
 #define QCOW2SETUP_COPIER_H
@@ -15,12 +15,13 @@
 struct copier_piece {
 	uint64_t start;
 	uint32_t length;		/* 0: none */
+	int from;			/* that it is read from */
 	bool zero;			/* it reads as zeros: nothing need be read */
 };
 
 struct copier {
 	/* Constant */
-	int from, to;
+	int to;
 	bool device;			/* the target is a block device */
 	bool fresh;			/* the target reads as zeros where nothing was written */
 	bool compare;			/* read both, write nothing */

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "commands/copying.h"
+#include "lib/interrupt.h"
+#include "lib/progress.h"
+#include "lib/util.h"
+#include "system/claim.h"
+#include "system/copier.h"
+#include "system/locks.h"
+
+/* How long is waited for a copier before somebody is told how far it is */
+#define STEP_MS		200
+/* How often that is said to programs, and noted for who goes on with it */
+#define SAY_S		1
+#define NOTE_S		5
+
+int copy_list_add(struct copy_list *l, const struct copy_piece *p)
+{
+	struct copy_piece *more;
+
+	if (l->n == l->room) {
+		l->room = 2 * l->room + 1024;
+		more = realloc(l->p, l->room * sizeof(*more));
+		if (!more)
+			return fail_nomem();
+		l->p = more;
+	}
+	l->p[l->n++] = *p;
+	l->bytes += p->length;
+	return 0;
+}
+
+/*
+ * How far it is: which copy, and up to where all is on the target's disk
+ */
+
+static int read_state(struct copying *c)
+{
+	FILE *f = fopen(c->state, "re");
+	char id[80];
+	bool good;
+
+	good = f && fscanf(f, "%79s %" SCNu64, id, &c->begin) == 2;
+	if (f)
+		fclose(f);
+	if (good && !strcmp(id, c->id))
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: no such copy was stopped there; leave --resume out, and begin anew",
+		    esc(c->target));
+}
+
+static int write_state(struct copying *c, uint64_t reached)
+{
+	FILE *f;
+
+	if (!c->id)
+		return 0;
+	if (fdatasync(c->to.fd))
+		return fail_errno("%s: cannot write it", esc(c->target));
+	f = fopen(c->state, "we");
+	if (!f)
+		return fail_errno("%s: cannot note there how far the copy is", esc(c->state));
+	fprintf(f, "%s %" PRIu64 "\n", c->id, reached);
+	if (fclose(f))
+		return fail_errno("%s: cannot note there how far the copy is", esc(c->state));
+	return 0;
+}
+
+/*
+ * The target
+ */
+
+static int make_file(struct copying *c)
+{
+	c->to.fd = open(c->target, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	if (c->to.fd < 0 && errno == EEXIST)
+		return fail(EX_BUSY,
+			    "%s: exists; go on with --resume, remove it, or choose another name",
+			    esc(c->target));
+	if (c->to.fd < 0 || ftruncate(c->to.fd, c->size))
+		return fail_errno("%s: cannot create it", esc(c->target));
+	c->fresh = true;
+	return 0;
+}
+
+/* A copy that is to be brought up to date, or that was stopped */
+static int open_file(struct copying *c)
+{
+	int ret = node_lock(&c->to, true);
+
+	if (ret)
+		return ret;
+	if (c->to.size > c->size)
+		return fail(EX_WRONG,
+			    "%s: file of %s is larger than %s: not a copy of it; choose another name",
+			    esc(c->target), human_size(c->to.size), esc(c->source));
+	if (ftruncate(c->to.fd, c->size))
+		return fail_errno("%s: cannot make it longer", esc(c->target));
+	return 0;
+}
+
+static int open_device(struct copying *c)
+{
+	int ret;
+
+	if (!c->opt->overwrite_device && !c->update && !c->opt->resume)
+		return fail(EX_BUSY,
+			    "%s: is a block device; give --overwrite-device to destroy what is on it",
+			    esc(c->target));
+	if (c->to.size < c->size)
+		return fail(EX_WRONG,
+			    "%s: device of %s is smaller than %s, of %s; enlarge it, or choose another one",
+			    esc(c->target), human_size(c->to.size), esc(c->source),
+			    human_size(c->size));
+	ret = node_lock(&c->to, true);
+	return ret ? ret : claim_check(&c->to, true);
+}
+
+int copying_open(struct copying *c)
+{
+	struct stat st;
+	int ret;
+
+	snprintf(c->state, sizeof(c->state), "%s.qcow2setup-copy", c->target);
+	if (c->opt->resume) {
+		ret = read_state(c);
+		if (ret)
+			return ret;
+	}
+	if (stat(c->target, &st) || (S_ISREG(st.st_mode) && !c->opt->resume &&
+				     !c->update)) {
+		if (c->update)
+			return fail(EX_WRONG,
+				    "%s: no such copy to be brought up to date; copy all first, without --bitmap",
+				    esc(c->target));
+		return make_file(c);
+	}
+	ret = node_open(&c->to, AT_FDCWD, c->target, 0);
+	if (ret)
+		return ret;
+	return c->to.bdev ? open_device(c) : open_file(c);
+}
+
+/*
+ * Copying
+ */
+
+static void say(struct copying *c, uint64_t done, bool last)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	if (!last && now.tv_sec < c->said + SAY_S)
+		return;
+	if (c->opt->json) {
+		printf("{\"done\": %" PRIu64 ", \"total\": %" PRIu64 ", \"rate\": %" PRIu64 "}\n",
+		       done, c->list.bytes,
+		       c->said ? (done - c->said_done) / (now.tv_sec - c->said ? now.tv_sec - c->said : 1) : 0);
+		fflush(stdout);
+	}
+	c->said = now.tv_sec;
+	c->said_done = done;
+}
+
+static int went_wrong(const struct copying *c, const struct copier *k)
+{
+	int ret;
+
+	if (k->differs)
+		return fail(EX_WRONG,
+			    "%s: differs from what was copied at byte %" PRIu64 "; do not trust it, and copy to another place",
+			    esc(c->target), k->where);
+	errno = k->error;
+	if (!k->reading)
+		return fail_errno("%s: cannot be %s at byte %" PRIu64, esc(c->target),
+				  k->compare ? "read" : "written", k->where);
+	ret = c->why ? c->why(c) : 0;
+	if (ret)
+		return ret;
+	errno = k->error;
+	return fail_errno("%s: cannot be read at byte %" PRIu64, esc(c->source), k->where);
+}
+
+/* All pieces from c->begin on, or all of them to be compared. */
+static int run_copier(struct copying *c, bool compare)
+{
+	struct copier k = {
+		.to = c->to.fd, .device = c->to.bdev,
+		.fresh = c->fresh, .compare = compare,
+	};
+	uint64_t at = 0, skipped = 0, done;
+	struct timespec noted, now;
+	bool stop = false;
+	size_t i;
+	int ret;
+
+	ret = copier_start(&k);
+	if (ret) {
+		errno = -ret;
+		return fail_errno("no threads to copy with");
+	}
+	clock_gettime(CLOCK_MONOTONIC, &noted);
+	progress(compare ? "compare" : "copy", 0, c->list.bytes);
+	for (i = 0; !stop && i < c->list.n; i++) {
+		const struct copy_piece *p = &c->list.p[i];
+		uint64_t end = p->start + p->length;
+
+		for (at = p->start; !stop && at < end;) {
+			struct copier_piece piece = {
+				.start = at, .from = p->from, .zero = p->zero,
+				.length = min_u64(end - at, COPIER_BYTES),
+			};
+
+			if (!compare && at + piece.length <= c->begin) {
+				skipped += piece.length;
+				at += piece.length;
+				continue;
+			}
+			ret = copier_add(&k, &piece, STEP_MS);
+			if (ret > 0)
+				at += piece.length;
+			stop = ret < 0 || interrupted();
+			done = copier_done(&k) + skipped;
+			progress(compare ? "compare" : "copy", done, c->list.bytes);
+			say(c, done, false);
+			clock_gettime(CLOCK_MONOTONIC, &now);
+			if (!compare && !stop && now.tv_sec >= noted.tv_sec + NOTE_S) {
+				noted = now;
+				stop = write_state(c, copier_reached(&k, at));
+			}
+		}
+	}
+	if (!compare && (stop || interrupted()))
+		write_state(c, copier_reached(&k, at));
+	copier_finish(&k, stop);
+	progress_end();
+	if (k.error)
+		return went_wrong(c, &k);
+	if (stop || interrupted())
+		return EX_WRONG;
+	say(c, k.done + skipped, true);
+	return 0;
+}
+
+int copying_run(struct copying *c)
+{
+	int ret = c->opt->resume ? 0 : write_state(c, 0);
+
+	if (!ret)
+		ret = run_copier(c, false);
+	if (!ret && fsync(c->to.fd))
+		ret = fail_errno("%s: cannot write it", esc(c->target));
+	if (!ret && c->opt->verify) {
+		/* From the disk, not from memory. */
+		posix_fadvise(c->to.fd, 0, 0, POSIX_FADV_DONTNEED);
+		ret = run_copier(c, true);
+	}
+	return ret;
+}
+
+int copying_done(struct copying *c)
+{
+	if (c->id && unlink(c->state))
+		return fail_errno("%s: cannot remove it", esc(c->state));
+	return 0;
+}
+
+void copying_close(struct copying *c)
+{
+	free(c->list.p);
+	node_close(&c->to);
+}
