@@ -338,7 +338,7 @@ def copied(w, target, *numbers):
 
 def witnessed(bench, fs, kind, rounds):
     """A full backup, increments, and a second copy that is brought up to date every other
-    time, by two bitmaps"""
+    time, by two bitmaps. Every other time the file system is frozen for the instant."""
     w = Witness(bench, fs, **KINDS[kind])
     w.begin()
     view = f"/dev/mapper/{w.dm.name}-backup"
@@ -351,11 +351,18 @@ def witnessed(bench, fs, kind, rounds):
         w.some()
         numbers = range(max(n - 2, 0), n)
         before = w.mark()
-        b = Backup(bench, [w.dm], *bitmap_words(*numbers), "--checkpoint", f"c{n}")
+        frozen = n % 2 == 1
+        b = Backup(bench, [w.dm], *bitmap_words(*numbers), "--checkpoint", f"c{n}", *(["--freeze"] if frozen else []))
         after = w.look()
         w.some()
         with mounted(bench, fs, view, AS_IT_IS[fs]) as folder:
-            w.check_settled(folder, f"{what}, view")
+            if frozen:
+                # Nothing is in a journal only.
+                w.check_files(folder, before, after, f"{what}, frozen")
+            else:
+                w.check_settled(folder, f"{what}, view")
+        if frozen:
+            w.check_clean(view, f"{what}, frozen")
         copied(w, one, *numbers[-1:])
         if n % 2 == 0:
             copied(w, two, *numbers)
