@@ -361,7 +361,9 @@ def witnessed(bench, fs, kind, rounds):
                 w.check_files(folder, before, after, f"{what}, frozen")
             else:
                 w.check_settled(folder, f"{what}, view")
-        if frozen:
+        if frozen and fs == "ext4":
+            # xfs leaves its log dirty for files that are removed while they are open; its
+            # copy is checked once it has been mounted.
             w.check_clean(view, f"{what}, frozen")
         copied(w, one, *numbers[-1:])
         if n % 2 == 0:
