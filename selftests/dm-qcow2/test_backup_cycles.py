@@ -25,7 +25,7 @@ qcow2test.forget_tests()
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 CYCLES = int(os.environ.get("CYCLES", 100))
-RUNS = int(os.environ.get("RUNS", 2))
+RUNS = int(os.environ.get("RUNS", 3))
 LEAKS = "/sys/kernel/debug/kmemleak"
 note(f"SEED={SEED}")
 
@@ -226,8 +226,8 @@ def fio(bench, **options):
     def backup(n):
         """Of all, or brought up to date, and compared with another copy of all"""
         changed = ("--bitmap", f"c{n - 1}") if n else ()
-        b = Backup(bench, [dm], *changed, "--checkpoint", f"c{n}")
         running = load and load.runs()
+        b = Backup(bench, [dm], *changed, "--checkpoint", f"c{n}")
         run(TOOL, "backup", "copy", dm.name, copy, *changed)
         other = digest(f"/dev/mapper/{dm.name}-backup")
         expect(digest(copy) == other, f"backup {n}: two copies of one view differ")
