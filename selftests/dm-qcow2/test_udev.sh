@@ -252,6 +252,53 @@ guest()
 	[ -z "$(ls /run/qcow2setup)" ] || fault "marks: $(ls /run/qcow2setup)"
 }
 
+# backed_up KIND: a backup's view of a guest's disk is no more the host's than the disk is
+backed_up()
+{
+	local d
+
+	disk "$1"
+	later release "$1"
+	: > "$keep/probed"
+	mkdir "$dir/cow"
+	"$tool" open "$dir/i.qcow2" "$name" --data-file "$dir/i.data"
+	"$tool" backup begin "$name" --cow "$dir/cow"
+	quiet "$1, with a view"
+	view_hidden
+	by_id
+	events
+	dmsetup suspend "$name-backup"
+	dmsetup resume "$name-backup"
+	quiet "$1, with a view, after other events"
+	view_hidden
+	by_id
+	for d in "$name" "$name-backup" $(loops_here); do
+		d=$(basename "$(realpath "${d/#$prefix//dev/mapper/$prefix}")")
+		! grep -qx "$d" "$keep/probed" || fault "$d has been probed"
+	done
+	# It has what the host would act on.
+	cmp "/dev/mapper/$name-backup" "$dir/i.data"
+	"$tool" backup end "$name"
+	quiet "$1, when the view is gone"
+	by_id
+	"$tool" close "$name"
+	nothing_left
+	[ -z "$(ls /run/qcow2setup)" ] || fault "marks: $(ls /run/qcow2setup)"
+}
+
+# Nothing but its name in /dev/mapper leads to the view, and udev knows nothing of its content.
+view_hidden()
+{
+	local kernel links
+
+	kernel=$(basename "$(realpath "/dev/mapper/$name-backup")")
+	[[ $kernel = dm-* ]] || fault "no /dev/mapper/$name-backup"
+	links=$(find /dev/disk -lname "*/$kernel")
+	[ -z "$links" ] || fault "links to the view: ${links//$'\n'/ }"
+	[ -z "$(property "/dev/mapper/$name-backup" ID_FS_TYPE)" ]
+	[ -z "$(property "/dev/mapper/$name-backup" ID_FS_LABEL)" ]
+}
+
 # It is there with the names that tell nothing of the content, and for systemd ready
 by_id()
 {
@@ -716,6 +763,7 @@ for k in "${kinds[@]}"; do
 	check "$k: on an ordinary device of device-mapper the host acts on it" ordinary_dm "$k"
 	check "$k: on a guest's disk it is left alone" guest "$k"
 	check "$k: with --host it is used, and only there" own "$k"
+	check "$k: the view of a backup is left alone, too" backed_up "$k"
 done
 check "a label on overlay and base" overlay_and_base
 check "a raw base, and its helper" raw_base
