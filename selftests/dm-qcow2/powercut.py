@@ -179,12 +179,13 @@ class Recording:
     """An image on two slices of a device whose writes are logged."""
 
     def __init__(self, bench, name, size, room=None, data_size=None, backing=0, raw=False, mapped=False,
-                 export=True, bitmaps=(), **options):
+                 export=True, bitmaps=(), chain=False, **options):
         """room: size of the metadata device, in bytes; without it, that of the worst
         case. data_size: of the data device, if it is to be larger than the image.
         bitmaps: granularities of those that record.
         backing: size of a raw backing file. raw: data_file_raw, but nothing is allocated.
         mapped: let qcow2setup open the image.
+        chain: bitmaps will end, and others begin, as backups do: one of them has each change.
         export: leave the recording to the host, if it wants it."""
         self.bench, self.name, self.size = bench, name, size
         self.data_size = data_size or size
@@ -196,7 +197,7 @@ class Recording:
             path = bench.file("backing", backing)
             run(LOAD, "--fill", "B", path, 0, backing // 512)
         self.image = bench.image(size, name, backing=path, **options)
-        self.raw = raw
+        self.raw, self.chain = raw, chain
         if raw:
             # QEMU would allocate everything.
             self.image.set("autoclear_features", RAW)
@@ -274,7 +275,7 @@ class Recording:
              f"{late} after one that was sent later")
         with open(self.dir + "/conf", "w", encoding="ascii") as f:
             f.write(f"meta_sectors {self.meta_size // 512}\ndata_sectors {self.data_size // 512}\n"
-                    f"backing_sectors {self.backing // 512}\nseed {seed}\nclosed 1\nraw {int(self.raw)}\n")
+                    f"backing_sectors {self.backing // 512}\nseed {seed}\nclosed 1\nraw {int(self.raw)}\nchain {int(self.chain)}\n")
         if not os.path.exists(self.dir + "/journal"):
             open(self.dir + "/journal", "w", encoding="ascii").close()
         os.sync()

@@ -84,6 +84,7 @@ static struct conf {
 	uint64_t seed;			/* of the load; 0: content is not stamped */
 	uint64_t closed;		/* the log ends with the device's removal */
 	uint64_t raw;			/* the data device is a raw disk, too */
+	uint64_t chain;			/* bitmaps end, and others begin: one of them has each change */
 } conf;
 
 struct entry {
@@ -266,6 +267,8 @@ static void read_conf(void)
 			conf.closed = value;
 		else if (!strcmp(key, "raw"))
 			conf.raw = value;
+		else if (!strcmp(key, "chain"))
+			conf.chain = value;
 	}
 	fclose(f);
 	if (!conf.meta_sectors || !conf.data_sectors)
@@ -547,7 +550,7 @@ struct recorded {
 struct image {
 	struct qcow2_geometry g;
 	unsigned int nr_bitmaps;
-	struct recorded bitmaps[MAX_BITMAPS];	/* that record */
+	struct recorded bitmaps[MAX_BITMAPS];	/* that record, or (conf.chain) all */
 	uint64_t clusters;		/* of the metadata device */
 	uint64_t leaks;
 	uint8_t *refs;
@@ -628,7 +631,7 @@ static bool walk_directory(struct image *im, const uint8_t *meta, const struct q
 			return fault("bitmap", "bitmap %u is not valid", i);
 		if (!walk_bitmap(im, meta, &b))
 			return false;
-		if (!qcow2_bitmap_records(&b))
+		if (!qcow2_bitmap_records(&b) && !conf.chain)
 			continue;
 		if (im->nr_bitmaps == MAX_BITMAPS)
 			die("there are too many bitmaps");
@@ -669,6 +672,7 @@ static bool walk_bitmaps(struct image *im, const uint8_t *meta, const struct qco
 /* Header, L1 entries, refcounts; counts leaks. */
 static bool walk(struct image *im, const uint8_t *meta)
 {
+	unsigned int between = 0;
 	uint64_t bytes = conf.meta_sectors * SECTOR, i, c, off, count, per_block;
 	struct qcow2_geometry *g = &im->g;
 	struct qcow2_header header;
@@ -727,7 +731,9 @@ static bool walk(struct image *im, const uint8_t *meta)
 			return fault("refcount", "cluster %#" PRIx64 " is in use and has refcount 0", c);
 		if (refcount > 1 || (refcount && im->refs[c] == 0))
 			im->leaks++;
-		if (refcount && !im->refs[c] && used_at_ends && !used_at_ends[c])
+		/* With bitmaps that end, the directory before this one, or the next one */
+		if (refcount && !im->refs[c] && used_at_ends && !used_at_ends[c] &&
+		    (!conf.chain || between++))
 			return fault("leak", "cluster %#" PRIx64 " is not what the load came to use", c);
 	}
 	return true;
@@ -825,6 +831,15 @@ static bool judge_marks(const struct state *st, uint64_t sector, uint64_t end, e
 			c = before;
 		if (c == before && (!conf.raw || content(st, sector) == before))
 			continue;
+		if (conf.chain) {
+			for (i = 0; i < now.nr_bitmaps; i++)
+				if (is_set(st, now.bitmaps + i, sector >> (now.bitmaps[i].b.granularity_bits - 9)))
+					break;
+			if (i == now.nr_bitmaps)
+				return fault("unmarked", "sector %" PRIu64 " has changed, and none of %u bitmaps says so",
+					     sector, i);
+			continue;
+		}
 		for (i = 0; i < now.nr_bitmaps; i++)
 			if (!is_set(st, now.bitmaps + i, sector >> (now.bitmaps[i].b.granularity_bits - 9)))
 				return fault("unmarked", "sector %" PRIu64 " has changed, and bitmap %u does not say so",
@@ -1076,7 +1091,7 @@ static void judge(const struct state *st, unsigned int n, const char *what, bool
 		return;
 	if (now.nr_bitmaps &&
 	    (!each_unit(&now, st, judge_marks) ||
-	     !judge_excess(st, n, conf.closed && n + 1 == nr_entries && !strcmp(what, "all writes"))))
+	     (!conf.chain && !judge_excess(st, n, conf.closed && n + 1 == nr_entries && !strcmp(what, "all writes")))))
 		return;
 	if (check_share && (important || !below(check_share)) &&
 	    !seen_before(st->meta) && !check_outside(st))

@@ -255,7 +255,7 @@ def output(bench):
     os.makedirs(folder)
     command = f"'{TOOL}' backup begin {dm.name} --cow {folder} --freeze"
     got, out = run("sh", "-c", f"{command} > {fs.path}/log", ok=False)
-    expect(got == 4 and "send that elsewhere" in out, f"{got}: {out}")
+    expect(got == 4 and "put that elsewhere" in out, f"{got}: {out}")
     run("sh", "-c", f"{command} > {folder}/log")
     run(TOOL, "backup", "end", dm.name)
     nothing_left(dm)

@@ -474,6 +474,145 @@ def copies(bench):
     dm.end()
 
 
+@test("increments, and the way back")
+def increments(bench):
+    dm, folder = Device(bench), folder_of(bench)
+    full, increment, target = (bench.path(name) for name in ("full", "increment", "target"))
+    run(TOOL, "backup", "begin", dm.name, "--cow", folder, "--bitmap", "b0", "--checkpoint", "c0")
+    was = dm.view()
+    copy = ("backup", "copy", dm.name)
+    run(TOOL, *copy, full)
+
+    def good(path=target):
+        same(content(path, SIZE)[:SIZE], was, what=path)
+        if path == target:
+            os.unlink(path)
+
+    def none():
+        for path in (increment, f"{increment}.data", f"{increment}.data.qcow2setup-copy"):
+            gone(path)
+
+    usage(refused(1, "usage", *copy, increment, full, "--increment-of", full),
+          {"NAME": dm.name, "TARGET": increment}, f"--bitmap b0 --increment-of {full}")
+    none()
+    said = refused(1, "is of what has changed", *copy, increment, "--increment-of", full)
+    works(said, *copy, increment, "--increment-of", full, option(said), "b0")
+    said = refused(5, "exists; remove it", *copy, increment, "--increment-of", full, "--bitmap", "b0")
+    works(said, *copy, bench.path("another-one"), "--increment-of", full, "--bitmap", "b0")
+    none()
+    works(said, *copy, increment, "--increment-of", full, "--bitmap", "b0")
+    # Names that leave no room
+    long = "/".join([bench.dir] + ["."] * ((4090 - len(bench.dir)) // 2))
+    said = refused(4, "name is too long; choose", *copy, long, "--increment-of", full, "--bitmap", "b0")
+    none()
+    works(said, *copy, increment, "--increment-of", full, "--bitmap", "b0")
+    said = refused(4, "name is too long; use", "backup", "restore", f"{bench.dir}/{'./' * 2048}full", target)
+    works(said, "backup", "restore", full, target)
+    good()
+    deep = bench.dir
+    for _ in range(8):
+        deep += "/" + "d" * 240
+        os.makedirs(deep)
+    shutil.copy(full, f"{deep}/full")
+    dm.tool("bitmap add", "fine", "--granularity", "4K", "--disabled")
+    dm.end()
+    dm.tool("bitmap enable", "fine")
+    dm.write()
+    run(TOOL, "backup", "begin", dm.name, "--cow", folder, "--bitmap", "fine", "--checkpoint", "c1")
+    was = dm.view()
+    said = refused(4, "are too long", *copy, f"{deep}/increment", "--increment-of", f"{deep}/full", "--bitmap", "fine")
+    none()
+    works(said, *copy, increment, "--increment-of", full, "--bitmap", "fine")
+    # Back
+    restore = ("backup", "restore")
+    usage(refused(1, "usage", *restore, increment), {"COPY": increment, "TARGET": target})
+    good()
+    apart = folder_of(bench, "apart")
+    for name in ("increment", "increment.data"):
+        shutil.move(bench.path(name), f"{apart}/{name}")
+    said = refused(4, "not in the same folder", *restore, f"{apart}/increment", target)
+    works(said, *restore, f"{apart}/increment", target, option(said))
+    good()
+    shutil.copy(full, f"{apart}/full")
+    works(said, *restore, f"{apart}/increment", target)
+    good()
+    # One of no copy: it is a disk by itself.
+    alone = bench.path("alone")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={alone}.data", alone, str(SIZE))
+    run("qemu-io", "-f", "qcow2", "-c", f"write -P 7 0 {MIB}", alone)
+    said = refused(4, "names no copy before it", *restore, alone, target)
+    expect("use qemu-img convert" in said, said)
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", alone, target)
+    tested(said)
+    same(content(target, SIZE), b"\7" * MIB + bytes(SIZE - MIB), what="by qemu-img")
+    os.unlink(target)
+    # More than can be open at a time
+    names = [full]
+    for n in range(257):
+        names.append(bench.path(f"many{n}"))
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={names[-1]}.data", "-u", "-b", names[-2],
+            "-F", "qcow2" if n else "raw", names[-1], str(SIZE))
+    said = refused(4, "are one of the other", *restore, names[-1], target)
+    expect("merge some with qemu-img commit" in said, said)
+    run("qemu-img", "commit", "-q", "-f", "qcow2", "-b", names[-4], names[-1])
+    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", names[-4], "-F", "qcow2", names[-1])
+    works(said, *restore, names[-1], target)
+    same(content(target, SIZE), content(full, SIZE), what="through very many")
+    dm.end()
+
+
+@test("how much is kept, and what is frozen")
+def frozen(bench):
+    dm, folder = Device(bench), folder_of(bench)
+    begin = ("backup", "begin", dm.name, "--cow", folder)
+    said = refused(1, "is too little", *begin, "--size", "4K")
+    for size in re.search(r"such as (\S+), from (\S+) on", said).groups():
+        works(said, *begin, "--size", size)
+        dm.end()
+    # An image on a file system of the other one
+    large = Opened.__new__(Opened)
+    large.image, large.name = bench.image(32 * MIB, name="large"), f"qcow2test{os.getpid()}-large"
+    large.path = f"/dev/mapper/{large.name}"
+    run(TOOL, "open", large.image.path, large.name, "--data-file", large.image.data)
+    bench.add(large)
+    run("mkfs.ext4", "-q", "-F", large.path)
+    mount = folder_of(bench, "mnt")
+    run("mount", large.path, mount)
+    try:
+        above = Opened.__new__(Opened)
+        above.image, above.name = bench.image(SIZE, name=f"{mount}/above"), f"qcow2test{os.getpid()}-above"
+        run(TOOL, "open", above.image.path, above.name, "--data-file", above.image.data)
+        try:
+            both = ("backup", "begin", large.name, above.name, "--cow", folder)
+            said = refused(4, "would wait for that when it is frozen", *both, "--freeze")
+            works(said, *both)
+            run(TOOL, "backup", "end", large.name, above.name)
+            for name in (large.name, above.name):
+                works(said, "backup", "begin", name, "--cow", folder, "--freeze")
+                run(TOOL, "backup", "end", name)
+        finally:
+            run(TOOL, "close", above.name)
+        # What is said goes to what is frozen
+        command = f"qcow2setup backup begin {large.name} --cow {folder} --freeze"
+        said = message(*shell(f"{command} > {mount}/log", ok=False), 4, "put that elsewhere", command)
+        shell(f"{command} > {folder}/log")
+        tested(said)
+        run(TOOL, "backup", "end", large.name)
+    finally:
+        run("umount", mount)
+    # One that cannot be frozen
+    run("mkfs.minix", dm.path)
+    run("mount", "-t", "minix", dm.path, mount)
+    try:
+        said = refused(4, "cannot be frozen", *begin, "--freeze")
+        works(said, *begin)
+        dm.end()
+    finally:
+        run("umount", mount)
+    works(said, *begin, "--freeze")
+    dm.end()
+
+
 @test("a backup that cannot be ended")
 def ends(bench):
     dm, folder = Device(bench), folder_of(bench)

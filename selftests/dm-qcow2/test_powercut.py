@@ -72,6 +72,27 @@ def bitmaps_along(bench):
     r.judge()
 
 
+def backups(bench, name, raw, options):
+    """Backups begin and end while requests come in: whenever it happens, what has changed is in one of the
+    bitmaps, all of them are valid, and nothing is known of a view."""
+    r = Recording(bench, name, 4 * MIB, room=2 * MIB, cluster=4 * KIB, mapped=True, raw=raw, bitmaps=(4 * KIB,), chain=True)
+    cow = bench.path("cow")
+    os.mkdir(cow)
+    last = "b0"
+    r.load(60, *options)
+    for n in range(3):
+        task = Task(r.load, 120, *options)
+        run(TOOL, "backup", "begin", r.dm.name, "--cow", cow, "--bitmap", last, "--checkpoint", f"c{n}")
+        task.finish()
+        task = Task(r.load, 60, *options)
+        run(TOOL, "backup", "end", r.dm.name, *(("--failed",) if n == 1 else ()))
+        task.finish()
+        last = f"c{n}"
+    r.load(40, *options)
+    r.close()
+    r.judge()
+
+
 def resize(bench):
     """Grow a device while requests come in, twice."""
     sizes = MIB, 3 * MIB, 10 * MIB + 512
@@ -135,6 +156,8 @@ def file_system(bench):
 for load in LOADS:
     recorded(load, random_load(load))
 recorded("bitmaps_along", bitmaps_along)
+recorded("backups", lambda bench: backups(bench, "backups", False, ()))
+recorded("backups_raw", lambda bench: backups(bench, "backups_raw", True, LOADS["raw"][1]))
 recorded("resize", resize)
 recorded("resize_raw", resize_raw)
 recorded("ext4", file_system)

@@ -61,7 +61,7 @@ int attach_live(struct image *img, const char *name, bool bitmaps)
 	struct node node;
 	uint64_t sectors;
 	bool known;
-	char number[32], target[64];
+	char number[32], target[64], path[300];
 	int ret;
 
 	ret = dm_query(name, &info);
@@ -97,14 +97,18 @@ int attach_live(struct image *img, const char *name, bool bitmaps)
 			    "%s: table is not understood; use a newer qcow2setup",
 			    esc(name));
 
-	/* Never through a file: what is live is what the device shows. */
-	ret = node_open(&node, AT_FDCWD, metadata.node, NODE_READ_ONLY);
+	/*
+	 * Never through a file: what is live is what the device shows.  The kernel's own name is
+	 * there without udev, too.
+	 */
+	snprintf(path, sizeof(path), "/dev/%s", metadata.kernel_name);
+	ret = node_open(&node, AT_FDCWD, path, NODE_READ_ONLY);
 	snprintf(number, sizeof(number), "%u:%u", major(node.rdev),
 		 minor(node.rdev));
 	if (!ret && (!node.bdev || strcmp(number, table.metadata_dev)))
 		ret = fail(EX_WRONG,
 			   "%s: is not the device %s that it should be; run udevadm settle and try again",
-			   esc(metadata.node), table.metadata_dev);
+			   esc(path), table.metadata_dev);
 	if (ret) {
 		node_close(&node);
 		return ret;

@@ -704,6 +704,15 @@ static int note_disk(struct disk *d)
 	return ret;
 }
 
+static int tell_view(const struct disk *d, const char *text)
+{
+	int ret = dm_message(d->name, text);
+
+	return ret ? fail(errno_to_exit(-ret),
+			  "%s: cannot tell it what is not wanted: %s; leave its table alone meanwhile, and try again",
+			  esc(d->name), strerror(-ret)) : 0;
+}
+
 /* Only what is dirty is wanted, in any of the bitmaps: whole granules that are not, are not. */
 static int skip_clean(const struct disk *d, uint64_t sectors)
 {
@@ -737,11 +746,7 @@ static int skip_clean(const struct disk *d, uint64_t sectors)
 		if (at > clean) {
 			snprintf(text, sizeof(text), "view_skip %" PRIu64 " %" PRIu64,
 				 clean / SECTOR, (at - clean) / SECTOR);
-			ret = dm_message(d->name, text);
-			if (ret)
-				ret = fail(errno_to_exit(-ret),
-					   "%s: cannot tell it what is not wanted: %s; leave its table alone meanwhile, and try again",
-					   esc(d->name), strerror(-ret));
+			ret = tell_view(d, text);
 		}
 		clean = end;
 		if (at == size)
@@ -757,12 +762,9 @@ static int skip_clean(const struct disk *d, uint64_t sectors)
 static int limit_view(const struct disk *d)
 {
 	char text[64];
-	int ret;
 
 	snprintf(text, sizeof(text), "view_limit %" PRIu64, d->r->most / SECTOR);
-	ret = dm_message(d->name, text);
-	return ret ? fail(errno_to_exit(-ret), "%s: cannot tell it how much is to be kept: %s; see dmesg",
-			  esc(d->name), strerror(-ret)) : 0;
+	return tell_view(d, text);
 }
 
 static int finish_disk(const struct disk *d, uint64_t sectors)

@@ -23,7 +23,7 @@ static int check_output(dev_t dev, const char *where)
 	for (fd = STDOUT_FILENO; fd <= STDERR_FILENO; fd++)
 		if (!fstat(fd, &st) && S_ISREG(st.st_mode) && st.st_dev == dev)
 			return fail(EX_WRONG,
-				    "%s: is to be frozen, and what this command says goes to a file there; send that elsewhere",
+				    "%s: is to be frozen, and what this command says goes to a file there; put that elsewhere",
 				    esc(where));
 	return 0;
 }
@@ -148,7 +148,8 @@ void freezer_thaw(struct freezer *f)
 		if (!f->fs[i - 1].frozen)
 			continue;
 		f->fs[i - 1].frozen = false;
-		if (ioctl(f->fs[i - 1].fd, FITHAW, 0))
+		/* Somebody else may have let it go on. */
+		if (ioctl(f->fs[i - 1].fd, FITHAW, 0) && errno != EINVAL)
 			warning("%s: stays frozen: %s; try fsfreeze --unfreeze %s",
 				esc(f->fs[i - 1].where), strerror(errno),
 				shell_quote(f->fs[i - 1].where));
