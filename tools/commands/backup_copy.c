@@ -14,11 +14,11 @@
 #include <unistd.h>
 
 #include "commands/commands.h"
-#include "commands/copying.h"
 #include "image/image.h"
 #include "image/make.h"
 #include "lib/util.h"
 #include "stack/backup.h"
+#include "stack/copying.h"
 #include "system/device.h"
 
 /* Clusters of an increment: as granules of bitmaps are, within these */
@@ -251,7 +251,12 @@ static int list_pieces(struct copy *k, const struct options *opt)
 int backup_copy(const struct options *opt, char **names, unsigned int n)
 {
 	struct copy k = {
-		.c = { .opt = opt, .to = NODE_CLOSED }, .from = -1,
+		.c = {
+			.json = opt->json, .resume = opt->resume,
+			.verify = opt->verify, .to = NODE_CLOSED,
+			.overwrite_device = opt->overwrite_device,
+		},
+		.from = -1,
 	};
 	int ret;
 

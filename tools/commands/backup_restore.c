@@ -13,11 +13,11 @@
 #include <unistd.h>
 
 #include "commands/commands.h"
-#include "commands/copying.h"
 #include "image/image.h"
 #include "image/walk.h"
 #include "lib/interrupt.h"
 #include "lib/util.h"
+#include "stack/copying.h"
 #include "system/locks.h"
 
 #define MOST_COPIES	256
@@ -109,7 +109,7 @@ static int open_copy(struct one_copy *x)
 }
 
 /* The copy that was asked for, and all those that it is made of */
-static int open_chain(struct restore *r, const char *path)
+static int open_chain(struct restore *r, const char *path, bool trusted)
 {
 	char next[PATH_MAX];
 	struct one_copy *x;
@@ -130,7 +130,7 @@ static int open_chain(struct restore *r, const char *path)
 		memcpy(x->path, next, sizeof(next));
 		ret = open_copy(x);
 		if (!ret && x->increment)
-			ret = before(x, r->c.opt->trust_image_paths, next);
+			ret = before(x, trusted, next);
 	} while (!ret && x->increment);
 	return ret;
 }
@@ -252,7 +252,13 @@ static int find_pieces(struct restore *r)
 
 int backup_restore(const struct options *opt, char **names, unsigned int n)
 {
-	struct restore r = { .c = { .opt = opt, .to = NODE_CLOSED } };
+	struct restore r = {
+		.c = {
+			.json = opt->json, .verify = opt->verify,
+			.overwrite_device = opt->overwrite_device,
+			.to = NODE_CLOSED,
+		},
+	};
 	unsigned int i;
 	int ret;
 
@@ -261,7 +267,7 @@ int backup_restore(const struct options *opt, char **names, unsigned int n)
 			    "wrong number of arguments; usage: qcow2setup backup restore COPY TARGET [--verify] [--overwrite-device]");
 	r.c.source = names[0];
 	r.c.target = r.c.to.path = names[1];
-	ret = open_chain(&r, names[0]);
+	ret = open_chain(&r, names[0], opt->trust_image_paths);
 	if (!ret)
 		ret = find_pieces(&r);
 	if (!ret)

@@ -8,10 +8,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "commands/copying.h"
 #include "lib/interrupt.h"
 #include "lib/progress.h"
 #include "lib/util.h"
+#include "stack/copying.h"
 #include "system/claim.h"
 #include "system/copier.h"
 #include "system/locks.h"
@@ -115,7 +115,7 @@ static int open_device(struct copying *c)
 {
 	int ret;
 
-	if (!c->opt->overwrite_device && !c->update && !c->opt->resume)
+	if (!c->overwrite_device && !c->update && !c->resume)
 		return fail(EX_BUSY,
 			    "%s: is a block device; give --overwrite-device to destroy what is on it",
 			    esc(c->target));
@@ -134,11 +134,11 @@ int copying_open(struct copying *c)
 	int ret;
 
 	snprintf(c->state, sizeof(c->state), "%s.qcow2setup-copy", c->target);
-	if (c->opt->resume && !read_state(c))
+	if (c->resume && !read_state(c))
 		return fail(EX_WRONG,
 			    "%s: no copy of this backup was stopped there; leave --resume out, and begin anew",
 			    esc(c->target));
-	if (stat(c->target, &st) || (S_ISREG(st.st_mode) && !c->opt->resume &&
+	if (stat(c->target, &st) || (S_ISREG(st.st_mode) && !c->resume &&
 				     !c->update)) {
 		if (c->update)
 			return fail(EX_WRONG,
@@ -163,7 +163,7 @@ static void say(struct copying *c, uint64_t done, bool last)
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	if (!last && now.tv_sec < c->said + SAY_S)
 		return;
-	if (c->opt->json) {
+	if (c->json) {
 		printf("{\"done\": %" PRIu64 ", \"total\": %" PRIu64 ", \"rate\": %" PRIu64 "}\n",
 		       done, c->list.bytes,
 		       c->said ? (done - c->said_done) / (now.tv_sec - c->said ? now.tv_sec - c->said : 1) : 0);
@@ -276,13 +276,13 @@ int copying_run(struct copying *c)
 	int ret;
 
 	go_direct(c);
-	ret = c->opt->resume ? 0 : write_state(c, 0);
+	ret = c->resume ? 0 : write_state(c, 0);
 
 	if (!ret)
 		ret = run_copier(c, false);
 	if (!ret && fsync(c->to.fd))
 		ret = fail_errno("%s: cannot write it", esc(c->target));
-	if (!ret && c->opt->verify) {
+	if (!ret && c->verify) {
 		/* From the disk, not from memory. */
 		posix_fadvise(c->to.fd, 0, 0, POSIX_FADV_DONTNEED);
 		ret = run_copier(c, true);

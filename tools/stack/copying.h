@@ -7,8 +7,11 @@
 #define QCOW2SETUP_COPYING_H
 
 #include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
 
-#include "options.h"
 #include "system/node.h"
 
 /* Behind the name of an increment (backup_copy.c): the file with its data */
@@ -28,7 +31,9 @@ struct copy_list {
 };
 
 struct copying {
-	const struct options *opt;
+	bool json;			/* say how far it is, for programs */
+	bool resume, verify;
+	bool overwrite_device;
 	const char *source;		/* for messages */
 	const char *target;
 	const char *id;			/* which copy it is, to go on with it; NULL: none can */
