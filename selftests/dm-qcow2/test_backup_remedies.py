@@ -463,6 +463,17 @@ def copies(bench):
     disk.enlarge(SIZE)
     works(said, *copy, disk.path, "--overwrite-device")
     good(disk.path)
+    # One that somebody uses: a guest, for example
+    # pylint: disable=consider-using-with # it is ended below
+    process = subprocess.Popen(["bash", "-c", f"exec sleep 1000 < {another.path}"])
+    try:
+        wait_for("a user", 60, lambda: content(f"/proc/{process.pid}/comm", 99) == b"sleep\n")
+        said = refused(5, "is in use: ", *copy, another.path, "--overwrite-device")
+        os.kill(int(re.search(r"process (\d+) \(sleep\)", said).group(1)), signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    works(said, *copy, another.path, "--overwrite-device")
     # A disk that writes something else
     lower = Lower(bench, "bad", disk.path)
     n = SIZE // 512
@@ -598,6 +609,19 @@ def frozen(bench):
         shell(f"{command} > {folder}/log")
         tested(said)
         run(TOOL, "backup", "end", large.name)
+    finally:
+        run("umount", mount)
+    # One that another one is mounted over
+    run("mkfs.ext4", "-q", "-F", dm.path)
+    run("mount", dm.path, mount)
+    run("mount", "-t", "tmpfs", "none", mount)
+    try:
+        said = refused(4, "mounted over the one to be frozen", *begin, "--freeze")
+        works(said, *begin)
+        dm.end()
+        run("umount", mount)
+        works(said, *begin, "--freeze")
+        dm.end()
     finally:
         run("umount", mount)
     # One that cannot be frozen

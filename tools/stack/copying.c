@@ -14,6 +14,7 @@
 #include "stack/copying.h"
 #include "system/claim.h"
 #include "system/copier.h"
+#include "system/device.h"
 #include "system/locks.h"
 
 /* How long is waited for a copier before somebody is told how far it is */
@@ -21,6 +22,8 @@
 /* How often that is said to programs, and noted for who goes on with it */
 #define SAY_S		1
 #define NOTE_S		5
+/* Who else has the target open is looked for so often, ten times a second */
+#define USERS_TRIES	30
 
 int copy_list_add(struct copy_list *l, const struct copy_piece *p)
 {
@@ -111,6 +114,22 @@ static int open_file(struct copying *c)
 	return 0;
 }
 
+/* A guest that runs from it, for example; whoever looks at a new device, as udev does, ends soon. */
+static int check_unused(const struct copying *c)
+{
+	const struct timespec pause = { .tv_nsec = 100000000 };
+	unsigned int tries;
+	char users[512];
+
+	for (tries = 0; tries < USERS_TRIES; tries++) {
+		if (!device_users(c->to.rdev, users, sizeof(users)))
+			return 0;
+		nanosleep(&pause, NULL);
+	}
+	return fail(EX_BUSY, "%s: is in use: %s; end that, and try again",
+		    esc(c->target), users);
+}
+
 static int open_device(struct copying *c)
 {
 	int ret;
@@ -125,7 +144,9 @@ static int open_device(struct copying *c)
 			    esc(c->target), human_size(c->to.size), esc(c->source),
 			    human_size(c->size));
 	ret = node_lock(&c->to, true);
-	return ret ? ret : claim_check(&c->to, true);
+	if (!ret)
+		ret = claim_check(&c->to, true);
+	return ret ? ret : check_unused(c);
 }
 
 int copying_open(struct copying *c)

@@ -332,7 +332,7 @@ static dev_t mounted_device(const char *number, const char *source)
 void device_each_mount(device_each_mount_fn *fn, void *arg)
 {
 	FILE *f = fopen("/proc/self/mountinfo", "re");
-	char *line = NULL, *save, *number, *where, *word, *source;
+	char *line = NULL, *save, *id, *number, *where, *word, *source;
 	size_t size = 0;
 	dev_t rdev;
 
@@ -340,7 +340,8 @@ void device_each_mount(device_each_mount_fn *fn, void *arg)
 		return;
 	while (getline(&line, &size, f) > 0) {
 		/* ID parent MAJOR:MINOR root where options [more...] - type source options */
-		if (!strtok_r(line, " ", &save) || !strtok_r(NULL, " ", &save))
+		id = strtok_r(line, " ", &save);
+		if (!id || !strtok_r(NULL, " ", &save))
 			continue;
 		number = strtok_r(NULL, " ", &save);
 		strtok_r(NULL, " ", &save);
@@ -357,7 +358,7 @@ void device_each_mount(device_each_mount_fn *fn, void *arg)
 			unescape_octal(source);
 		rdev = mounted_device(number, source);
 		if (rdev)
-			fn(rdev, where, arg);
+			fn(rdev, strtoul(id, NULL, 10), where, arg);
 	}
 	free(line);
 	fclose(f);
@@ -369,10 +370,11 @@ struct mounts_of {
 	void *arg;
 };
 
-static void mount_of(dev_t rdev, const char *where, void *arg)
+static void mount_of(dev_t rdev, unsigned long id, const char *where, void *arg)
 {
 	struct mounts_of *m = arg;
 
+	(void)id;
 	if (rdev == m->rdev)
 		m->fn("mounted on", where, m->arg);
 }

@@ -83,8 +83,12 @@ bool device_is_above(dev_t dev, dev_t below);
 typedef void device_mount_fn(const char *what, const char *where, void *arg);
 void device_mounts(dev_t rdev, device_mount_fn *fn, void *arg);
 
-/* Each place where something of a block device is mounted that this process can see */
-typedef void device_each_mount_fn(dev_t rdev, const char *where, void *arg);
+/*
+ * Each place where something of a block device is mounted that this process can see; @id: the
+ * kernel's, for another one may be mounted over it.
+ */
+typedef void device_each_mount_fn(dev_t rdev, unsigned long id, const char *where,
+				  void *arg);
 void device_each_mount(device_each_mount_fn *fn, void *arg);
 
 /*

@@ -34,7 +34,16 @@ struct finding {
 	int ret;
 };
 
-static void found(dev_t rdev, const char *where, void *arg)
+/* Another file system may be mounted over this one: its name stands for that then. */
+static bool is_mount(int fd, unsigned long id)
+{
+	struct statx st;
+
+	return !statx(fd, "", AT_EMPTY_PATH, STATX_MNT_ID, &st) &&
+	       (!(st.stx_mask & STATX_MNT_ID) || st.stx_mnt_id == id);
+}
+
+static void found(dev_t rdev, unsigned long id, const char *where, void *arg)
 {
 	struct finding *x = arg;
 	struct freezer *f = x->f;
@@ -49,6 +58,13 @@ static void found(dev_t rdev, const char *where, void *arg)
 		x->ret = fail_errno("%s: cannot open it to freeze its file system", esc(where));
 		if (fd >= 0)
 			close(fd);
+		return;
+	}
+	if (!is_mount(fd, id)) {
+		x->ret = fail(EX_WRONG,
+			      "%s: another file system is mounted over the one to be frozen; unmount that, or leave --freeze out",
+			      esc(where));
+		close(fd);
 		return;
 	}
 	/* A file system may be mounted more than once, or be above more of the devices. */
