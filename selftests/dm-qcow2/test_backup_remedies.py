@@ -513,7 +513,7 @@ def increments(bench):
     none()
     works(said, *copy, increment, "--increment-of", full, "--bitmap", "b0")
     # Names that leave no room
-    long = "/".join([bench.dir] + ["."] * ((4090 - len(bench.dir)) // 2))
+    long = bench.dir + "/." * ((4092 - len(bench.dir) - 2) // 2) + "/x"
     said = refused(4, "name is too long; choose", *copy, long, "--increment-of", full, "--bitmap", "b0")
     none()
     works(said, *copy, increment, "--increment-of", full, "--bitmap", "b0")
@@ -521,7 +521,7 @@ def increments(bench):
     works(said, "backup", "restore", full, target)
     good()
     deep = bench.dir
-    for _ in range(8):
+    for _ in range(10):
         deep += "/" + "d" * 240
         os.makedirs(deep)
     shutil.copy(full, f"{deep}/full")
@@ -558,11 +558,18 @@ def increments(bench):
     same(content(target, SIZE), b"\7" * MIB + bytes(SIZE - MIB), what="by qemu-img")
     os.unlink(target)
     # More than can be open at a time
-    names = [full]
-    for n in range(257):
-        names.append(bench.path(f"many{n}"))
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={names[-1]}.data", "-u", "-b", names[-2],
-            "-F", "qcow2" if n else "raw", names[-1], str(SIZE))
+    names = [bench.path(f"many{n:03}") for n in range(258)]
+    shutil.copy(full, names[0])
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={names[2]}.data", "-u", "-b", names[1], "-F", "qcow2",
+        names[2], str(SIZE))
+    model = content(names[2], MIB)
+    for n, path in enumerate(names[2:], 2):
+        with open(path, "wb") as f:
+            f.write(model.replace(b"many001", b"MANY").replace(b"many002", b"many%03d" % n).replace(
+                b"MANY", b"many%03d" % (n - 1)))
+        bench.file(f"many{n:03}.data", SIZE)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={names[1]}.data", "-u", "-b", names[0], "-F", "raw",
+        names[1], str(SIZE))
     said = refused(4, "are one of the other", *restore, names[-1], target)
     expect("merge some with qemu-img commit" in said, said)
     run("qemu-img", "commit", "-q", "-f", "qcow2", "-b", names[-4], names[-1])
