@@ -17,6 +17,7 @@
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
+#include "system/mark.h"
 
 static int begin(const struct options *opt, char **names, unsigned int n)
 {
@@ -67,6 +68,7 @@ static int end(const struct options *opt, char **names, unsigned int n)
 		if (!first)
 			first = ret;
 	}
+	mark_sweep();
 	return first;
 }
 
