@@ -475,7 +475,8 @@ int qcow2_keep_pools(struct qcow2_target *q)
 	init_llist_head(&q->keeper.due);
 	INIT_WORK(&q->keeper.work, qcow2_keep_worker);
 	/* It waits for no memory that only it frees; each time it does but little. */
-	q->keeper.wq = alloc_workqueue("dm-qcow2-view", WQ_MEM_RECLAIM, 0);
+	q->keeper.wq = alloc_workqueue("dm-qcow2-view",
+				       WQ_UNBOUND | WQ_MEM_RECLAIM, 0);
 	if (!q->keeper.wq)
 		return -ENOMEM;
 	r = mempool_init_kmalloc_pool(&q->keeper.pool, QCOW2_KEEP_RESERVE,

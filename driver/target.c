@@ -367,6 +367,7 @@ static int qcow2_get_view(struct qcow2_target *q, const struct qcow2_args *args)
 {
 	struct dm_target *ti = q->ti;
 	struct block_device *bdev;
+	dev_t dev;
 	int r;
 
 	if (!args->cow_dev)
@@ -375,18 +376,22 @@ static int qcow2_get_view(struct qcow2_target *q, const struct qcow2_args *args)
 		ti->error = "view needs a table that may write";
 		return -EINVAL;
 	}
-	r = dm_get_device(ti, args->cow_dev, BLK_OPEN_READ | BLK_OPEN_WRITE,
-			  &q->cow_dev);
+	/* Before it is opened: some of these cannot be, for writing. */
+	r = qcow2_view_device(args->cow_dev, &dev);
+	if (!r && (dev == q->meta_dev->bdev->bd_dev ||
+		   dev == q->data_bdev->bd_dev || dev == qcow2_dev(ti) ||
+		   (q->backing_bdev && dev == q->backing_bdev->bd_dev))) {
+		ti->error = "View's device is one of the image";
+		return -EINVAL;
+	}
+	if (!r)
+		r = dm_get_device(ti, args->cow_dev,
+				  BLK_OPEN_READ | BLK_OPEN_WRITE, &q->cow_dev);
 	if (r) {
 		ti->error = "Cannot open the view's device";
 		return r;
 	}
 	bdev = q->cow_dev->bdev;
-	if (bdev == q->meta_dev->bdev || bdev == q->data_bdev ||
-	    bdev == q->backing_bdev || bdev->bd_dev == qcow2_dev(ti)) {
-		ti->error = "View's device is one of the image";
-		return -EINVAL;
-	}
 	if (bdev_read_only(bdev)) {
 		ti->error = "View's device is read-only";
 		return -EROFS;

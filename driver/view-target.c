@@ -137,21 +137,12 @@ static void qcow2_view_dtr(struct dm_target *ti)
  */
 static int qcow2_view_open(struct qcow2_view_target *v, const char *path)
 {
-	unsigned int major, minor;
-	char more;
 	dev_t dev;
 	int r;
 
-	if (sscanf(path, "%u:%u%c", &major, &minor, &more) == 2) {
-		dev = MKDEV(major, minor);
-		if (MAJOR(dev) != major || MINOR(dev) != minor)
-			return -EOVERFLOW;
-	} else {
-		r = lookup_bdev(path, &dev);
-		if (r)
-			return r;
-	}
-	r = qcow2_open_shared(dev, &v->live);
+	r = qcow2_view_device(path, &dev);
+	if (!r)
+		r = qcow2_open_shared(dev, &v->live);
 	if (r)
 		return r;
 	v->opened = true;

@@ -2,6 +2,7 @@
 /*
  * Views: which granules are kept, and whose they are.
  */
+#include <linux/blkdev.h>
 #include <linux/device-mapper.h>
 #include <linux/mm.h>
 #include <linux/slab.h>
@@ -15,6 +16,17 @@
 
 static DEFINE_MUTEX(qcow2_views_lock);
 static LIST_HEAD(qcow2_views);
+
+int qcow2_view_device(const char *path, dev_t *dev)
+{
+	unsigned int major, minor;
+	char more;
+
+	if (sscanf(path, "%u:%u%c", &major, &minor, &more) != 2)
+		return lookup_bdev(path, dev);
+	*dev = MKDEV(major, minor);
+	return MAJOR(*dev) == major && MINOR(*dev) == minor ? 0 : -EOVERFLOW;
+}
 
 struct qcow2_view *qcow2_view_create(dev_t dev, dev_t cow, sector_t size,
 				     unsigned int bits, char **error)

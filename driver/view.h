@@ -92,6 +92,9 @@ struct qcow2_view_reader {
 	struct dm_target *ti;
 };
 
+/* The number of a device that a table names.  0 or a negative errno. */
+int qcow2_view_device(const char *path, dev_t *dev);
+
 /**
  * qcow2_view_create() - a view that is not live yet
  * @dev: of the mapped device
