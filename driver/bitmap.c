@@ -401,18 +401,16 @@ unsigned long qcow2_bitmaps_drop(struct qcow2_bitmaps *bm, unsigned long nr)
 		list_move(&b->lru, &gone);
 		dropped++;
 	}
+	/* What is left can go when it has been taken back, whoever uses it. */
+	if (!dropped)
+		bm->used = false;
 	spin_unlock_irq(&bm->lock);
 	list_for_each_entry_safe(b, next, &gone, lru) {
 		mempool_free(b, &bm->blocks);
 		qcow2_account_bits(bm, -1);
 	}
-	/* What is left can go when it has been taken back. */
-	if (!dropped && bm->count) {
-		spin_lock_irq(&bm->lock);
-		bm->used = false;
-		spin_unlock_irq(&bm->lock);
+	if (!dropped && bm->count)
 		mod_delayed_work(bm->wq, &bm->idle, 0);
-	}
 	return dropped;
 }
 

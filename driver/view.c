@@ -224,13 +224,12 @@ void qcow2_view_limit(struct qcow2_view *view, u64 granules)
 
 bool qcow2_view_take(struct qcow2_view *view)
 {
-	unsigned long flags;
 	bool good;
 
-	spin_lock_irqsave(&view->lock, flags);
+	spin_lock_irq(&view->lock);
 	good = view->begun < view->limit;
 	view->begun += good;
-	spin_unlock_irqrestore(&view->lock, flags);
+	spin_unlock_irq(&view->lock);
 	return good;
 }
 

@@ -170,7 +170,7 @@ static inline enum qcow2_granule qcow2_view_look(const struct qcow2_view *view,
  */
 void qcow2_view_limit(struct qcow2_view *view, u64 granules);
 
-/* May a granule be kept, within that limit?  It counts from now on. */
+/* May a granule be kept, within that limit?  It counts from now on.  Process context. */
 bool qcow2_view_take(struct qcow2_view *view);
 
 /* Need nothing of a range be kept any more?  @nr is 1 at least. */
