@@ -153,7 +153,7 @@ static int full_name(const char *path, char *name)
 static int write_increment(struct copy *k, const char *target,
 			   const struct options *opt)
 {
-	char data[PATH_MAX], backing[PATH_MAX], side[PATH_MAX + 8];
+	char data[PATH_MAX], backing[PATH_MAX];
 	uint8_t *header = calloc(1, 1UL << k->bits);
 	struct new_image n = {
 		.path = target, .fresh = true, .dir = -1,
@@ -164,21 +164,13 @@ static int write_increment(struct copy *k, const char *target,
 
 	if (!header)
 		return fail_nomem();
-	snprintf(side, sizeof(side), "%s" INCREMENT_DATA, opt->increment_of);
-	n.backing_format = access(side, F_OK) ? "raw" : "qcow2";
+	n.backing_format = copy_is_increment(opt->increment_of) ? "qcow2" : "raw";
 	ret = full_name(k->data, data);
 	if (!ret)
 		ret = full_name(opt->increment_of, backing);
-	n.g.size = k->c.size;
-	n.g.cluster_bits = k->bits;
-	n.g.refcount_order = 4;
-	n.g.l1_entries = qcow2_l1_entries_needed(&n.g);
-	if (!ret && !plan_new(&n.g, true, &n.p))
+	if (!ret && !new_image_plan(&n, k->c.size, k->bits))
 		ret = fail(EX_WRONG, "%s: is too large for an increment of that granularity; use a bitmap with a larger one",
 			   esc(k->name));
-	n.g.l1_offset = n.p.l1_at << k->bits;
-	n.g.reftable_offset = n.p.reftable_at << k->bits;
-	n.g.reftable_clusters = n.p.reftable_clusters;
 	if (!ret && !new_image_header(&n, header))
 		ret = fail(EX_WRONG, "%s: its name, and that of %s, are too long; choose shorter ones",
 			   esc(n.path), esc(opt->increment_of));

@@ -40,14 +40,6 @@ struct restore {
 	int from;
 };
 
-static bool is_increment(const char *path)
-{
-	char side[PATH_MAX + 8];
-
-	snprintf(side, sizeof(side), "%s" INCREMENT_DATA, path);
-	return !access(side, F_OK);
-}
-
 /*
  * The copy before: in the folder of the one that names it, since a folder of copies may have been
  * moved; elsewhere only if that is trusted.
@@ -83,7 +75,7 @@ static int open_copy(struct one_copy *x)
 	struct reasons reasons;
 	int ret;
 
-	x->increment = is_increment(x->path);
+	x->increment = copy_is_increment(x->path);
 	if (!x->increment) {
 		ret = node_open(&x->node, AT_FDCWD, x->path, NODE_READ_ONLY);
 		return ret ? ret : node_lock(&x->node, false);

@@ -186,10 +186,7 @@ static int choose_layout(const struct options *opt, const char *path,
 			      clusters, later, p))
 		return fail(EX_WRONG,
 			    "the refcount table would be larger than 8 MiB; give a larger --cluster-size or smaller --refcount-bits");
-	g->l1_entries = l1;
-	g->l1_offset = p->l1_at << g->cluster_bits;
-	g->reftable_offset = p->reftable_at << g->cluster_bits;
-	g->reftable_clusters = p->reftable_clusters;
+	plan_place(g, p);
 	if (!clusters)
 		return 0;
 	bitmaps->dir = bitmaps_new_dir(&bitmaps->s, p->bitmaps_at,

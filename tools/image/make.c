@@ -8,6 +8,17 @@
 #include "lib/interrupt.h"
 #include "lib/util.h"
 
+bool new_image_plan(struct new_image *n, uint64_t size, unsigned int cluster_bits)
+{
+	n->g = (struct qcow2_geometry){
+		.size = size, .cluster_bits = cluster_bits, .refcount_order = 4,
+	};
+	if (!plan_new(&n->g, true, &n->p))
+		return false;
+	plan_place(&n->g, &n->p);
+	return true;
+}
+
 static size_t put_extension(uint8_t *p, uint32_t type, const void *data,
 			    uint32_t len)
 {

@@ -29,6 +29,12 @@ struct new_image {
 	void *arg;
 };
 
+/*
+ * Lay out one with all its L2 tables, and with standard refcounts.  False if no refcount table is
+ * large enough.
+ */
+bool new_image_plan(struct new_image *n, uint64_t size, unsigned int cluster_bits);
+
 /* Fill the first cluster, @p; false if the names do not fit. */
 bool new_image_header(const struct new_image *n, uint8_t *p);
 

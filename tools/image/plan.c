@@ -108,3 +108,11 @@ bool plan_new_bitmaps(const struct qcow2_geometry *g, bool with_l2,
 	p->bitmaps_at = p->l2_at + p->l2_tables;
 	return true;
 }
+
+void plan_place(struct qcow2_geometry *g, const struct plan_new *p)
+{
+	g->l1_entries = qcow2_l1_entries_needed(g);
+	g->l1_offset = p->l1_at << g->cluster_bits;
+	g->reftable_offset = p->reftable_at << g->cluster_bits;
+	g->reftable_clusters = p->reftable_clusters;
+}

@@ -80,5 +80,7 @@ bool plan_new(const struct qcow2_geometry *g, bool with_l2, struct plan_new *p);
 /* The same with @bitmaps clusters for bitmaps, and @bits more that they come to need. */
 bool plan_new_bitmaps(const struct qcow2_geometry *g, bool with_l2,
 		      uint64_t bitmaps, uint64_t bits, struct plan_new *p);
+/* What a header says of such a layout: tables that it names, with their offsets */
+void plan_place(struct qcow2_geometry *g, const struct plan_new *p);
 
 #endif

@@ -272,6 +272,13 @@ int reopen(int fd, int mode)
 	return open(self, mode);
 }
 
+bool all_zero(const void *buf, size_t len)
+{
+	const uint8_t *p = buf;
+
+	return !len || (!*p && !memcmp(p, p + 1, len - 1));
+}
+
 int read_at(int fd, void *buf, size_t len, uint64_t off)
 {
 	char *p = buf;

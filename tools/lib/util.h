@@ -91,6 +91,8 @@ int write_at(int fd, const void *buf, size_t len, uint64_t off);
 
 /* "10G", "512", "8s": K, M, G, T, P are powers of 1024, s is 512 bytes. */
 bool parse_size(const char *s, uint64_t *size);
+/* Are all @len bytes 0? */
+bool all_zero(const void *buf, size_t len);
 /* Plain decimal number. */
 bool parse_u64(const char *s, uint64_t *v);
 

@@ -3,12 +3,11 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "lib/util.h"
 #include "stack/attach.h"
+#include "stack/part.h"
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
@@ -55,13 +54,13 @@ int attach_live(struct image *img, const char *name, bool bitmaps)
 {
 	struct dm_dev_info info;
 	struct target_table table;
-	struct device metadata;
+	struct part metadata = PART_CLOSED;
 	char *type = NULL, *params = NULL;
 	enum device_kind kind;
 	struct node node;
 	uint64_t sectors;
 	bool known;
-	char number[32], target[64], path[300];
+	char target[64];
 	int ret;
 
 	ret = dm_query(name, &info);
@@ -92,27 +91,19 @@ int attach_live(struct image *img, const char *name, bool bitmaps)
 		return fail(errno_to_exit(-ret),
 			    "%s: cannot make it write its bitmaps: %s; see dmesg, and what qcow2setup status says",
 			    esc(name), strerror(-ret));
-	if (!known || !device_look_up(table.metadata_dev, &metadata))
+	if (!known)
 		return fail(EX_WRONG,
 			    "%s: table is not understood; use a newer qcow2setup",
 			    esc(name));
 
-	/*
-	 * Never through a file: what is live is what the device shows.  The kernel's own name is
-	 * there without udev, too.
-	 */
-	snprintf(path, sizeof(path), "/dev/%s", metadata.kernel_name);
-	ret = node_open(&node, AT_FDCWD, path, NODE_READ_ONLY);
-	snprintf(number, sizeof(number), "%u:%u", major(node.rdev),
-		 minor(node.rdev));
-	if (!ret && (!node.bdev || strcmp(number, table.metadata_dev)))
-		ret = fail(EX_WRONG,
-			   "%s: is not the device %s that it should be; run udevadm settle and try again",
-			   esc(path), table.metadata_dev);
+	/* Never through a file: what is live is what the device shows. */
+	ret = part_open(&metadata, table.metadata_dev, NODE_READ_ONLY);
 	if (ret) {
-		node_close(&node);
+		part_close(&metadata);
 		return ret;
 	}
+	/* The node is the image's from now on. */
+	node = metadata.node;
 	node.path = name;
 	return image_attach(img, &node);
 }

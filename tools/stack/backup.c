@@ -173,9 +173,54 @@ int backup_find(const char *name, struct backup_notes *notes)
 	return 0;
 }
 
-struct cutting {
+/* Several bitmaps as one: dirty in any of them */
+struct union_reader {
 	struct bitmap_reader reader[BACKUP_MAX_BITMAPS];
-	unsigned int readers;
+	unsigned int n;
+};
+
+/* To be closed in any case */
+static int union_open(struct union_reader *u, const struct bitmaps *s,
+		      const char *const *name, unsigned int n)
+{
+	int ret = 0;
+
+	while (!ret && u->n < n) {
+		ret = bitmap_reader_open(&u->reader[u->n], s, name[u->n]);
+		u->n++;
+	}
+	return ret;
+}
+
+/* As bitmap_reader_run(), but no further than *@end; without a bitmap all of it is dirty. */
+static int union_run(struct union_reader *u, uint64_t at, bool *dirty, uint64_t *end)
+{
+	unsigned int i;
+	uint64_t stop;
+	int ret = 0;
+	bool one;
+
+	*dirty = !u->n;
+	for (i = 0; !ret && i < u->n; i++) {
+		ret = bitmap_reader_run(&u->reader[i], at, &one, &stop);
+		if (ret)
+			break;
+		*dirty |= one;
+		*end = min_u64(*end, stop);
+	}
+	return ret;
+}
+
+static void union_close(struct union_reader *u)
+{
+	unsigned int i;
+
+	for (i = 0; i < u->n; i++)
+		bitmap_reader_close(&u->reader[i]);
+}
+
+struct cutting {
+	struct union_reader reader;
 	struct backup_piece last;
 	backup_piece_fn *fn;
 	void *arg;
@@ -184,22 +229,16 @@ struct cutting {
 static int cut_extent(const struct extent *e, void *arg)
 {
 	struct cutting *c = arg;
-	uint64_t at = e->start, end, stop;
-	bool zero = e->state != QCOW2_DATA, dirty, one;
+	uint64_t at = e->start, end;
+	bool zero = e->state != QCOW2_DATA, dirty;
 	struct backup_piece *last = &c->last;
-	unsigned int i;
 	int ret = 0;
 
 	for (; !ret && at < e->start + e->length; at = end) {
 		end = e->start + e->length;
-		dirty = !c->readers;
-		for (i = 0; i < c->readers; i++) {
-			ret = bitmap_reader_run(&c->reader[i], at, &one, &stop);
-			if (ret)
-				return ret;
-			dirty |= one;
-			end = min_u64(end, stop);
-		}
+		ret = union_run(&c->reader, at, &dirty, &end);
+		if (ret)
+			return ret;
 		if (last->length && last->dirty == dirty && last->zero == zero) {
 			last->length += end - at;
 			continue;
@@ -227,19 +266,18 @@ int backup_pieces(const struct backup_notes *notes, const char *const *bitmap,
 		ret = image_geometry(&img, &img.geo);
 	if (!ret && bitmaps)
 		ret = bitmaps_load(&s, &img);
-	for (i = 0; !ret && i < bitmaps; i++) {
-		ret = bitmap_reader_open(&c.reader[c.readers++], &s, bitmap[i]);
-		if (!ret && bits && c.reader[i].b->head.granularity_bits < *bits)
-			*bits = c.reader[i].b->head.granularity_bits;
-	}
+	if (!ret)
+		ret = union_open(&c.reader, &s, bitmap, bitmaps);
+	for (i = 0; !ret && bits && i < bitmaps; i++)
+		if (c.reader.reader[i].b->head.granularity_bits < *bits)
+			*bits = c.reader.reader[i].b->head.granularity_bits;
 	if (!ret) {
 		*size = x.size = img.geo.size;
 		ret = image_walk(&img, &img.geo, &x);
 	}
 	if (!ret && c.last.length)
 		ret = fn(&c.last, arg);
-	for (i = 0; i < c.readers; i++)
-		bitmap_reader_close(&c.reader[i]);
+	union_close(&c.reader);
 	bitmaps_free(&s);
 	image_close(&img);
 	return ret;
@@ -432,15 +470,15 @@ static int check_free(const struct disk *d)
 		return fail(EX_BUSY,
 			    "%s: a device of that name exists; end the backup that it is of (qcow2setup backup end %s), or remove it",
 			    esc(d->device), shell_quote(d->name));
-	if (!access(d->image, F_OK) && d->image_given)
+	if (access(d->image, F_OK))
+		return 0;
+	if (d->image_given)
 		return fail(EX_BUSY,
 			    "%s: exists; remove it, or give --image another name",
 			    esc(d->image));
-	if (!access(d->image, F_OK))
-		return fail(EX_BUSY,
-			    "%s: exists; end the backup that it is of (qcow2setup backup end %s), or remove it",
-			    esc(d->image), shell_quote(d->name));
-	return 0;
+	return fail(EX_BUSY,
+		    "%s: exists; end the backup that it is of (qcow2setup backup end %s), or remove it",
+		    esc(d->image), shell_quote(d->name));
 }
 
 /* What needs no suspend */
@@ -593,16 +631,9 @@ static int write_image(const struct disk *d, uint64_t sectors,
 	n->raw = true;
 	n->fresh = true;
 	n->dir = -1;
-	n->g.size = sectors * SECTOR;
-	n->g.cluster_bits = IMAGE_BITS;
-	n->g.refcount_order = 4;
-	n->g.l1_entries = qcow2_l1_entries_needed(&n->g);
-	ret = plan_new(&n->g, true, &n->p) ? 0 :
+	ret = new_image_plan(n, sectors * SECTOR, IMAGE_BITS) ? 0 :
 	      fail(EX_WRONG, "%s: is too large for an image of its view",
 		   esc(d->name));
-	n->g.l1_offset = n->p.l1_at << IMAGE_BITS;
-	n->g.reftable_offset = n->p.reftable_at << IMAGE_BITS;
-	n->g.reftable_clusters = n->p.reftable_clusters;
 	n->fd = ret ? -1 : open(d->image, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 	if (!ret && n->fd < 0)
 		ret = fail_errno("%s: cannot create it", esc(d->image));
@@ -718,9 +749,8 @@ static int skip_clean(const struct disk *d, uint64_t sectors)
 {
 	struct image img = IMAGE_CLOSED;
 	struct bitmaps s = { .img = NULL };
-	struct bitmap_reader reader[BACKUP_MAX_BITMAPS] = { { .s = NULL } };
+	struct union_reader reader = { .n = 0 };
 	uint64_t size = sectors * SECTOR, at, end, clean = 0;
-	unsigned int i;
 	char text[80];
 	int ret;
 
@@ -729,18 +759,14 @@ static int skip_clean(const struct disk *d, uint64_t sectors)
 		ret = image_geometry(&img, &img.geo);
 	if (!ret)
 		ret = bitmaps_load(&s, &img);
-	for (i = 0; !ret && i < d->r->bitmaps; i++)
-		ret = bitmap_reader_open(&reader[i], &s, d->r->bitmap[i]);
+	if (!ret)
+		ret = union_open(&reader, &s, d->r->bitmap, d->r->bitmaps);
 	for (at = 0; !ret && at <= size; at = end) {
-		bool dirty = at == size, one;
-		uint64_t stop;
+		bool dirty = true;
 
 		end = size;
-		for (i = 0; !ret && at < size && i < d->r->bitmaps; i++) {
-			ret = bitmap_reader_run(&reader[i], at, &one, &stop);
-			dirty |= one;
-			end = min_u64(end, stop);
-		}
+		if (at < size)
+			ret = union_run(&reader, at, &dirty, &end);
 		if (ret || !dirty)
 			continue;
 		if (at > clean) {
@@ -752,8 +778,7 @@ static int skip_clean(const struct disk *d, uint64_t sectors)
 		if (at == size)
 			break;
 	}
-	for (i = 0; i < d->r->bitmaps; i++)
-		bitmap_reader_close(&reader[i]);
+	union_close(&reader);
 	bitmaps_free(&s);
 	image_close(&img);
 	return ret;
@@ -823,9 +848,10 @@ static void thaw(void *arg)
 static int begin(struct disk *d, struct live *l, struct change *c,
 		 unsigned int n, struct freezer *f)
 {
+	const struct hold hold = { .take = freeze, .let_go = thaw, .arg = f };
 	bool frozen = d->r->freeze;
 	unsigned int i;
-	int ret = 0;
+	int ret;
 
 	ret = dm_check(true);
 	if (!ret)
@@ -843,12 +869,11 @@ static int begin(struct disk *d, struct live *l, struct change *c,
 	for (i = 0; !ret && i < n; i++) {
 		c[i] = (struct change){
 			.prepare = prepare, .apply = apply, .arg = d + i,
-			.hold = frozen ? freeze : NULL, .let_go = thaw, .held = f,
 		};
 		/* Before there is anything that they are about */
 		ret = note_disk(d + i);
 	}
-	return ret ? ret : live_change_all(l, c, n);
+	return ret ? ret : live_change_all(l, c, n, frozen ? &hold : NULL);
 }
 
 /* One whose instant was there: what has ended does not begin again, but nothing is lost. */

@@ -659,7 +659,8 @@ static void undo_one(struct live *l)
 	}
 }
 
-int live_change_all(struct live *l, const struct change *c, unsigned int n)
+int live_change_all(struct live *l, const struct change *c, unsigned int n,
+		    const struct hold *hold)
 {
 	bool held = false;
 	unsigned int i;
@@ -667,8 +668,8 @@ int live_change_all(struct live *l, const struct change *c, unsigned int n)
 
 	for (i = 0; !ret && i < n; i++)
 		ret = prepare_one(l + i, c + i);
-	if (!ret && c->hold) {
-		ret = c->hold(c->held);
+	if (!ret && hold) {
+		ret = hold->take(hold->arg);
 		held = !ret;
 	}
 	for (i = 0; !ret && i < n; i++) {
@@ -683,7 +684,7 @@ int live_change_all(struct live *l, const struct change *c, unsigned int n)
 	for (i = n; ret && i > 0; i--)
 		undo_one(l + i - 1);
 	if (held)
-		c->let_go(c->held);
+		hold->let_go(hold->arg);
 	for (i = 0; i < n; i++) {
 		if (l[i].step != LIVE_DONE && l[i].data.file.grown) {
 			shrink_file(&l[i].data.file);
@@ -696,7 +697,7 @@ int live_change_all(struct live *l, const struct change *c, unsigned int n)
 
 int live_change(struct live *l, const struct change *c)
 {
-	return live_change_all(l, c, 1);
+	return live_change_all(l, c, 1, NULL);
 }
 
 void live_close(struct live *l)

@@ -79,22 +79,26 @@ struct change {
 	/* Changes l->img, which is at rest, by few writes. */
 	int (*apply)(struct live *l, void *arg);
 	void *arg;
-	/*
-	 * NULL, or called once, of the first one: when all are prepared and before any is
-	 * suspended, and, if that was all right, when none is suspended any more.
-	 */
-	int (*hold)(void *arg);
+};
+
+/*
+ * What is held while any of the devices is suspended: taken when all are prepared, and let go of, if
+ * that was all right, when none is suspended any more.
+ */
+struct hold {
+	int (*take)(void *arg);
 	void (*let_go)(void *arg);
-	void *held;
+	void *arg;
 };
 
 /*
  * Change @n devices in one step: they are suspended and changed in this order, what is on top of
  * others first, and all have changed before the first one is resumed, the last of them first.  Of a
  * failure in between nothing is left.  If one cannot be resumed it is as before, and
- * those that were resumed before it have changed: l->step says so.
+ * those that were resumed before it have changed: l->step says so.  @hold: NULL, nothing.
  */
-int live_change_all(struct live *l, const struct change *c, unsigned int n);
+int live_change_all(struct live *l, const struct change *c, unsigned int n,
+		    const struct hold *hold);
 int live_change(struct live *l, const struct change *c);
 
 #endif

@@ -25,6 +25,14 @@
 /* Who else has the target open is looked for so often, ten times a second */
 #define USERS_TRIES	30
 
+bool copy_is_increment(const char *path)
+{
+	char side[PATH_MAX + 8];
+
+	snprintf(side, sizeof(side), "%s" INCREMENT_DATA, path);
+	return !access(side, F_OK);
+}
+
 int copy_list_add(struct copy_list *l, const struct copy_piece *p)
 {
 	struct copy_piece *more;

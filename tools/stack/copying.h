@@ -17,6 +17,9 @@
 /* Behind the name of an increment (backup_copy.c): the file with its data */
 #define INCREMENT_DATA	".data"
 
+/* Is a copy an increment, and not a raw disk?  Its content is the guest's, and is not looked at. */
+bool copy_is_increment(const char *path);
+
 struct copy_piece {
 	uint64_t start, length;		/* at the same place everywhere; bytes */
 	int from;			/* that it is read from */

@@ -14,11 +14,6 @@
 /* Zeros in the data of a piece are left out of a fresh file in steps of this. */
 #define HOLE	(64U << 10)
 
-static bool all_zeros(const uint8_t *buf, size_t len)
-{
-	return !*buf && !memcmp(buf, buf + 1, len - 1);
-}
-
 static int write_zeros(const struct copier *c, uint8_t *buf,
 		       const struct copier_piece *p)
 {
@@ -45,7 +40,7 @@ static int write_data(const struct copier *c, const uint8_t *buf,
 		return write_at(c->to, buf, p->length, p->start);
 	for (at = 0; !ret && at < p->length; at += n) {
 		n = p->length - at < HOLE ? p->length - at : HOLE;
-		if (!all_zeros(buf + at, n))
+		if (!all_zero(buf + at, n))
 			ret = write_at(c->to, buf + at, n, p->start + at);
 	}
 	return ret;

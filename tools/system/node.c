@@ -164,11 +164,6 @@ void node_drop_cache(const struct node *node)
 		posix_fadvise(node->fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
-static bool all_zero(const uint8_t *p, size_t len)
-{
-	return !len || (!*p && !memcmp(p, p + 1, len - 1));
-}
-
 /*
  * The page at @off reads as zeros, or not at all (@err), and where the file below
  * ends is not known.  Sector by sector, and past the page cache, what lies before
