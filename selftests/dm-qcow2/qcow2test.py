@@ -41,6 +41,7 @@ COMMAND_TIMEOUT = 300
 PATIENCE = 120
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
+KMEMLEAK = "/sys/kernel/debug/kmemleak"
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 os.environ["LC_ALL"] = "C"
@@ -826,6 +827,21 @@ class Image(Qcow2):
         """Let QEMU write to the image."""
         args = [a for c in commands for a in ("-c", c)]
         run("qemu-io", "-f", "qcow2", *args, self.path)
+
+
+def no_kmemleaks(pause):
+    """kmemleak knows of none; False if the kernel has it not. pause: seconds between looks,
+    objects that are younger than its own limit are not reported."""
+    if not os.path.exists(KMEMLEAK):
+        return False
+    for _ in range(2):
+        time.sleep(pause)
+        with open(KMEMLEAK, "w", encoding="ascii") as f:
+            f.write("scan")
+    with open(KMEMLEAK, encoding="ascii") as f:
+        found = f.read()
+    expect(not found, f"kmemleak: {found[:2000]}")
+    return True
 
 
 class Bench:

@@ -229,11 +229,8 @@ def held(bench, size, count, *options):
     devices = []
     for n in range(count):
         image = bench.image(size, name=f"held{size}-{n}", cluster=64 * KIB, raw=True)
-        dm = Opened.__new__(Opened)
-        dm.image, dm.name, dm.options = image, f"qcow2test{os.getpid()}-held{n}", ()
-        dm.path = f"/dev/mapper/{dm.name}"
-        run(TOOL, "open", image.path, dm.name, "--data-file", image.data)
-        devices.append(bench.add(dm))
+        dm = bench.add(Opened(image, name=f"held{n}"))
+        devices.append(dm)
         if options:
             dm.tool("bitmap add", "b0")
     path, cow = bench.path("held"), bench.path("kept")
@@ -265,11 +262,8 @@ def one_instant(bench):
     devices = []
     for n in range(3):
         image = bench.image(2 * MIB, name=f"disk{n}", cluster=64 * KIB, raw=n == 1)
-        dm = Opened.__new__(Opened)
-        dm.image, dm.name, dm.options = image, f"qcow2test{os.getpid()}-disk{n}", ()
-        dm.path = f"/dev/mapper/{dm.name}"
-        run(TOOL, "open", image.path, dm.name, "--data-file", image.data)
-        devices.append(bench.add(dm))
+        dm = bench.add(Opened(image, name=f"disk{n}"))
+        devices.append(dm)
     for n in range(ROUNDS):
         s = Sequence(devices)
         bench.add(s)

@@ -71,11 +71,7 @@ class Files:
 
 def device(bench, name, size, **options):
     image = bench.image(size, name=name, cluster=64 * KIB, **options)
-    dm = Opened.__new__(Opened)
-    dm.image, dm.name, dm.options = image, f"qcow2test{os.getpid()}-{name}", ()
-    dm.path = f"/dev/mapper/{dm.name}"
-    run(TOOL, "open", image.path, dm.name, "--data-file", image.data)
-    return bench.add(dm)
+    return bench.add(Opened(image, name=name))
 
 
 def is_frozen(folder):
@@ -188,11 +184,7 @@ def two(bench):
 def nested(bench):
     low = device(bench, "low", 128 * MIB)
     fs = Mount(bench, "ext4", low.path)
-    high = Opened.__new__(Opened)
-    high.image = bench.image(8 * MIB, name=f"{fs.path}/high")
-    high.name, high.path = f"qcow2test{os.getpid()}-high", f"/dev/mapper/qcow2test{os.getpid()}-high"
-    run(TOOL, "open", high.image.path, high.name, "--data-file", high.image.data)
-    bench.add(high)
+    high = bench.add(Opened(bench.image(8 * MIB, name=f"{fs.path}/high"), name="high"))
     for dm in (low, high):
         dm.tool("bitmap add", "b0")
     with contextlib.closing(Io(high.path)) as disk:

@@ -34,20 +34,14 @@ SEEN = []
 class Device(Opened):
     """One with some data, two bitmaps that record, and whose backup ends with it"""
 
-    def __init__(self, bench, number=0):    # pylint: disable=super-init-not-called # it has another name
-        self.image = bench.image(SIZE, name=f"disk{number}")
-        self.name = f"qcow2test{os.getpid()}-remedy{number}"
-        self.path = f"/dev/mapper/{self.name}"
+    def __init__(self, bench, number=0):
+        super().__init__(bench.image(SIZE, name=f"disk{number}"), name=f"remedy{number}")
         self.backup = f"{self.name}-backup"
-        self.open()
         with contextlib.closing(Io(self.path)) as disk:
             disk.write(0, os.urandom(MIB))
         self.tool("bitmap add", "b0")
         self.tool("bitmap add", "b1")
         bench.add(self)
-
-    def open(self):
-        run(TOOL, "open", self.image.path, self.name, "--data-file", self.image.data)
 
     def write(self, at=0):
         with contextlib.closing(Io(self.path)) as disk:
@@ -588,18 +582,12 @@ def frozen(bench):
         works(said, *begin, "--size", size)
         dm.end()
     # An image on a file system of the other one
-    large = Opened.__new__(Opened)
-    large.image, large.name = bench.image(32 * MIB, name="large"), f"qcow2test{os.getpid()}-large"
-    large.path = f"/dev/mapper/{large.name}"
-    run(TOOL, "open", large.image.path, large.name, "--data-file", large.image.data)
-    bench.add(large)
+    large = bench.add(Opened(bench.image(32 * MIB, name="large"), name="large"))
     run("mkfs.ext4", "-q", "-F", large.path)
     mount = folder_of(bench, "mnt")
     run("mount", large.path, mount)
     try:
-        above = Opened.__new__(Opened)
-        above.image, above.name = bench.image(SIZE, name=f"{mount}/above"), f"qcow2test{os.getpid()}-above"
-        run(TOOL, "open", above.image.path, above.name, "--data-file", above.image.data)
+        above = Opened(bench.image(SIZE, name=f"{mount}/above"), name="above")
         try:
             both = ("backup", "begin", large.name, above.name, "--cow", folder)
             said = refused(4, "would wait for that when it is frozen", *both, "--freeze")

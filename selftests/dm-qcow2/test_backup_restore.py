@@ -133,12 +133,7 @@ def moved(bench):
     folder = bench.path("elsewhere")
     shutil.move(chain.folder, folder)
     # A new image, and a new device
-    other = Opened.__new__(Opened)
-    other.image, other.options = bench.image(12 * MIB, name="other", cluster=64 * KIB), ()
-    other.name = f"qcow2test{os.getpid()}-other"
-    other.path = f"/dev/mapper/{other.name}"
-    run(TOOL, "open", other.image.path, other.name, "--data-file", other.image.data)
-    bench.add(other)
+    other = bench.add(Opened(bench.image(12 * MIB, name="other", cluster=64 * KIB), name="other"))
     run(TOOL, "backup", "restore", f"{folder}/copy3", other.path, "--overwrite-device", "--verify")
     same(read_all(other), read_all(dm), what="the new disk")
     # Zeros take no space in it.

@@ -47,12 +47,15 @@ def words(kind):
 class Opened:
     """A device that qcow2setup has made."""
 
-    def __init__(self, image, *options):
+    def __init__(self, image, *options, name="checkpoint"):
         self.image = image
-        self.name = f"qcow2test{os.getpid()}-checkpoint"
+        self.name = f"qcow2test{os.getpid()}-{name}"
         self.path = f"/dev/mapper/{self.name}"
         self.options = options
-        run(TOOL, "open", image.path, self.name, "--data-file", image.data, *options)
+        self.open()
+
+    def open(self):
+        run(TOOL, "open", self.image.path, self.name, "--data-file", self.image.data, *self.options)
 
     def tool(self, action, *argv, **options):
         return run(TOOL, *action.split(), self.name, *argv, **options)
