@@ -64,9 +64,9 @@ class Requests:
         kind = self.rng.choice(("write", "write", "write", "zero_range", "zero_out", "discard", "sync"))
         self.ranges.append((at, length))
         if kind == "write":
-            self.disk.write(at, os.urandom(length))
+            self.disk.write(at, self.rng.randbytes(length))
         elif kind == "sync":
-            self.disk.write(at, os.urandom(length))
+            self.disk.write(at, self.rng.randbytes(length))
             self.disk.fsync()
         else:
             getattr(self.disk, kind)(at, length)
@@ -78,7 +78,7 @@ class Requests:
         first = self.rng.randrange(most)
         for n in range(first, min(first + self.rng.randrange(4, 25), most)):
             self.ranges.append((n * length, length))
-            self.disk.write(n * length, os.urandom(length))
+            self.disk.write(n * length, self.rng.randbytes(length))
 
 
 def matrix(bench, kind):
