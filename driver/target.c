@@ -14,7 +14,11 @@
  *	pages.c		memory for copies
  *	io.c		life of a request that is more than a remap
  *	trim.c		discards that are passed down
- *	bitmap.c	dirty bitmaps: the gate, marks, taking back
+ *	bitmap-start.c	dirty bitmaps: beginning, end, counts
+ *	bitmap.c	dirty bitmaps: what requests ask of them
+ *	bitmap-take.c	dirty bitmaps: taking back
+ *	bitmap-mark.c	dirty bitmaps: writing marks
+ *	bitmap-core.c	dirty bitmaps: the gate, and blocks in core
  *	view.c		views: which granules are kept
  *	directory.c	finding the bitmaps of an image
  *	cache.c		loading slices, and letting them go

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * qcow2setup backup: disks as they were at one instant, while they are used
- * (stack/backup.c).
+ * (stack/backup.h).
  */
 #include <errno.h>
 #include <inttypes.h>

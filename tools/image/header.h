@@ -6,7 +6,7 @@
  *
  * Any version 2 or 3 image is parsed, also those that cannot be mapped, so that
  * `info` can say what they are.  Whether an image can be mapped is decided in
- * image.c.
+ * reasons.c.
  */
 #ifndef QCOW2SETUP_HEADER_H
 #define QCOW2SETUP_HEADER_H

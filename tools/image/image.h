@@ -2,7 +2,7 @@
 /*
  * An image's metadata, as the tool sees and changes it while the device is not
  * live.  Everything that is changed is written down, so that image_undo() can
- * leave the image as it was found.
+ * leave the image as it was found.  Which file has what is said in tables.h.
  */
 #ifndef QCOW2SETUP_IMAGE_H
 #define QCOW2SETUP_IMAGE_H
@@ -96,6 +96,8 @@ int image_end(struct image *img, uint64_t *end);
 
 /* Does not print anything unless it fails. */
 void image_undo(struct image *img);
+/* What was changed stays, for good; image_close() does that, too. */
+void image_forget_changes(struct image *img);
 
 /*
  * The steps of such changes, for those who make others (grow.c).  What
