@@ -50,7 +50,7 @@ const struct action actions[] = {
 		"tell how much metadata an image can need",
 		"qcow2setup measure --size 1T"
 	}, {
-		"resize", cmd_resize, 1, 1, "IMAGE|NAME --size SIZE|auto",
+		"resize", cmd_resize, 1, 1, "IMAGE|NAME --size SIZE|+SIZE|auto",
 		"give an image another size",
 		"qcow2setup resize vm --size 20G"
 	}, {

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "lib/size.h"
 #include "lib/util.h"
 #include "options.h"
 
@@ -20,7 +21,13 @@ typedef int parse_fn(const struct option_row *o, const char *arg,
 		     struct options *opt);
 
 static parse_fn parse_flag, parse_text, parse_backing, parse_bitmap, parse_bytes,
-	parse_length, parse_power, parse_word;
+	parse_length, parse_new_length, parse_power, parse_word;
+
+/* As size_error(), for a plain number. */
+static const char *u64_error(const char *s, uint64_t *v)
+{
+	return parse_u64(s, v) ? NULL : "is no number";
+}
 
 /*
  * One row for each option; a second one if it means something else for another
@@ -34,7 +41,7 @@ static const struct option_row {
 	parse_fn *parse;
 	size_t at;			/* of its field in struct options */
 	/* parse_bytes, parse_power: how it is written, and what is possible */
-	bool (*number)(const char *s, uint64_t *v);
+	const char *(*number)(const char *s, uint64_t *v);
 	uint64_t min, max;
 	/* parse_word: the words, each of which stands for its place, from @first on */
 	const char *const *words;
@@ -53,20 +60,20 @@ static const struct option_row {
 	ROW("size", "SIZE", "create",
 	    "virtual size (default: that of the data file)", parse_length, size),
 	ROW("size", "SIZE", "measure", "virtual size", parse_length, size),
-	ROW("size", "SIZE|auto", "resize",
-	    "the new size; auto: that of the data file or device",
-	    parse_length, size),
+	ROW("size", "SIZE|+SIZE|auto", "resize",
+	    "the new size; +: so much more; auto: that of the data",
+	    parse_new_length, size),
 	ROW("data-file-raw", NULL, "create",
 	    "the data file is a raw image: keep its content", parse_flag,
 	    data_file_raw),
 	ROW("cluster-size", "SIZE", "create measure", "512 to 2M (default: 64K)",
-	    parse_power, cluster_size, .number = parse_size,
+	    parse_power, cluster_size, .number = size_error,
 	    .min = 512, .max = 2 * MIB,
 	    .wrong = "is not possible; use a power of two from 512 to 2M"),
 	ROW("extended-l2", NULL, "create measure",
 	    "divide each cluster into 32 subclusters", parse_flag, extended_l2),
 	ROW("refcount-bits", "N", "create measure", "1 to 64 (default: 16)",
-	    parse_power, refcount_bits, .number = parse_u64, .min = 1, .max = 64,
+	    parse_power, refcount_bits, .number = u64_error, .min = 1, .max = 64,
 	    .wrong = "is not possible; use 1, 2, 4, 8, 16, 32 or 64"),
 	ROW("preallocation", "MODE", "create",
 	    "off, or metadata: make all L2 tables now", parse_word, preallocate,
@@ -117,8 +124,8 @@ static const struct option_row {
 	    dirty_only),
 	ROW("size", "SIZE", "backup",
 	    "begin: keep no more than this, of each device", parse_bytes, size,
-	    .number = parse_size, .min = MIB, .max = UINT64_MAX,
-	    .wrong = "is too little, or not a size; use a number such as 10G, from 1M on"),
+	    .number = size_error, .min = MIB, .max = UINT64_MAX,
+	    .wrong = "is too little; use a number such as 10G, from 1M on"),
 	ROW("freeze", NULL, "backup",
 	    "begin: with the file systems that are mounted here at rest",
 	    parse_flag, freeze),
@@ -147,8 +154,8 @@ static const struct option_row {
 	    no_discard_passdown),
 	ROW("cache-limit", "SIZE", "open table",
 	    "memory for the map (default: 64M)", parse_bytes, cache_limit,
-	    .number = parse_size, .min = 1, .max = UINT64_MAX,
-	    .wrong = "is not a size; use a number such as 64M"),
+	    .number = size_error, .min = 1, .max = UINT64_MAX,
+	    .wrong = "is too little; use a number such as 64M"),
 	ROW("sparse", NULL, "open resize bitmap checkpoint backup",
 	    "take no space for metadata before it is needed", parse_flag, sparse),
 	ROW("shrink", NULL, "resize",
@@ -170,7 +177,7 @@ static const struct option_row {
 	    .wrong = "is not known; use leaks, all or bitmaps"),
 	ROW("granularity", "SIZE", "bitmap",
 	    "add: bytes for each bit, 512 to 2G (default: a cluster, 4K to 64K)",
-	    parse_power, granularity, .number = parse_size,
+	    parse_power, granularity, .number = size_error,
 	    .min = 512, .max = 2048 * MIB,
 	    .wrong = "is not possible; use a power of two from 512 to 2G"),
 	ROW("disabled", NULL, "bitmap", "add: do not record what is written",
@@ -234,26 +241,60 @@ static int parse_bitmap(const struct option_row *o, const char *arg,
 	return 0;
 }
 
+/* Not even a number: @why, and the remedy that the row has. */
+static int wrong_number(const struct option_row *o, const char *arg,
+			const char *why)
+{
+	return fail(EX_PARAMETER, "--%s %s %s%s", o->name, esc(arg), why,
+		    strchr(o->wrong, ';'));
+}
+
 static int parse_bytes(const struct option_row *o, const char *arg,
 		       struct options *opt)
 {
 	uint64_t *v = field(o, opt);
+	const char *why = o->number(arg, v);
 
-	return o->number(arg, v) && *v >= o->min && *v <= o->max ?
-		0 : wrong_value(o, arg);
+	if (why)
+		return wrong_number(o, arg, why);
+	return *v >= o->min && *v <= o->max ? 0 : wrong_value(o, arg);
+}
+
+static const char *length_error(const char *arg, uint64_t *v)
+{
+	const char *why = size_error(arg, v);
+
+	return !why && !*v ? "is nothing" : why;
 }
 
 /* A virtual size, or what "auto" stands for. */
 static int parse_length(const struct option_row *o, const char *arg,
 			struct options *opt)
 {
-	uint64_t *v = field(o, opt);
+	const char *why;
 
 	opt->size_auto = !strcmp(arg, "auto");
-	if (opt->size_auto || (parse_size(arg, v) && *v))
-		return 0;
-	return fail(EX_PARAMETER, "--%s %s is not a size; use a number such as 10G",
-		    o->name, esc(arg));
+	why = opt->size_auto ? NULL : length_error(arg, field(o, opt));
+	return !why ? 0 :
+	       fail(EX_PARAMETER, "--%s %s %s; use a number such as 10G",
+		    o->name, esc(arg), why);
+}
+
+/* As parse_length(), or how much more. */
+static int parse_new_length(const struct option_row *o, const char *arg,
+			    struct options *opt)
+{
+	const char *why;
+
+	opt->size_more = *arg == '+';
+	if (!opt->size_more && *arg != '-')
+		return parse_length(o, arg, opt);
+	opt->size_auto = false;
+	why = length_error(arg + opt->size_more, field(o, opt));
+	return !why ? 0 :
+	       fail(EX_PARAMETER,
+		    "--%s %s %s; use +10G for 10G more, or the new size, such as 10G",
+		    o->name, esc(arg), why);
 }
 
 static int parse_power(const struct option_row *o, const char *arg,
@@ -350,7 +391,7 @@ static void help_all(void)
 	help_option("-v, --verbose", NULL, "say what is done");
 	help_option("-h, --help", NULL, "show this help, or that of the action");
 	help_option("-V, --version", NULL, "show the version");
-	puts("\nSIZE is in bytes; K, M, G, T and P are powers of 1024, s is 512 bytes.\n"
+	puts("\nSIZE is in bytes; K, M, G, T, P and E are powers of 1024, s is 512 bytes.\n"
 	     "Exit status: 0 done, 1 wrong parameters, 2 no permission, 3 no memory,\n"
 	     "4 wrong device or image, 5 exists already or in use.  See qcow2setup(8).");
 }

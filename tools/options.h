@@ -28,6 +28,7 @@ struct options {
 	const char *data_file;
 	uint64_t size;			/* bytes; 0: that of the data file */
 	bool size_auto;			/* --size auto */
+	bool size_more;			/* --size +...: @size is to be added */
 	uint64_t cluster_size;		/* bytes; 0: the default */
 	uint64_t refcount_bits;		/* 0: the default */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */

@@ -8,6 +8,7 @@
 #include "image/bits.h"
 #include "image/extensions.h"
 #include "lib/interrupt.h"
+#include "lib/size.h"
 #include "lib/util.h"
 
 #define SECTOR		512

@@ -331,41 +331,6 @@ bool parse_u64(const char *s, uint64_t *v)
 	return !errno && !*end;
 }
 
-bool parse_size(const char *s, uint64_t *size)
-{
-	static const char units[] = "KMGTP";
-	const char *unit;
-	unsigned int shift = 0;
-	uint64_t v;
-	char *end;
-
-	if (!isdigit((unsigned char)*s))
-		return false;
-	errno = 0;
-	v = strtoull(s, &end, 10);
-	if (errno)
-		return false;
-	if (*end == 's') {
-		shift = 9;
-		end++;
-	} else if (*end == 'B' || *end == 'b') {
-		end++;
-	} else if (*end) {
-		unit = strchr(units, toupper((unsigned char)*end));
-		if (!unit)
-			return false;
-		shift = 10 * (unit - units + 1);
-		end++;
-		/* "KiB" is the same as "K"; "KB" would be ambiguous */
-		if (!strcmp(end, "iB"))
-			end += 2;
-	}
-	if (*end || (shift && v >> (64 - shift)))
-		return false;
-	*size = v << shift;
-	return true;
-}
-
 const char *human_size(uint64_t size)
 {
 	static const char * const units[] = {

@@ -89,8 +89,6 @@ int reopen(int fd, int mode);
 int read_at(int fd, void *buf, size_t len, uint64_t off);
 int write_at(int fd, const void *buf, size_t len, uint64_t off);
 
-/* "10G", "512", "8s": K, M, G, T, P are powers of 1024, s is 512 bytes. */
-bool parse_size(const char *s, uint64_t *size);
 /* Are all @len bytes 0? */
 bool all_zero(const void *buf, size_t len);
 /* Plain decimal number. */

@@ -94,7 +94,13 @@ while IFS=@ read -r action bad after before good; do
 done <<'TABLE'
 create c.qcow2 --data-file d.raw@--size x@such as @@10G
 measure@--size x@such as @@10G
+resize t.qcow2@--size +x@use @ for@+10G
+resize t.qcow2@--size -1G@such as @@10G
+resize t.qcow2@--size 12Q@such as @@10G
 table t.qcow2 --data-file t.raw --backing-file d.raw@--cache-limit x@such as @@64M
+table t.qcow2 --data-file t.raw --backing-file d.raw@--cache-limit 0@such as @@64M
+create c.qcow2 --data-file d.raw@--cluster-size 4x@from @ to@512
+create c.qcow2 --data-file d.raw@--refcount-bits x@use @, 2@1
 create c.qcow2 --data-file d.raw@--cluster-size 3@from @ to@512
 create c.qcow2 --data-file d.raw@--cluster-size 3@ to @@2M
 create c.qcow2 --data-file d.raw@--refcount-bits 3@use @, 2@1
