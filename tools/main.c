@@ -8,6 +8,7 @@
 #include <stdio.h>
 
 #include "commands/commands.h"
+#include "lib/json.h"
 #include "lib/util.h"
 #include "options.h"
 #include "system/dm.h"
@@ -88,6 +89,8 @@ int main(int argc, char **argv)
 		takes_trust = action_takes(action, "trust-image-paths");
 		ret = action->handler(&opt, args);
 	}
+	if (ret > 0 && opt.json && !json_refused)
+		json_failure(stdout, ret);
 	dm_exit();
 	/* A full disk or closed pipe must not look like success. */
 	if (fflush(stdout) && !ret)

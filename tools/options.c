@@ -195,9 +195,15 @@ static void *field(const struct option_row *o, struct options *opt)
 	return (char *)opt + o->at;
 }
 
-static int wrong_value(const struct option_row *o, const char *arg)
+/* What is wrong with it is @why, or else what the row says, as is the remedy. */
+static int wrong_value(const struct option_row *o, const char *arg,
+		       const char *why)
 {
-	return fail(EX_PARAMETER, "--%s %s %s", o->name, esc(arg), o->wrong);
+	const char *remedy = strstr(o->wrong, "; ");
+
+	return fail(EX_PARAMETER, "--%s %s %.*s; %s", o->name, esc(arg),
+		    why ? (int)strlen(why) : (int)(remedy - o->wrong),
+		    why ? why : o->wrong, remedy + 2);
 }
 
 static int parse_flag(const struct option_row *o, const char *arg,
@@ -241,23 +247,14 @@ static int parse_bitmap(const struct option_row *o, const char *arg,
 	return 0;
 }
 
-/* Not even a number: @why, and the remedy that the row has. */
-static int wrong_number(const struct option_row *o, const char *arg,
-			const char *why)
-{
-	return fail(EX_PARAMETER, "--%s %s %s%s", o->name, esc(arg), why,
-		    strchr(o->wrong, ';'));
-}
-
 static int parse_bytes(const struct option_row *o, const char *arg,
 		       struct options *opt)
 {
 	uint64_t *v = field(o, opt);
 	const char *why = o->number(arg, v);
 
-	if (why)
-		return wrong_number(o, arg, why);
-	return *v >= o->min && *v <= o->max ? 0 : wrong_value(o, arg);
+	return !why && *v >= o->min && *v <= o->max ? 0 :
+	       wrong_value(o, arg, why);
 }
 
 static const char *length_error(const char *arg, uint64_t *v)
@@ -303,7 +300,7 @@ static int parse_power(const struct option_row *o, const char *arg,
 	const uint64_t *v = field(o, opt);
 	int ret = parse_bytes(o, arg, opt);
 
-	return ret || !(*v & (*v - 1)) ? ret : wrong_value(o, arg);
+	return ret || !(*v & (*v - 1)) ? ret : wrong_value(o, arg, NULL);
 }
 
 static int parse_word(const struct option_row *o, const char *arg,
@@ -316,7 +313,7 @@ static int parse_word(const struct option_row *o, const char *arg,
 			*(unsigned int *)field(o, opt) = o->first + i;
 			return 0;
 		}
-	return wrong_value(o, arg);
+	return wrong_value(o, arg, NULL);
 }
 
 static bool has_word(const char *words, const char *word)
@@ -537,6 +534,20 @@ static int parse(int argc, char **argv, struct options *opt,
 	return -1;
 }
 
+/* Is JSON wanted, of an action that has it, in a line that cannot be parsed? */
+static bool wants_json(char **argv)
+{
+	bool json = false, takes = false;
+	const struct action *a;
+
+	for (; *argv && strcmp(*argv, "--"); argv++) {
+		json |= !strcmp(*argv, "--json");
+		a = takes ? NULL : find_action(*argv);
+		takes |= a && action_takes(a, "json");
+	}
+	return json && takes;
+}
+
 int options_parse(int argc, char **argv, struct options *opt,
 		  const struct action **action, char ***args)
 {
@@ -547,5 +558,7 @@ int options_parse(int argc, char **argv, struct options *opt,
 		return fail_nomem();
 	ret = parse(argc, argv, opt, given, action, args);
 	free(given);
+	if (ret > 0)
+		opt->json = wants_json(argv + 1);
 	return ret;
 }

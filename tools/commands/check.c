@@ -33,6 +33,7 @@ static void print_json(const struct verify *before, const struct verify *v)
 
 	json_start(&j, stdout);
 	json_object(&j, NULL);
+	json_version(&j);
 	json_number(&j, "image-end-offset", v->image_end);
 	json_number(&j, "total-clusters", v->total_clusters);
 	json_number(&j, "allocated-clusters", v->allocated_clusters);

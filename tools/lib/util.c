@@ -12,6 +12,43 @@
 bool verbose;
 bool takes_readonly, takes_trust;
 
+static struct failure failure;
+
+const struct failure *first_failure(void)
+{
+	return failure.code ? &failure : NULL;
+}
+
+/*
+ * What has failed first is the reason, and the rest follows from it.  Where the
+ * remedy begins is told by the format: names can hold anything.
+ */
+static void keep_failure(int code, const char *fmt, va_list ap)
+{
+	const char *semicolon = strstr(fmt, "; ");
+	char *with_mark, *p;
+
+	if (failure.code)
+		return;
+	with_mark = strdup(fmt);
+	if (!with_mark)
+		return;
+	/* Messages have no control characters of their own. */
+	if (semicolon)
+		with_mark[semicolon - fmt] = '\1';
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wformat-nonliteral"
+	if (vasprintf(&failure.message, with_mark, ap) >= 0)
+		failure.code = code;
+#pragma GCC diagnostic pop
+	free(with_mark);
+	p = failure.code ? strchr(failure.message, '\1') : NULL;
+	if (p) {
+		*p = ';';
+		failure.remedy = p + 2;
+	}
+}
+
 static void vmessage(const char *kind, const char *fmt, va_list ap)
 {
 	/* What scripts read from stdout shall not come after its error. */
@@ -25,6 +62,9 @@ int fail(int code, const char *fmt, ...)
 {
 	va_list ap;
 
+	va_start(ap, fmt);
+	keep_failure(code, fmt, ap);
+	va_end(ap);
 	va_start(ap, fmt);
 	vmessage("", fmt, ap);
 	va_end(ap);

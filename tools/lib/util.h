@@ -42,6 +42,13 @@ int fail(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* The same for a failed system call: the exit code follows from errno. */
 int fail_errno(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int fail_nomem(void);
+/* What fail() was called with first; NULL: it was not called. */
+struct failure {
+	int code;			/* exit code */
+	char *message;			/* the line, without the program's name */
+	const char *remedy;		/* in @message; NULL: none */
+};
+const struct failure *first_failure(void);
 void warning(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* What is as it should be, but not a matter of course */
 void inform(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
