@@ -56,8 +56,8 @@ const struct action actions[] = {
 		"qcow2setup resize vm --size 20G"
 	}, {
 		"bitmap", cmd_bitmap, 2, INT_MAX,
-		"WHAT IMAGE|NAME [BITMAP...]",
-		"list, add, remove, clear, enable, disable, merge bitmaps",
+		"list|add|remove|clear|enable|disable|merge IMAGE|NAME [BITMAP...]",
+		"show and change what is recorded of writes",
 		"qcow2setup bitmap add vm.qcow2 monday"
 	}, {
 		"checkpoint", cmd_checkpoint, 1, 1,
@@ -68,6 +68,10 @@ const struct action actions[] = {
 		"backup", cmd_backup, 1, INT_MAX, "begin|status|extents|copy|restore|serve|end NAME...",
 		"show disks as they were at one instant, while they are used",
 		"qcow2setup backup begin vm --cow /var/tmp"
+	},
+	{
+		/* for shells */
+		"completion", cmd_completion, 0, INT_MAX, "-- WORD...", NULL, NULL
 	},
 	{ 0 }
 };

@@ -66,6 +66,9 @@ static const struct option_row {
 	ROW("data-file-raw", NULL, "create",
 	    "the data file is a raw image: keep its content", parse_flag,
 	    data_file_raw),
+	ROW("accept-data", NULL, "create",
+	    "take the data file also if it begins as a qcow2 image does",
+	    parse_flag, accept_data),
 	ROW("cluster-size", "SIZE", "create measure", "512 to 2M (default: 64K)",
 	    parse_power, cluster_size, .number = size_error,
 	    .min = 512, .max = 2 * MIB,
@@ -345,6 +348,44 @@ bool action_takes(const struct action *action, const char *option)
 	return find_row(action, option);
 }
 
+static struct option_facts facts_of(const struct option_row *o)
+{
+	return (struct option_facts){
+		.name = o->name, .arg = o->arg, .help = o->help,
+		.words = o->words,
+	};
+}
+
+bool option_facts(const struct action *action, const char *option,
+		  struct option_facts *facts)
+{
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(rows); i++)
+		if (!strcmp(rows[i].name, option) &&
+		    (!action || has_word(rows[i].actions, action->name))) {
+			*facts = facts_of(&rows[i]);
+			return true;
+		}
+	return false;
+}
+
+int options_each(const struct action *action,
+		 int (*fn)(const struct option_facts *o, void *arg), void *arg)
+{
+	struct option_facts o;
+	int ret = 0;
+	size_t i;
+
+	for (i = 0; !ret && i < ARRAY_SIZE(rows); i++) {
+		if (!has_word(rows[i].actions, action->name))
+			continue;
+		o = facts_of(&rows[i]);
+		ret = fn(&o, arg);
+	}
+	return ret;
+}
+
 /* An action by its name; NULL if there is none. */
 static const struct action *find_action(const char *name)
 {
@@ -382,7 +423,8 @@ static void help_all(void)
 	     "qcow2 images with an external data file as block devices.\n\n"
 	     "Actions:");
 	for (a = actions; a->name; a++)
-		printf("  %-8s %-32s%s\n", a->name, a->arguments, a->summary);
+		if (a->summary)
+			printf("  %-8s %-32s%s\n", a->name, a->arguments, a->summary);
 	puts("\nqcow2setup help ACTION shows an action's options and an example.\n\n"
 	     "Options of all actions:");
 	help_option("-v, --verbose", NULL, "say what is done");
@@ -400,7 +442,8 @@ static void help_action(const struct action *action)
 	size_t i;
 
 	printf("Usage: qcow2setup %s %s [OPTIONS]\n\n%s: %s.\n", action->name,
-	       action->arguments, action->name, action->summary);
+	       action->arguments, action->name,
+	       action->summary ? action->summary : "list what fits, for a shell");
 	for (i = 0; i < ARRAY_SIZE(rows); i++) {
 		if (!has_word(rows[i].actions, action->name))
 			continue;
@@ -410,7 +453,9 @@ static void help_action(const struct action *action)
 		snprintf(name, sizeof(name), "--%s", rows[i].name);
 		help_option(name, rows[i].arg, rows[i].help);
 	}
-	printf("\nExample:\n  %s\n\nSee qcow2setup(8).\n", action->example);
+	if (action->example)
+		printf("\nExample:\n  %s\n", action->example);
+	puts("\nSee qcow2setup(8).");
 }
 
 /* "help", or "help ACTION" */
