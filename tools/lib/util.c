@@ -28,7 +28,8 @@ static void keep_failure(int code, const char *fmt, va_list ap)
 	const char *semicolon = strstr(fmt, "; ");
 	char *with_mark, *p;
 
-	if (failure.code)
+	/* Findings of a check are told by it, with 0. */
+	if (!code || failure.code)
 		return;
 	with_mark = strdup(fmt);
 	if (!with_mark)

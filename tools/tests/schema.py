@@ -6,6 +6,8 @@ Is what the tool prints as Documentation/qcow2setup-json.schema.json says?
     schema.py NAME FILE     FILE is one NAME of the schema's definitions
     schema.py lines NAME FILE
                             each line of FILE is one
+    schema.py serve         answers lines "NAME FILE" with a line each: nothing, or what
+                            is wrong
     schema.py self PAGE     is the schema one, is all of it described, and is each key
                             in PAGE, the manual page?
 
@@ -80,8 +82,21 @@ def itself(page):
             yield f"{page}: no section {name}"
 
 
+def judged(name, path):
+    """the same of what cannot even be read"""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return problems(name, json.load(f))
+    except ValueError as e:
+        return [f"{path}: {e}"]
+
+
 def main():
     args = sys.argv[1:]
+    if args[0] == "serve":
+        for line in sys.stdin:
+            print("; ".join(judged(*line.split())).replace("\n", " "), flush=True)
+        return 0
     if args[0] == "self":
         found = list(itself(args[1]))
     else:

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "lib/json.h"
+#include "lib/util.h"
 #include "test.h"
 
 /* What is printed while a test runs. */
@@ -141,7 +142,7 @@ static void test_failure(void **state)
 	       "\"remedy\": \"wait; or not\"}}\n\n");
 	/* A whole value was printed now. */
 	json_failure(o->j.f, 7);
-	fflush(o->j.f);
+	fflush(o->f);
 	assert_null(strstr(o->text + 1, "}}\n\n{"));
 }
 
