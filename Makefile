@@ -66,6 +66,7 @@ help:
 	@echo '                   CLOCK=vm or uml: what only a clock can measure; CPUS= of the VM'
 	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
+	@echo '  make lint-quick  of these, what needs no kernel and no compiler, in seconds'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
 	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
 	@echo '  make check-planted  would the tests find a bug?'
@@ -164,12 +165,15 @@ lint:
 	@selftests/vm/deps lint
 	@selftests/lint
 
+lint-quick:
+	@selftests/lint --quick
+
 quick: preflight-unit
 	@$(LOCK) $(MAKE) --no-print-directory -j$$(nproc) -C tools quick
 
-unit: preflight-unit
-	@command -v valgrind > /dev/null || { \
-		echo "dm-qcow2: no valgrind; run: apt-get install valgrind libc6-dbg" >&2; exit 1; }
+unit:
+	@$(MAKE) --no-print-directory -C tools preflight-unit \
+		PREFLIGHT_MORE='command -v valgrind > /dev/null || missing valgrind "valgrind libc6-dbg";'
 	@$(MAKE) --no-print-directory -C tools unit valgrind
 
 fuzz: preflight-tool
@@ -242,6 +246,6 @@ demo:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
-.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint quick unit fuzz \
+.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint lint-quick quick unit fuzz \
 	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench demo \
 	preflight-cc preflight-module preflight-tool preflight-unit preflight-install

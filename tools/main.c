@@ -8,6 +8,7 @@
 #include <stdio.h>
 
 #include "commands/commands.h"
+#include "lib/json.h"
 #include "lib/util.h"
 #include "options.h"
 #include "system/dm.h"
@@ -50,13 +51,13 @@ const struct action actions[] = {
 		"tell how much metadata an image can need",
 		"qcow2setup measure --size 1T"
 	}, {
-		"resize", cmd_resize, 1, 1, "IMAGE|NAME --size SIZE|auto",
+		"resize", cmd_resize, 1, 1, "IMAGE|NAME --size SIZE|+SIZE|auto",
 		"give an image another size",
 		"qcow2setup resize vm --size 20G"
 	}, {
 		"bitmap", cmd_bitmap, 2, INT_MAX,
-		"WHAT IMAGE|NAME [BITMAP...]",
-		"list, add, remove, clear, enable, disable, merge bitmaps",
+		"list|add|remove|clear|enable|disable|merge IMAGE|NAME [BITMAP...]",
+		"show and change what is recorded of writes",
 		"qcow2setup bitmap add vm.qcow2 monday"
 	}, {
 		"checkpoint", cmd_checkpoint, 1, 1,
@@ -67,6 +68,10 @@ const struct action actions[] = {
 		"backup", cmd_backup, 1, INT_MAX, "begin|status|extents|copy|restore|serve|end NAME...",
 		"show disks as they were at one instant, while they are used",
 		"qcow2setup backup begin vm --cow /var/tmp"
+	},
+	{
+		/* for shells */
+		"completion", cmd_completion, 0, INT_MAX, "-- WORD...", NULL, NULL
 	},
 	{ 0 }
 };
@@ -88,6 +93,8 @@ int main(int argc, char **argv)
 		takes_trust = action_takes(action, "trust-image-paths");
 		ret = action->handler(&opt, args);
 	}
+	if (ret > 0 && opt.json && !json_refused)
+		json_failure(stdout, ret);
 	dm_exit();
 	/* A full disk or closed pipe must not look like success. */
 	if (fflush(stdout) && !ret)

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "lib/size.h"
 #include "lib/util.h"
 #include "options.h"
 
@@ -20,7 +21,13 @@ typedef int parse_fn(const struct option_row *o, const char *arg,
 		     struct options *opt);
 
 static parse_fn parse_flag, parse_text, parse_backing, parse_bitmap, parse_bytes,
-	parse_length, parse_power, parse_word;
+	parse_length, parse_new_length, parse_power, parse_word;
+
+/* As size_error(), for a plain number. */
+static const char *u64_error(const char *s, uint64_t *v)
+{
+	return parse_u64(s, v) ? NULL : "is no number";
+}
 
 /*
  * One row for each option; a second one if it means something else for another
@@ -34,7 +41,7 @@ static const struct option_row {
 	parse_fn *parse;
 	size_t at;			/* of its field in struct options */
 	/* parse_bytes, parse_power: how it is written, and what is possible */
-	bool (*number)(const char *s, uint64_t *v);
+	const char *(*number)(const char *s, uint64_t *v);
 	uint64_t min, max;
 	/* parse_word: the words, each of which stands for its place, from @first on */
 	const char *const *words;
@@ -53,20 +60,23 @@ static const struct option_row {
 	ROW("size", "SIZE", "create",
 	    "virtual size (default: that of the data file)", parse_length, size),
 	ROW("size", "SIZE", "measure", "virtual size", parse_length, size),
-	ROW("size", "SIZE|auto", "resize",
-	    "the new size; auto: that of the data file or device",
-	    parse_length, size),
+	ROW("size", "SIZE|+SIZE|auto", "resize",
+	    "the new size; +: so much more; auto: that of the data",
+	    parse_new_length, size),
 	ROW("data-file-raw", NULL, "create",
 	    "the data file is a raw image: keep its content", parse_flag,
 	    data_file_raw),
+	ROW("accept-data", NULL, "create",
+	    "take the data file also if it begins as a qcow2 image does",
+	    parse_flag, accept_data),
 	ROW("cluster-size", "SIZE", "create measure", "512 to 2M (default: 64K)",
-	    parse_power, cluster_size, .number = parse_size,
+	    parse_power, cluster_size, .number = size_error,
 	    .min = 512, .max = 2 * MIB,
 	    .wrong = "is not possible; use a power of two from 512 to 2M"),
 	ROW("extended-l2", NULL, "create measure",
 	    "divide each cluster into 32 subclusters", parse_flag, extended_l2),
 	ROW("refcount-bits", "N", "create measure", "1 to 64 (default: 16)",
-	    parse_power, refcount_bits, .number = parse_u64, .min = 1, .max = 64,
+	    parse_power, refcount_bits, .number = u64_error, .min = 1, .max = 64,
 	    .wrong = "is not possible; use 1, 2, 4, 8, 16, 32 or 64"),
 	ROW("preallocation", "MODE", "create",
 	    "off, or metadata: make all L2 tables now", parse_word, preallocate,
@@ -117,8 +127,8 @@ static const struct option_row {
 	    dirty_only),
 	ROW("size", "SIZE", "backup",
 	    "begin: keep no more than this, of each device", parse_bytes, size,
-	    .number = parse_size, .min = MIB, .max = UINT64_MAX,
-	    .wrong = "is too little, or not a size; use a number such as 10G, from 1M on"),
+	    .number = size_error, .min = MIB, .max = UINT64_MAX,
+	    .wrong = "is too little; use a number such as 10G, from 1M on"),
 	ROW("freeze", NULL, "backup",
 	    "begin: with the file systems that are mounted here at rest",
 	    parse_flag, freeze),
@@ -147,8 +157,8 @@ static const struct option_row {
 	    no_discard_passdown),
 	ROW("cache-limit", "SIZE", "open table",
 	    "memory for the map (default: 64M)", parse_bytes, cache_limit,
-	    .number = parse_size, .min = 1, .max = UINT64_MAX,
-	    .wrong = "is not a size; use a number such as 64M"),
+	    .number = size_error, .min = 1, .max = UINT64_MAX,
+	    .wrong = "is too little; use a number such as 64M"),
 	ROW("sparse", NULL, "open resize bitmap checkpoint backup",
 	    "take no space for metadata before it is needed", parse_flag, sparse),
 	ROW("shrink", NULL, "resize",
@@ -170,7 +180,7 @@ static const struct option_row {
 	    .wrong = "is not known; use leaks, all or bitmaps"),
 	ROW("granularity", "SIZE", "bitmap",
 	    "add: bytes for each bit, 512 to 2G (default: a cluster, 4K to 64K)",
-	    parse_power, granularity, .number = parse_size,
+	    parse_power, granularity, .number = size_error,
 	    .min = 512, .max = 2048 * MIB,
 	    .wrong = "is not possible; use a power of two from 512 to 2G"),
 	ROW("disabled", NULL, "bitmap", "add: do not record what is written",
@@ -188,9 +198,15 @@ static void *field(const struct option_row *o, struct options *opt)
 	return (char *)opt + o->at;
 }
 
-static int wrong_value(const struct option_row *o, const char *arg)
+/* What is wrong with it is @why, or else what the row says, as is the remedy. */
+static int wrong_value(const struct option_row *o, const char *arg,
+		       const char *why)
 {
-	return fail(EX_PARAMETER, "--%s %s %s", o->name, esc(arg), o->wrong);
+	const char *remedy = strstr(o->wrong, "; ");
+
+	return fail(EX_PARAMETER, "--%s %s %.*s; %s", o->name, esc(arg),
+		    why ? (int)strlen(why) : (int)(remedy - o->wrong),
+		    why ? why : o->wrong, remedy + 2);
 }
 
 static int parse_flag(const struct option_row *o, const char *arg,
@@ -238,22 +254,47 @@ static int parse_bytes(const struct option_row *o, const char *arg,
 		       struct options *opt)
 {
 	uint64_t *v = field(o, opt);
+	const char *why = o->number(arg, v);
 
-	return o->number(arg, v) && *v >= o->min && *v <= o->max ?
-		0 : wrong_value(o, arg);
+	return !why && *v >= o->min && *v <= o->max ? 0 :
+	       wrong_value(o, arg, why);
+}
+
+static const char *length_error(const char *arg, uint64_t *v)
+{
+	const char *why = size_error(arg, v);
+
+	return !why && !*v ? "is nothing" : why;
 }
 
 /* A virtual size, or what "auto" stands for. */
 static int parse_length(const struct option_row *o, const char *arg,
 			struct options *opt)
 {
-	uint64_t *v = field(o, opt);
+	const char *why;
 
 	opt->size_auto = !strcmp(arg, "auto");
-	if (opt->size_auto || (parse_size(arg, v) && *v))
-		return 0;
-	return fail(EX_PARAMETER, "--%s %s is not a size; use a number such as 10G",
-		    o->name, esc(arg));
+	why = opt->size_auto ? NULL : length_error(arg, field(o, opt));
+	return !why ? 0 :
+	       fail(EX_PARAMETER, "--%s %s %s; use a number such as 10G",
+		    o->name, esc(arg), why);
+}
+
+/* As parse_length(), or how much more. */
+static int parse_new_length(const struct option_row *o, const char *arg,
+			    struct options *opt)
+{
+	const char *why;
+
+	opt->size_more = *arg == '+';
+	if (!opt->size_more && *arg != '-')
+		return parse_length(o, arg, opt);
+	opt->size_auto = false;
+	why = length_error(arg + opt->size_more, field(o, opt));
+	return !why ? 0 :
+	       fail(EX_PARAMETER,
+		    "--%s %s %s; use +10G for 10G more, or the new size, such as 10G",
+		    o->name, esc(arg), why);
 }
 
 static int parse_power(const struct option_row *o, const char *arg,
@@ -262,7 +303,7 @@ static int parse_power(const struct option_row *o, const char *arg,
 	const uint64_t *v = field(o, opt);
 	int ret = parse_bytes(o, arg, opt);
 
-	return ret || !(*v & (*v - 1)) ? ret : wrong_value(o, arg);
+	return ret || !(*v & (*v - 1)) ? ret : wrong_value(o, arg, NULL);
 }
 
 static int parse_word(const struct option_row *o, const char *arg,
@@ -275,7 +316,7 @@ static int parse_word(const struct option_row *o, const char *arg,
 			*(unsigned int *)field(o, opt) = o->first + i;
 			return 0;
 		}
-	return wrong_value(o, arg);
+	return wrong_value(o, arg, NULL);
 }
 
 static bool has_word(const char *words, const char *word)
@@ -305,6 +346,44 @@ static const struct option_row *find_row(const struct action *action,
 bool action_takes(const struct action *action, const char *option)
 {
 	return find_row(action, option);
+}
+
+static struct option_facts facts_of(const struct option_row *o)
+{
+	return (struct option_facts){
+		.name = o->name, .arg = o->arg, .help = o->help,
+		.words = o->words,
+	};
+}
+
+bool option_facts(const struct action *action, const char *option,
+		  struct option_facts *facts)
+{
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(rows); i++)
+		if (!strcmp(rows[i].name, option) &&
+		    (!action || has_word(rows[i].actions, action->name))) {
+			*facts = facts_of(&rows[i]);
+			return true;
+		}
+	return false;
+}
+
+int options_each(const struct action *action,
+		 int (*fn)(const struct option_facts *o, void *arg), void *arg)
+{
+	struct option_facts o;
+	int ret = 0;
+	size_t i;
+
+	for (i = 0; !ret && i < ARRAY_SIZE(rows); i++) {
+		if (!has_word(rows[i].actions, action->name))
+			continue;
+		o = facts_of(&rows[i]);
+		ret = fn(&o, arg);
+	}
+	return ret;
 }
 
 /* An action by its name; NULL if there is none. */
@@ -344,13 +423,14 @@ static void help_all(void)
 	     "qcow2 images with an external data file as block devices.\n\n"
 	     "Actions:");
 	for (a = actions; a->name; a++)
-		printf("  %-8s %-32s%s\n", a->name, a->arguments, a->summary);
+		if (a->summary)
+			printf("  %-8s %-32s%s\n", a->name, a->arguments, a->summary);
 	puts("\nqcow2setup help ACTION shows an action's options and an example.\n\n"
 	     "Options of all actions:");
 	help_option("-v, --verbose", NULL, "say what is done");
 	help_option("-h, --help", NULL, "show this help, or that of the action");
 	help_option("-V, --version", NULL, "show the version");
-	puts("\nSIZE is in bytes; K, M, G, T and P are powers of 1024, s is 512 bytes.\n"
+	puts("\nSIZE is in bytes; K, M, G, T, P and E are powers of 1024, s is 512 bytes.\n"
 	     "Exit status: 0 done, 1 wrong parameters, 2 no permission, 3 no memory,\n"
 	     "4 wrong device or image, 5 exists already or in use.  See qcow2setup(8).");
 }
@@ -362,7 +442,8 @@ static void help_action(const struct action *action)
 	size_t i;
 
 	printf("Usage: qcow2setup %s %s [OPTIONS]\n\n%s: %s.\n", action->name,
-	       action->arguments, action->name, action->summary);
+	       action->arguments, action->name,
+	       action->summary ? action->summary : "list what fits, for a shell");
 	for (i = 0; i < ARRAY_SIZE(rows); i++) {
 		if (!has_word(rows[i].actions, action->name))
 			continue;
@@ -372,7 +453,9 @@ static void help_action(const struct action *action)
 		snprintf(name, sizeof(name), "--%s", rows[i].name);
 		help_option(name, rows[i].arg, rows[i].help);
 	}
-	printf("\nExample:\n  %s\n\nSee qcow2setup(8).\n", action->example);
+	if (action->example)
+		printf("\nExample:\n  %s\n", action->example);
+	puts("\nSee qcow2setup(8).");
 }
 
 /* "help", or "help ACTION" */
@@ -496,6 +579,20 @@ static int parse(int argc, char **argv, struct options *opt,
 	return -1;
 }
 
+/* Is JSON wanted, of an action that has it, in a line that cannot be parsed? */
+static bool wants_json(char **argv)
+{
+	bool json = false, takes = false;
+	const struct action *a;
+
+	for (; *argv && strcmp(*argv, "--"); argv++) {
+		json |= !strcmp(*argv, "--json");
+		a = takes ? NULL : find_action(*argv);
+		takes |= a && action_takes(a, "json");
+	}
+	return json && takes;
+}
+
 int options_parse(int argc, char **argv, struct options *opt,
 		  const struct action **action, char ***args)
 {
@@ -506,5 +603,7 @@ int options_parse(int argc, char **argv, struct options *opt,
 		return fail_nomem();
 	ret = parse(argc, argv, opt, given, action, args);
 	free(given);
+	if (ret > 0)
+		opt->json = wants_json(argv + 1);
 	return ret;
 }

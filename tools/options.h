@@ -17,6 +17,7 @@ struct options {
 	bool trust_image_paths;
 	bool deferred;
 	bool data_file_raw;
+	bool accept_data;		/* also if it looks like an image */
 	bool overwrite_device;
 	bool extended_l2;
 	bool no_discard_passdown;
@@ -28,6 +29,7 @@ struct options {
 	const char *data_file;
 	uint64_t size;			/* bytes; 0: that of the data file */
 	bool size_auto;			/* --size auto */
+	bool size_more;			/* --size +...: @size is to be added */
 	uint64_t cluster_size;		/* bytes; 0: the default */
 	uint64_t refcount_bits;		/* 0: the default */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
@@ -66,7 +68,7 @@ struct action {
 	int (*handler)(const struct options *opt, char **args);
 	int min_args, max_args;
 	const char *arguments;		/* as in the usage line */
-	const char *summary;		/* a line */
+	const char *summary;		/* a line; NULL: not for people */
 	const char *example;		/* a command, and what it does */
 };
 
@@ -82,5 +84,18 @@ int options_parse(int argc, char **argv, struct options *opt,
 
 /* Does an action take an option of that name? */
 bool action_takes(const struct action *action, const char *option);
+
+/* What is told of an option, for shells. */
+struct option_facts {
+	const char *name, *arg, *help;	/* @arg: NULL: it has none */
+	const char *const *words;	/* all that it can be, or NULL */
+};
+
+/* Of an option of @action, or, if that is NULL, of any; false: there is none. */
+bool option_facts(const struct action *action, const char *option,
+		  struct option_facts *facts);
+/* Call @fn for each option of @action; stops if it returns not 0, and returns that. */
+int options_each(const struct action *action,
+		 int (*fn)(const struct option_facts *o, void *arg), void *arg);
 
 #endif

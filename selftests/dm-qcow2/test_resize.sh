@@ -56,6 +56,8 @@ raw()
 	"$tool" create "$dir/i.qcow2" --data-file "$dir/i.data" --size 1049088 --data-file-raw "$@"
 	cp "$dir/i.data" "$dir/model"
 	open_it
+	"$tool" resize "$name" --size +1M
+	[ "$(bytes)" = 2097664 ]
 	"$tool" resize "$name" --size 8M
 	put more 5120 2
 	judge

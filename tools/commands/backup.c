@@ -72,6 +72,22 @@ static int end(const struct options *opt, char **names, unsigned int n)
 	return first;
 }
 
+/* A list begins with what is in it: an error before that is all there is. */
+static void begin_list(struct json *j)
+{
+	if (j->f)
+		return;
+	json_start(j, stdout);
+	json_array(j, NULL);
+}
+
+static void end_list(struct json *j)
+{
+	begin_list(j);
+	json_array_end(j);
+	json_end(j);
+}
+
 struct listing {
 	struct json j;
 	bool json;
@@ -99,7 +115,9 @@ static void show(struct listing *l, const char *name,
 	if (l->json) {
 		struct json *j = &l->j;
 
+		begin_list(j);
 		json_object(j, NULL);
+		json_version(j);
 		json_string(j, "name", name);
 		json_string(j, "view", s->view);
 		json_bool(j, "valid", !strcmp(s->view, "valid"));
@@ -159,18 +177,12 @@ static int status(const struct options *opt, char **names, unsigned int n)
 	ret = dm_check(true);
 	if (ret)
 		return ret;
-	if (l.json) {
-		json_start(&l.j, stdout);
-		json_array(&l.j, NULL);
-	}
 	ret = dm_each(list_one, &l);
 	if (!ret && n && !l.found)
 		ret = fail(EX_WRONG, "%s: no backup of it is under way; begin one with qcow2setup backup begin %s --cow DEV|DIR",
 			   esc(l.only), shell_quote(l.only));
-	if (l.json && !ret) {
-		json_array_end(&l.j);
-		json_end(&l.j);
-	}
+	if (l.json && !ret)
+		end_list(&l.j);
 	return ret;
 }
 
@@ -188,6 +200,7 @@ static int put_piece(const struct backup_piece *p, void *arg)
 	struct extents_out *o = arg;
 
 	if (o->json) {
+		begin_list(&o->j);
 		json_object(&o->j, NULL);
 		json_number(&o->j, "start", p->start);
 		json_number(&o->j, "length", p->length);
@@ -212,17 +225,11 @@ static int extents(const struct options *opt, char **names, unsigned int n)
 		return fail(EX_PARAMETER,
 			    "wrong number of arguments; usage: qcow2setup backup extents NAME [--bitmap BITMAP]... [--json]");
 	ret = backup_find(device_name(names[0]), &notes);
-	if (!ret && o.json) {
-		json_start(&o.j, stdout);
-		json_array(&o.j, NULL);
-	}
 	if (!ret)
 		ret = backup_pieces(&notes, opt->bitmap, opt->bitmaps, put_piece,
 				    &o, &size, NULL);
-	if (!ret && o.json) {
-		json_array_end(&o.j);
-		json_end(&o.j);
-	}
+	if (!ret && o.json)
+		end_list(&o.j);
 	backup_notes_free(&notes);
 	return ret;
 }
@@ -322,10 +329,12 @@ static int check_options(const struct what *what, const struct options *opt)
 	size_t i;
 
 	for (i = 0; i < ARRAY_SIZE(options); i++)
-		if (options[i].given && !strstr(what->options, options[i].name))
+		if (options[i].given && !strstr(what->options, options[i].name)) {
+			json_refused = opt->json && !strstr(what->options, "json");
 			return fail(EX_PARAMETER,
 				    "backup %s takes no option --%s; see qcow2setup help backup",
 				    what->name, options[i].name);
+		}
 	return 0;
 }
 

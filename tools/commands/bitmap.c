@@ -109,6 +109,7 @@ static void print_json(const struct bitmaps *s)
 	json_array(&j, NULL);
 	for (b = s->item; b < s->item + s->n; b++) {
 		json_object(&j, NULL);
+		json_version(&j);
 		json_stringn(&j, "name", b->name, b->head.name_size);
 		json_number(&j, "granularity", 1ULL << b->head.granularity_bits);
 		/* One that is not known must not look like an empty bitmap. */
@@ -325,11 +326,13 @@ static int check_options(const struct what *what, const struct options *opt)
 	size_t i;
 
 	for (i = 0; i < ARRAY_SIZE(options); i++)
-		if (options[i].given && !strstr(what->options, options[i].name))
+		if (options[i].given && !strstr(what->options, options[i].name)) {
+			json_refused = opt->json && !strstr(what->options, "json");
 			return fail(EX_PARAMETER,
 				    "bitmap %s takes no option --%s; usage: qcow2setup bitmap %s %s",
 				    what->name, options[i].name, what->name,
 				    what->arguments);
+		}
 	return 0;
 }
 

@@ -21,6 +21,7 @@ int cmd_backup(const struct options *opt, char **args);
 int backup_copy(const struct options *opt, char **names, unsigned int n);
 int backup_restore(const struct options *opt, char **names, unsigned int n);
 int cmd_bitmap(const struct options *opt, char **args);
+int cmd_completion(const struct options *opt, char **args);
 int cmd_checkpoint(const struct options *opt, char **args);
 
 #endif

@@ -263,6 +263,7 @@ static void print_json(const struct image *img, const struct verdict *v)
 	json_bool(&j, "dirty-flag", h->incompatible & QCOW2_INCOMPAT_DIRTY);
 	/* ours */
 	json_object(&j, "dm-qcow2");
+	json_version(&j);
 	json_string(&j, "mappable", v->mappable);
 	json_reasons(&j, &v->rw);
 	json_string(&j, "mappable-now", v->now);

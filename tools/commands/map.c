@@ -19,6 +19,7 @@
 #include "image/extents.h"
 #include "image/image.h"
 #include "image/walk.h"
+#include "lib/json.h"
 #include "lib/util.h"
 #include "stack/attach.h"
 #include "stack/mapping.h"
@@ -203,6 +204,7 @@ static int print_map(struct map *m, bool json)
 		.size = m->g.size, .states_only = !json || m->reader.b,
 		.fn = json ? print_json : print_row, .arg = m,
 	};
+	struct json j;
 	int ret;
 
 	m->print = json ? print_dirty_json : print_dirty_row;
@@ -211,10 +213,13 @@ static int print_map(struct map *m, bool json)
 
 	/* If it ends with an error, the array does not end. */
 	if (json) {
+		json_start(&j, stdout);
 		printf("[");
 		ret = walk(m, &x);
-		if (!ret)
-			puts("]");
+		if (!ret) {
+			printf("]");
+			json_end(&j);
+		}
 		return ret;
 	}
 	ret = walk(m, &x);

@@ -77,8 +77,11 @@ int cmd_measure(const struct options *opt, char **args)
 	if (opt->json) {
 		json_start(&j, stdout);
 		json_object(&j, NULL);
+		json_version(&j);
 		json_number(&j, "required", required);
 		json_number(&j, "fully-allocated", full);
+		json_number(&j, "data-file-size", g.size);
+		/* Its name before; elsewhere that is a path. */
 		json_number(&j, "data-file", g.size);
 		json_object_end(&j);
 		json_end(&j);

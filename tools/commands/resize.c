@@ -24,11 +24,18 @@
 
 #define SECTOR		512
 
-/* @size: of the data, which is made longer if it ends within a sector */
+/*
+ * @old: bytes of the disk until now; @size: of the data, which is made longer if it
+ * ends within a sector
+ */
 static int choose_size(const struct options *opt, const char *path,
-		       uint64_t size, unsigned int block, uint64_t *new)
+		       uint64_t old, uint64_t size, unsigned int block,
+		       uint64_t *new)
 {
 	*new = opt->size_auto ? align_up(size, block) : opt->size;
+	if (opt->size_more && __builtin_add_overflow(old, opt->size, new))
+		return fail(EX_WRONG, "%s; give a smaller --size",
+			    qcow2_fault_str(QCOW2_FAULT_SIZE_BIG));
 	if (*new % block)
 		return fail(EX_PARAMETER,
 			    "%s: size of %llu bytes is no multiple of %u; give --size %llu",
@@ -236,7 +243,8 @@ static int resize_image(const struct options *opt, const char *path)
 		ret = open_offline_backing(&o, opt, &g);
 	block = o.data.bdev ? o.data.block_size : SECTOR;
 	if (!ret)
-		ret = choose_size(opt, path, o.data.size, block, &g.size);
+		ret = choose_size(opt, path, o.img.geo.size, o.data.size, block,
+				  &g.size);
 	if (!ret && g.size < o.img.geo.size)
 		ret = may_shrink(opt, &o, g.size);
 	if (!ret)
@@ -326,7 +334,8 @@ static int resize_live(struct live *l, struct live_resize *r)
 	/* A file may have grown without its loop device knowing. */
 	if (l->data.file.fd >= 0)
 		have = max_u64(have, l->data.file.before);
-	ret = choose_size(r->opt, l->name, have, block, &r->g.size);
+	ret = choose_size(r->opt, l->name, l->sectors * SECTOR, have, block,
+			  &r->g.size);
 	if (!ret)
 		ret = check_larger(l, r->opt, r->g.size);
 	if (ret)
@@ -369,7 +378,7 @@ int cmd_resize(const struct options *opt, char **args)
 
 	if (!opt->size && !opt->size_auto)
 		return fail(EX_PARAMETER,
-			    "resize needs to know the new size; give --size SIZE|auto");
+			    "resize needs to know the new size; give --size SIZE|+SIZE|auto");
 	interrupt_catch();
 	ret = name ? resize_device(opt, name) : resize_image(opt, args[0]);
 	return interrupt_result(ret);

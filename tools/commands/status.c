@@ -171,6 +171,7 @@ static void print_json(struct json *j, const struct open_device *d)
 	unsigned int f;
 
 	json_object(j, NULL);
+	json_version(j);
 	json_string(j, "name", d->name);
 	snprintf(path, sizeof(path), "/dev/mapper/%s", d->name);
 	json_string(j, "device", path);

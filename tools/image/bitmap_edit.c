@@ -6,6 +6,7 @@
 #include "image/bitmap_items.h"
 #include "image/bits.h"
 #include "lib/interrupt.h"
+#include "lib/size.h"
 #include "lib/util.h"
 
 int bitmap_make_fresh(struct bitmaps *s, struct bitmap_item *b)

@@ -2,6 +2,12 @@
 #include <string.h>
 
 #include "lib/json.h"
+#include "lib/util.h"
+
+bool json_refused;
+
+/* What there is on stdout */
+static enum { NOTHING, BEGUN, COMPLETE } printed;
 
 /* Bytes of the UTF-8 sequence that @s starts with, or 0 if it is none. */
 static size_t utf8_len(const unsigned char *s, size_t len)
@@ -106,11 +112,13 @@ static void close_container(struct json *j, char c)
 void json_start(struct json *j, FILE *f)
 {
 	*j = (struct json){ .f = f, .first = true };
+	printed = BEGUN;
 }
 
 void json_end(struct json *j)
 {
 	fputc('\n', j->f);
+	printed = COMPLETE;
 }
 
 void json_object(struct json *j, const char *key)
@@ -154,4 +162,32 @@ void json_bool(struct json *j, const char *key, bool v)
 {
 	begin(j, key);
 	fputs(v ? "true" : "false", j->f);
+}
+
+void json_version(struct json *j)
+{
+	json_number(j, "version", JSON_VERSION);
+}
+
+void json_failure(FILE *f, int status)
+{
+	static const char * const words[] = {
+		[EX_PARAMETER] = "parameter", [EX_PERMISSION] = "permission",
+		[EX_MEMORY] = "memory", [EX_WRONG] = "wrong", [EX_BUSY] = "busy",
+	};
+	const struct failure *e = first_failure();
+	unsigned int code = e ? e->code : EX_WRONG;
+
+	if (!e || printed == COMPLETE)
+		return;
+	if (code >= ARRAY_SIZE(words) || !words[code])
+		code = EX_WRONG;
+	fprintf(f, "%s{\"version\": %d, \"error\": {\"exit\": %d, \"kind\": \"%s\", \"message\": ",
+		printed == BEGUN ? "\n" : "", JSON_VERSION, status, words[code]);
+	put_string(f, e->message, strlen(e->message));
+	if (e->remedy) {
+		fputs(", \"remedy\": ", f);
+		put_string(f, e->remedy, strlen(e->remedy));
+	}
+	fputs("}}\n", f);
 }

@@ -14,6 +14,9 @@
 #include <stdint.h>
 #include <stdio.h>
 
+/* Of the names and meanings of keys: Documentation/qcow2setup-json.7 */
+#define JSON_VERSION	1
+
 struct json {
 	FILE *f;
 	unsigned int depth;
@@ -30,5 +33,15 @@ void json_string(struct json *j, const char *key, const char *s);
 void json_stringn(struct json *j, const char *key, const char *s, size_t len);
 void json_number(struct json *j, const char *key, uint64_t v);
 void json_bool(struct json *j, const char *key, bool v);
+void json_version(struct json *j);
+
+/*
+ * The error that fail() has told, as an object in a line of its own, with the
+ * program's exit code @status.  Nothing if a whole value was printed: that says it.
+ */
+void json_failure(FILE *f, int status);
+
+/* --json was given, but what was asked for has none: no reader waits for it. */
+extern bool json_refused;
 
 #endif

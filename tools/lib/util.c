@@ -12,6 +12,44 @@
 bool verbose;
 bool takes_readonly, takes_trust;
 
+static struct failure failure;
+
+const struct failure *first_failure(void)
+{
+	return failure.code ? &failure : NULL;
+}
+
+/*
+ * What has failed first is the reason, and the rest follows from it.  Where the
+ * remedy begins is told by the format: names can hold anything.
+ */
+static void keep_failure(int code, const char *fmt, va_list ap)
+{
+	const char *semicolon = strstr(fmt, "; ");
+	char *with_mark, *p;
+
+	/* Findings of a check are told by it, with 0. */
+	if (!code || failure.code)
+		return;
+	with_mark = strdup(fmt);
+	if (!with_mark)
+		return;
+	/* Messages have no control characters of their own. */
+	if (semicolon)
+		with_mark[semicolon - fmt] = '\1';
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wformat-nonliteral"
+	if (vasprintf(&failure.message, with_mark, ap) >= 0)
+		failure.code = code;
+#pragma GCC diagnostic pop
+	free(with_mark);
+	p = failure.code ? strchr(failure.message, '\1') : NULL;
+	if (p) {
+		*p = ';';
+		failure.remedy = p + 2;
+	}
+}
+
 static void vmessage(const char *kind, const char *fmt, va_list ap)
 {
 	/* What scripts read from stdout shall not come after its error. */
@@ -25,6 +63,9 @@ int fail(int code, const char *fmt, ...)
 {
 	va_list ap;
 
+	va_start(ap, fmt);
+	keep_failure(code, fmt, ap);
+	va_end(ap);
 	va_start(ap, fmt);
 	vmessage("", fmt, ap);
 	va_end(ap);
@@ -329,41 +370,6 @@ bool parse_u64(const char *s, uint64_t *v)
 	errno = 0;
 	*v = strtoull(s, &end, 10);
 	return !errno && !*end;
-}
-
-bool parse_size(const char *s, uint64_t *size)
-{
-	static const char units[] = "KMGTP";
-	const char *unit;
-	unsigned int shift = 0;
-	uint64_t v;
-	char *end;
-
-	if (!isdigit((unsigned char)*s))
-		return false;
-	errno = 0;
-	v = strtoull(s, &end, 10);
-	if (errno)
-		return false;
-	if (*end == 's') {
-		shift = 9;
-		end++;
-	} else if (*end == 'B' || *end == 'b') {
-		end++;
-	} else if (*end) {
-		unit = strchr(units, toupper((unsigned char)*end));
-		if (!unit)
-			return false;
-		shift = 10 * (unit - units + 1);
-		end++;
-		/* "KiB" is the same as "K"; "KB" would be ambiguous */
-		if (!strcmp(end, "iB"))
-			end += 2;
-	}
-	if (*end || (shift && v >> (64 - shift)))
-		return false;
-	*size = v << shift;
-	return true;
 }
 
 const char *human_size(uint64_t size)

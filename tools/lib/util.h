@@ -42,6 +42,13 @@ int fail(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* The same for a failed system call: the exit code follows from errno. */
 int fail_errno(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int fail_nomem(void);
+/* What fail() was called with first; NULL: it was not called. */
+struct failure {
+	int code;			/* exit code */
+	char *message;			/* the line, without the program's name */
+	const char *remedy;		/* in @message; NULL: none */
+};
+const struct failure *first_failure(void);
 void warning(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* What is as it should be, but not a matter of course */
 void inform(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
@@ -89,8 +96,6 @@ int reopen(int fd, int mode);
 int read_at(int fd, void *buf, size_t len, uint64_t off);
 int write_at(int fd, const void *buf, size_t len, uint64_t off);
 
-/* "10G", "512", "8s": K, M, G, T, P are powers of 1024, s is 512 bytes. */
-bool parse_size(const char *s, uint64_t *size);
 /* Are all @len bytes 0? */
 bool all_zero(const void *buf, size_t len);
 /* Plain decimal number. */

@@ -10,6 +10,7 @@
 
 #include "lib/interrupt.h"
 #include "lib/progress.h"
+#include "lib/json.h"
 #include "lib/util.h"
 #include "stack/copying.h"
 #include "system/claim.h"
@@ -193,8 +194,8 @@ static void say(struct copying *c, uint64_t done, bool last)
 	if (!last && now.tv_sec < c->said + SAY_S)
 		return;
 	if (c->json) {
-		printf("{\"done\": %" PRIu64 ", \"total\": %" PRIu64 ", \"rate\": %" PRIu64 "}\n",
-		       done, c->list.bytes,
+		printf("{\"version\": %d, \"done\": %" PRIu64 ", \"total\": %" PRIu64 ", \"rate\": %" PRIu64 "}\n",
+		       JSON_VERSION, done, c->list.bytes,
 		       c->said ? (done - c->said_done) / (now.tv_sec - c->said ? now.tv_sec - c->said : 1) : 0);
 		fflush(stdout);
 	}

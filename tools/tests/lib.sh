@@ -81,9 +81,14 @@ exits() {
 refuse() {
 	local code=$1 pattern=$2
 	shift 2
-	exits "$code" "$@" && [ "$(wc -l <err)" -eq 1 ] && [ ! -s out ] &&
+	exits "$code" "$@" && [ "$(wc -l <err)" -eq 1 ] && nothing_but_error "$@" &&
 		grep -q '^qcow2setup: .*;\|^qcow2setup: .*: .*(.*)' err &&
 		grep -qe "$pattern" err
+}
+
+# nothing_but_error ARGUMENTS...: nothing is printed; or with --json an error alone
+nothing_but_error() {
+	[ ! -s out ] || { [[ " $* " = *" --json "* ]] && [ "$(wc -l <out)" -eq 1 ] && jq -e .error.message out >out.error; }
 }
 
 # image SIZE [,OPTION...]: a fresh t.qcow2 by qemu-img, its data in t.raw

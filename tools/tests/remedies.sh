@@ -94,7 +94,13 @@ while IFS=@ read -r action bad after before good; do
 done <<'TABLE'
 create c.qcow2 --data-file d.raw@--size x@such as @@10G
 measure@--size x@such as @@10G
+resize t.qcow2@--size +x@use @ for@+10G
+resize t.qcow2@--size -1G@such as @@10G
+resize t.qcow2@--size 12Q@such as @@10G
 table t.qcow2 --data-file t.raw --backing-file d.raw@--cache-limit x@such as @@64M
+table t.qcow2 --data-file t.raw --backing-file d.raw@--cache-limit 0@such as @@64M
+create c.qcow2 --data-file d.raw@--cluster-size 4x@from @ to@512
+create c.qcow2 --data-file d.raw@--refcount-bits x@use @, 2@1
 create c.qcow2 --data-file d.raw@--cluster-size 3@from @ to@512
 create c.qcow2 --data-file d.raw@--cluster-size 3@ to @@2M
 create c.qcow2 --data-file d.raw@--refcount-bits 3@use @, 2@1
@@ -154,6 +160,21 @@ needs() {
 rm -f c.qcow2
 needs works '--data-file t.raw' create c.qcow2
 ok "create: no data file"
+rm -f c.qcow2
+needs works '--size 1M' create c.qcow2 --data-file new.raw && [ "$(stat -c %s new.raw)" = 1048576 ]
+ok "create: a data file that is not there"
+rm -f c.qcow2
+refused 4 'below /dev; check the name' create c.qcow2 --data-file /dev/nothing-here --size 1M && [ ! -e /dev/nothing-here ] &&
+	works create c.qcow2 --data-file t.raw --size 1M
+ok "create: a device that is not there"
+rm -f c.qcow2 n.raw
+refused 4 'is a qcow2 image' create c.qcow2 --data-file t.qcow2 --data-file-raw && [ ! -e c.qcow2 ] && printed NEW=n.raw &&
+	works create c.qcow2 --data-file n.raw --data-file-raw && rm c.qcow2 &&
+	works create c.qcow2 --data-file t.qcow2 --data-file-raw "$(option)"
+ok "create: an image as data"
+rm -f c.qcow2 n.qcow2
+refused 4 'not a qcow2 image; check the name' info t.raw && printed NEW=n.qcow2 && works info n.qcow2 && cp err said
+ok "a raw disk as image"
 needs works '--size 1G' measure
 ok "measure: no size"
 needs works '--size 8M' resize t.qcow2

@@ -402,4 +402,20 @@ if [ -n "$thorough" ]; then
 	ok "prepare: $cuts power cuts, none corrupts the image"
 fi
 
+# virtual FILE: its size
+virtual() {
+	qemu-img info --output=json "$1" | jq '."virtual-size"'
+}
+
+image 20M
+run resize t.qcow2 --size +1.5M && [ "$(virtual t.qcow2)" = 22544384 ] &&
+	run resize t.qcow2 --size +512 && check t.qcow2 && [ "$(virtual t.qcow2)" = 22544896 ]
+ok "resize: by so much"
+cp t.qcow2 before.qcow2
+refuse 1 'multiple of 512; give --size 22545408' resize t.qcow2 --size +1 &&
+	refuse 4 'give a smaller --size' resize t.qcow2 --size +18446744073709551615 &&
+	refuse 1 '+0 is nothing' resize t.qcow2 --size +0 &&
+	refuse 1 '++1G has a sign' resize t.qcow2 --size ++1G && cmp t.qcow2 before.qcow2
+ok "resize: by what cannot be"
+
 finish resize

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "lib/json.h"
+#include "lib/util.h"
 #include "test.h"
 
 /* What is printed while a test runs. */
@@ -128,6 +129,23 @@ static void test_not_utf8(void **state)
 		  "]\n");
 }
 
+static void test_failure(void **state)
+{
+	struct output *o = *state;
+
+	fprintf(o->j.f, "[");
+	fail(EX_BUSY, "%s: is \"in\" use; %s", "a; b", "wait; or not");
+	fail(EX_WRONG, "what follows; leave it");
+	json_failure(o->j.f, 7);
+	expect(o, "[\n{\"version\": 1, \"error\": {\"exit\": 7, \"kind\": \"busy\", "
+	       "\"message\": \"a; b: is \\\"in\\\" use; wait; or not\", "
+	       "\"remedy\": \"wait; or not\"}}\n\n");
+	/* A whole value was printed now. */
+	json_failure(o->j.f, 7);
+	fflush(o->f);
+	assert_null(strstr(o->text + 1, "}}\n\n{"));
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, set_up, tear_down)
 
 int main(void)
@@ -139,6 +157,7 @@ int main(void)
 		TEST(test_c1),
 		TEST(test_utf8),
 		TEST(test_not_utf8),
+		TEST(test_failure),
 	};
 
 	return cmocka_run_group_tests_name("json", tests, NULL, NULL);

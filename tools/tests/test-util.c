@@ -5,6 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "lib/size.h"
 #include "lib/util.h"
 #include "test.h"
 
@@ -19,23 +20,79 @@ static void test_parse_size(void **state)
 		{ "5T", 5ULL << 40 }, { "1P", 1ULL << 50 }, { "9B", 9 },
 		{ "4KiB", 4096 }, { "18446744073709551615", UINT64_MAX },
 		{ "16383P", 16383ULL << 50 },
-	};
-	static const char * const bad[] = {
-		"", "K", "-1", "+1", " 1", "1 ", "1.5G", "1KB", "1Ki", "1GG",
-		"0x10", "18446744073709551616", "16384P", "1S", "1X", "1iB",
-		"36028797018963968s",
+		/* in every spelling the same */
+		{ "10G", 10ULL << 30 }, { "10g", 10ULL << 30 },
+		{ "10GB", 10ULL << 30 }, { "10gb", 10ULL << 30 },
+		{ "10Gb", 10ULL << 30 }, { "10GiB", 10ULL << 30 },
+		{ "10gib", 10ULL << 30 }, { "1KB", 1024 }, { "7S", 3584 },
+		{ "9b", 9 }, { "15E", 15ULL << 60 }, { "1EiB", 1ULL << 60 },
+		{ "007", 7 },
+		/* exact, with as many digits as it takes */
+		{ "1.5G", 3ULL << 29 }, { "0.5K", 512 }, { "2.0", 2 },
+		{ "1.50000000000000000000000000000K", 1536 },
+		{ "0.0009765625K", 1 }, { "1.0009765625KiB", 1025 },
+		{ "1.001953125s", 513 }, { "8191.5P", 16383ULL << 49 },
+		{ "0.0000000000000000008673617379884035472059622406959533691"
+		  "40625E", 1 },
+		{ "15.999999999999999999132638262011596452794037759304046630"
+		  "859375E", UINT64_MAX },
+		{ "0x0", 0 }, { "0x10", 16 }, { "0XfF", 255 }, { "0x1b", 27 },
+		{ "0x1E", 30 }, { "0xffffffffffffffff", UINT64_MAX },
 	};
 	uint64_t v;
 	size_t i;
 
 	(void)state;
 	for (i = 0; i < ARRAY_SIZE(good); i++) {
-		assert_true(parse_size(good[i].s, &v));
+		if (!parse_size(good[i].s, &v))
+			fail_msg("'%s' was not taken as a size", good[i].s);
 		assert_int_equal(v, good[i].v);
 	}
+}
+
+/* What is not taken says why, and leaves the number as it is. */
+static void test_size_error(void **state)
+{
+	static const struct {
+		const char *why, *s[12];
+	} bad[] = {
+		{ "is no number", { "", "K", " 1", ".5G", "x", "auto", "1.",
+				    "1.G" } },
+		{ "is no number", { "0x", "0xg", ",5G", "iB" } },
+		{ "has a sign", { "-1", "+1", "-", "+1G" } },
+		{ "is no whole number of bytes",
+		  { "1.5", "1.5B", "0.3K", "0.1s", "0.1P", "1.0000001K",
+		    "0.00000000000000000043368086899420177360298112034797668"
+		    "45703125E" } },
+		{ "is too large", { "18446744073709551616", "16384P", "16E",
+				    "16.0E", "36028797018963968s",
+				    "0x10000000000000000",
+				    "99999999999999999999999" } },
+		{ "has a unit that is not known",
+		  { "1GG", "1 ", "1 G", "1X", "1iB", "1Ki", "10Gbit", "1sB",
+		    "1,5G" } },
+		{ "has a unit, which a hexadecimal number cannot have",
+		  { "0x10G", "0x1s", "0x1.8", "0x1 ", "0x1KiB" } },
+		{ "has a unit that is not known",
+		  { "1e9", "1.2.3", "1Bi", "1BB", "0b1", "1.5GHz" } },
+	};
+	const char *const *s;
+	const char *why;
+	uint64_t v;
+	size_t i;
+
+	(void)state;
+	assert_null(size_error("10G", &v));
 	for (i = 0; i < ARRAY_SIZE(bad); i++)
-		if (parse_size(bad[i], &v))
-			fail_msg("'%s' was taken as a size", bad[i]);
+		for (s = bad[i].s; *s; s++) {
+			v = 42;
+			why = size_error(*s, &v);
+			if (!why)
+				fail_msg("'%s' was taken as a size", *s);
+			if (strcmp(why, bad[i].why) || v != 42)
+				fail_msg("'%s': %s", *s, why);
+			assert_false(parse_size(*s, &v));
+		}
 }
 
 static void test_parse_u64(void **state)
@@ -195,6 +252,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_parse_size),
+		cmocka_unit_test(test_size_error),
 		cmocka_unit_test(test_parse_u64),
 		cmocka_unit_test(test_escape),
 		cmocka_unit_test(test_escape_cuts),
