@@ -3,9 +3,9 @@
 
 #include "lib/json.h"
 
-/* Bytes of the UTF-8 sequence that @s starts with, or 0 if it is none. */
-static size_t utf8_len(const unsigned char *s, size_t len)
+size_t json_utf8_len(const char *string, size_t len)
 {
+	const unsigned char *s = (const unsigned char *)string;
 	unsigned int code, min;
 	size_t n, i;
 
@@ -45,7 +45,7 @@ static void put_string(FILE *f, const char *string, size_t len)
 
 	fputc('"', f);
 	while (len) {
-		size_t n = utf8_len(s, len);
+		size_t n = json_utf8_len((const char *)s, len);
 
 		if (!n) {
 			fputs("\\ufffd", f);
