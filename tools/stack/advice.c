@@ -91,10 +91,10 @@ static const char *image_word(const struct report *r)
 static void advise_corrupt(const struct report *r, struct advice *a)
 {
 	if (r->kind == DEVICE_OURS)
-		add(a, "close it (qcow2setup close %s), then repair the image (qcow2setup check --repair all %s)",
+		add(a, "close it (qcow2setup close %s), repair the image (qcow2setup check --repair all %s), and restore from a backup what that cannot repair",
 		    shell_quote(r->name), image_word(r));
 	else
-		add(a, "remove it (dmsetup remove %s), then repair the image (qcow2setup check --repair all %s)",
+		add(a, "remove it (dmsetup remove %s), repair the image (qcow2setup check --repair all %s), and restore from a backup what that cannot repair",
 		    shell_quote(r->name), image_word(r));
 }
 
