@@ -34,9 +34,9 @@ VALUE(zeros, r->usage.known, r->usage.zero)
 VALUE(marked_corrupt, r->usage.has_header, r->usage.corrupt)
 VALUE(metadata_size, r->metadata_size, r->metadata_size)
 VALUE(metadata_free, GIVEN(FREE_CLUSTERS) && !r->status.f.read_only,
-      r->status.free_clusters * CLUSTER)
+	r->status.free_clusters * CLUSTER)
 VALUE(metadata_needed, GIVEN(FREE_CLUSTERS) && !r->status.f.read_only,
-      report_tables_to_come(r) * CLUSTER)
+	report_tables_to_come(r) * CLUSTER)
 VALUE(file_system_free, r->has_room, r->room)
 VALUE(l2_tables, r->has_status, r->status.l2_tables)
 VALUE(slices, r->has_status, r->status.slices_cached)
@@ -57,7 +57,7 @@ VALUE(mark_waits, GIVEN(MARK_WAITS), r->status.mark_waits)
 VALUE(taken_back, GIVEN(TAKEN_BACK), r->status.taken_back)
 VALUE(backup, r->has_status, !!r->status.view)
 VALUE(backup_valid, r->has_status && r->status.view,
-      !strcmp(r->status.view, "valid"))
+	!strcmp(r->status.view, "valid"))
 VALUE(backup_kept, r->has_status && r->status.view, report_kept(&r->status))
 
 static const struct family {
