@@ -24,7 +24,7 @@ struct options {
 	bool sparse;
 	bool shrink;
 	bool host;			/* the content is this host's own */
-	bool quick;			/* tables of images are not read */
+	bool quick;			/* images are not read */
 	bool prometheus;
 	uint64_t interval;		/* seconds; 0: none */
 	bool disabled;			/* a new bitmap does not record */

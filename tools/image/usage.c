@@ -45,8 +45,7 @@ static void scan(const struct node *node, const struct header *h,
 				   error_text(-f.err);
 }
 
-void image_usage_read(const struct node *node, bool quick,
-		      struct image_usage *u)
+void image_usage_read(const struct node *node, struct image_usage *u)
 {
 	size_t len = min_u64(node->size, FIRST_MAX);
 	void *first = malloc(len ? len : 1);
@@ -54,7 +53,7 @@ void image_usage_read(const struct node *node, bool quick,
 	struct header h;
 	int err;
 
-	*u = (struct image_usage){ .why = "not looked for" };
+	*u = (struct image_usage){ .why = "" };
 	err = first ? node_read(node, first, len, 0) : -ENOMEM;
 	if (err) {
 		u->why = error_text(-err);
@@ -69,8 +68,7 @@ void image_usage_read(const struct node *node, bool quick,
 	u->corrupt = h.incompatible & QCOW2_INCOMPAT_CORRUPT;
 	if (h.has_bitmaps && h.autoclear & QCOW2_AUTOCLEAR_BITMAPS)
 		u->bitmaps = h.bitmap_count;
-	if (!quick)
-		scan(node, &h, u);
+	scan(node, &h, u);
 out:
 	free(first);
 }

@@ -24,9 +24,8 @@ struct image_usage {
 /*
  * Read header and tables of the image in @node, which the kernel may write meanwhile: it
  * is counted what is on disk.  That is 1/8192 of the disk's size, of what is allocated,
- * with clusters of 64K.  With @quick the tables are not read, and @known stays false.
+ * with clusters of 64K.
  */
-void image_usage_read(const struct node *node, bool quick,
-		      struct image_usage *u);
+void image_usage_read(const struct node *node, struct image_usage *u);
 
 #endif

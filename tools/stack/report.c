@@ -93,9 +93,12 @@ static void get_usage(struct report *r, bool quick)
 {
 	struct part p = PART_CLOSED;
 
-	r->usage = (struct image_usage){ .why = "metadata device cannot be opened" };
+	r->usage = (struct image_usage){ .why = "not looked for" };
+	if (quick)
+		return;
+	r->usage.why = "metadata device cannot be opened";
 	if (!part_open(&p, r->table.metadata_dev, NODE_READ_ONLY))
-		image_usage_read(&p.node, quick, &r->usage);
+		image_usage_read(&p.node, &r->usage);
 	part_close(&p);
 }
 

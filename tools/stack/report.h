@@ -46,7 +46,7 @@ struct report_list {
 
 /* What is looked for, beside table and status */
 struct report_wishes {
-	bool quick;			/* do not read the tables of images */
+	bool quick;			/* read nothing of images, so never wait for I/O */
 	bool users;
 };
 
