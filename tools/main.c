@@ -31,8 +31,12 @@ const struct action actions[] = {
 		"remove a device",
 		"qcow2setup close vm"
 	}, {
+		"list", cmd_list, 0, 0, "[--json]",
+		"list the devices that are open, and who uses them",
+		"qcow2setup list"
+	}, {
 		"status", cmd_status, 0, 1, "[NAME]",
-		"list devices, or show one",
+		"show a device and how it does, or list them",
 		"qcow2setup status vm"
 	}, {
 		"table", cmd_table, 1, 1, "IMAGE --data-file DEV",

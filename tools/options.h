@@ -25,6 +25,9 @@ struct options {
 	bool sparse;
 	bool shrink;
 	bool host;			/* the content is this host's own */
+	bool quick;			/* images are not read */
+	bool prometheus;
+	uint64_t interval;		/* seconds; 0: none */
 	bool disabled;			/* a new bitmap does not record */
 	const char *data_file;
 	uint64_t size;			/* bytes; 0: that of the data file */

@@ -178,31 +178,6 @@ static void json_reasons(struct json *j, const struct reasons *r)
 	json_array_end(j);
 }
 
-static void json_users(struct json *j, const struct users *users)
-{
-	static const char * const kinds[] = {
-		[USER_QCOW2] = "qcow2", [USER_DEVICE] = "device",
-		[USER_LOOP] = "loop", [USER_PROCESS] = "process",
-		[USER_MOUNT] = "mount", [USER_SWAP] = "swap",
-	};
-	const struct user *u;
-
-	json_bool(j, "locked", users->locked_write);
-	json_array(j, "users");
-	for (u = users->u; u < users->u + users->n; u++) {
-		json_object(j, NULL);
-		json_string(j, "kind", kinds[u->kind]);
-		json_string(j, "name", u->name);
-		if (u->pid)
-			json_number(j, "pid", u->pid);
-		if (*u->on)
-			json_string(j, "on", u->on);
-		json_bool(j, "reads-only", u->reads);
-		json_object_end(j);
-	}
-	json_array_end(j);
-}
-
 static void print_json(const struct image *img, const struct verdict *v)
 {
 	const struct header *h = &img->h;
@@ -267,7 +242,8 @@ static void print_json(const struct image *img, const struct verdict *v)
 	json_string(&j, "mappable", v->mappable);
 	json_reasons(&j, &v->rw);
 	json_string(&j, "mappable-now", v->now);
-	json_users(&j, &v->users);
+	json_bool(&j, "locked", v->users.locked_write);
+	users_json(&j, &v->users);
 	json_counts(&j, v);
 	json_object_end(&j);
 	json_object_end(&j);

@@ -3,375 +3,248 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <libsmartcols.h>
-#include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "commands/commands.h"
 #include "lib/json.h"
 #include "lib/util.h"
+#include "lib/words.h"
+#include "stack/advice.h"
+#include "stack/metrics.h"
+#include "stack/report.h"
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
-#include "system/target.h"
 
-/* All that is known about one device. */
-struct open_device {
-	char name[128];
-	struct dm_dev_info info;
-	enum device_kind kind;
-	char type[64];			/* of target */
-	uint64_t size;			/* bytes */
-	bool has_table, has_status;
-	bool gone;			/* while we looked */
-	struct target_table table;
-	struct target_status status;
-	struct device metadata, data, backing;
-	struct open_device *below;	/* the backing device, if it is ours */
-};
-
-static void free_below(struct open_device *d)
-{
-	while (d->below) {
-		struct open_device *next = d->below;
-
-		d->below = next->below;
-		free(next);
-	}
-}
-
-/* -ENXIO: it has gone, without a message; as of dm_params(). */
-static int get_device(const char *name, struct open_device *d);
-
-static int get_below(struct open_device *d)
-{
-	if (!d->table.f.backing_dev ||
-	    !device_look_up(d->table.f.backing_dev, &d->backing) ||
-	    !*d->backing.dm_name)
-		return 0;
-	d->below = calloc(1, sizeof(*d->below));
-	if (!d->below)
-		return fail_nomem();
-	snprintf(d->below->name, sizeof(d->below->name), "%s",
-		 d->backing.dm_name);
-	return get_device(d->backing.dm_name, d->below);
-}
-
-static int get_device(const char *name, struct open_device *d)
-{
-	char *type, *params;
-	uint64_t sectors;
-	int ret;
-
-	ret = dm_params(name, false, &type, &params, &sectors);
-	if (ret)
-		return ret;
-	if (!strcmp(type, DM_TARGET)) {
-		d->size = sectors * 512;
-		d->has_table = target_parse_table(params, &d->table);
-	}
-	free(type);
-	free(params);
-	if (!d->has_table)
-		return 0;
-	device_look_up(d->table.metadata_dev, &d->metadata);
-	device_look_up(d->table.data_dev, &d->data);
-	ret = get_below(d);
-	if (ret)
-		return ret;
-
-	ret = live_status(name, &d->status);
-	d->has_status = !ret;
-	return ret;
-}
-
-/* The file behind a device, or the device itself. */
-static const char *origin(const struct device *d)
-{
-	return d->file[0] ? d->file : d->node;
-}
-
-/* Who has made it */
-static const char *maker(const struct open_device *d)
-{
-	return d->kind == DEVICE_OURS ? "qcow2setup" : "dmsetup";
-}
-
-static const char *mode(const struct open_device *d)
-{
-	return d->has_status ? d->status.mode : "unknown";
-}
-
-/*
- * Names of numbers in both kinds of output.  Blanks in one are dashes in the
- * other, as in those of qemu-img.
- */
-struct number {
-	const char *name;
-	uint64_t value;
-	unsigned int given;		/* what must be, for there to be one */
-};
-
-#define MAX_NUMBERS	20
-
-static size_t numbers(const struct target_status *s, struct number *n)
-{
-	const struct number list[MAX_NUMBERS] = {
-		{ "l2-tables", s->l2_tables, 0 },
-		{ "l1-entries", s->l1_entries, 0 },
-		{ "slices-cached", s->slices_cached, 0 },
-		{ "state-bytes", s->state_bytes, 0 },
-		{ "dirty-slices", s->dirty_slices, 0 },
-		{ "hits", s->hits, 0 },
-		{ "misses", s->misses, 0 },
-		{ "first-writes", s->first_writes, 0 },
-		{ "commits", s->commits, 0 },
-		{ "drops", s->drops, 0 },
-		{ "refused", s->refused, 0 },
-		{ "unwritten", s->unwritten, STATUS_UNWRITTEN },
-		{ "free-clusters", s->free_clusters, STATUS_FREE_CLUSTERS },
-		{ "trims", s->trims, STATUS_TRIMS },
-		{ "bitmaps", s->bitmaps, STATUS_BITMAPS },
-		{ "exact-granules", s->exact_granules, STATUS_EXACT_GRANULES },
-		{ "durable-granules", s->durable_granules,
-		  STATUS_DURABLE_GRANULES },
-		{ "mark-waits", s->mark_waits, STATUS_MARK_WAITS },
-		{ "taken-back", s->taken_back, STATUS_TAKEN_BACK },
-	};
-	size_t i, count = 0;
-
-	for (i = 0; i < MAX_NUMBERS && list[i].name; i++)
-		if ((s->given & list[i].given) == list[i].given)
-			n[count++] = list[i];
-	return count;
-}
-
-/* What a device reads below it, and so on down. */
-static void print_json_backing(struct json *j, const struct open_device *d)
-{
-	if (!d->table.f.backing_dev)
-		return;
-	json_object(j, "backing");
-	json_string(j, "device", d->backing.node);
-	if (d->below && d->below->has_table) {
-		json_string(j, "filename", origin(&d->below->metadata));
-		json_string(j, "data-file", origin(&d->below->data));
-		json_number(j, "virtual-size", d->below->size);
-		print_json_backing(j, d->below);
-	} else {
-		json_string(j, "filename", origin(&d->backing));
-	}
-	json_object_end(j);
-}
-
-static void print_json(struct json *j, const struct open_device *d)
-{
-	struct number n[MAX_NUMBERS];
-	char path[160];
-	size_t count, i;
-	unsigned int f;
-
-	json_object(j, NULL);
-	json_version(j);
-	json_string(j, "name", d->name);
-	snprintf(path, sizeof(path), "/dev/mapper/%s", d->name);
-	json_string(j, "device", path);
-	json_string(j, "uuid", d->info.uuid);
-	json_string(j, "made-by", maker(d));
-	json_number(j, "virtual-size", d->size);
-	json_string(j, "mode", mode(d));
-	json_bool(j, "read-only", d->info.read_only);
-	json_bool(j, "suspended", d->info.suspended);
-	json_number(j, "open-count", d->info.open_count);
-	if (d->has_table) {
-		json_number(j, "cluster-size", 1ULL << d->table.cluster_bits);
-		json_number(j, "refcount-bits", 1ULL << d->table.refcount_order);
-		json_string(j, "filename", origin(&d->metadata));
-		json_string(j, "data-file", origin(&d->data));
-		json_bool(j, "data-file-raw", d->table.f.data_file_raw);
-		json_string(j, "metadata-device", d->metadata.node);
-		json_string(j, "data-device", d->data.node);
-		json_bool(j, "extended-l2", d->table.f.extended_l2);
-		json_bool(j, "no-discard-passdown",
-			  d->table.f.no_discard_passdown);
-		if (d->table.f.cache_limit)
-			json_number(j, "cache-limit", d->table.f.cache_limit);
-		print_json_backing(j, d);
-		json_array(j, "features");
-		for (f = 0; f < d->table.f.count; f++)
-			json_string(j, NULL, d->table.f.name[f]);
-		json_array_end(j);
-	}
-	if (d->has_status) {
-		json_object(j, "statistics");
-		count = numbers(&d->status, n);
-		for (i = 0; i < count; i++)
-			json_number(j, n[i].name, n[i].value);
-		json_object_end(j);
-	}
-	json_object_end(j);
-}
+/* How it is called, and where what follows begins */
+#define LABEL	"  %-15s"
 
 static void print_path(const char *what, const struct device *d)
 {
-	printf("  %-15s", what);
-	put_escaped(stdout, origin(d), strlen(origin(d)));
+	printf(LABEL, what);
+	put_escaped(stdout, report_origin(d), strlen(report_origin(d)));
 	if (d->file[0])
 		printf(" (%s)", esc(d->node));
 	putchar('\n');
 }
 
 /* One line for each that is below, from top to bottom. */
-static void print_backing(const struct open_device *d)
+static void print_backing(const struct report *r)
 {
-	for (; d && d->table.f.backing_dev; d = d->below) {
-		if (!d->below || !d->below->has_table) {
-			print_path("backing:", &d->backing);
+	for (; r && r->table.f.backing_dev; r = r->below) {
+		if (!r->below || !r->below->has_table) {
+			print_path("backing:", &r->backing);
 			continue;
 		}
-		printf("  backing:       %s (%s), data ",
-		       esc(origin(&d->below->metadata)),
-		       esc(d->backing.node));
-		put_escaped(stdout, origin(&d->below->data),
-			    strlen(origin(&d->below->data)));
+		printf(LABEL "%s (%s), data ", "backing:",
+		       esc(report_origin(&r->below->metadata)),
+		       esc(r->backing.node));
+		put_escaped(stdout, report_origin(&r->below->data),
+			    strlen(report_origin(&r->below->data)));
 		putchar('\n');
 	}
 }
 
 static void print_options(const struct target_features *f)
 {
-	printf("  data file raw: %s\n", f->data_file_raw ? "yes" : "no");
+	printf(LABEL "%s\n", "data file raw:", f->data_file_raw ? "yes" : "no");
 	if (f->extended_l2)
-		puts("  extended L2:   yes");
+		printf(LABEL "yes\n", "extended L2:");
 	if (f->no_discard_passdown)
-		puts("  discards:      not passed down");
+		printf(LABEL "not passed down\n", "discards:");
 	if (f->cache_limit)
-		printf("  cache limit:   %s\n", human_size(f->cache_limit));
+		printf(LABEL "%s\n", "cache limit:", human_size(f->cache_limit));
 }
 
-/* What is wrong with the metadata, and what can be done about it. */
-static void print_trouble(const struct open_device *d)
+/* The mode, and what is to be done; lines after the first one below it */
+static void print_mode(const struct report *r)
 {
-	const struct target_status *s = &d->status;
-	/* Only what open has made gets longer with its file. */
-	const char *file = d->metadata.ours ? d->metadata.file : "";
+	static struct advice a;		/* large */
+	const char *p, *end;
+	unsigned int i;
 
-	if (!strcmp(s->mode, "nospc"))
-		printf("  There is no space for metadata that waits to be written: free some where %s is.\n"
-		       "  It is written then by itself; until then flushes fail.\n",
-		       esc(origin(&d->metadata)));
-	else if (s->unwritten)
-		printf("  Metadata could not be written, and waits to be written again: see dmesg for what\n"
-		       "  is wrong with %s. Until then flushes fail; do not remove the device.\n",
-		       esc(origin(&d->metadata)));
-	if (s->refused)
-		printf("  The space for metadata is used up, and writes were refused: %s %s%s,\n"
-		       "  then let the device use it: qcow2setup resize %s --size %" PRIu64 "\n",
-		       *file ? "free some where" : "enlarge",
-		       esc(*file ? file : d->metadata.node),
-		       *file ? " is" : "", esc(d->name), d->size);
-}
-
-static void print_text(const struct open_device *d)
-{
-	struct number n[MAX_NUMBERS];
-	size_t count, i;
-
-	printf("/dev/mapper/%s is active%s%s.\n", esc(d->name),
-	       d->info.open_count ? " and is in use" : "",
-	       d->info.suspended ? ", but suspended" : "");
-	if (d->kind != DEVICE_OURS)
-		printf("  made by:       dmsetup: no lock keeps QEMU from the image, and its bitmaps are\n"
-		       "                 not looked after; remove it with dmsetup remove %s\n",
-		       shell_quote(d->name));
-	printf("  mode:          %s\n", mode(d));
-	printf("  size:          %s (%" PRIu64 " bytes)\n",
-	       human_size(d->size), d->size);
-	if (d->has_table) {
-		printf("  cluster size:  %s\n",
-		       human_size(1ULL << d->table.cluster_bits));
-		print_path("image:", &d->metadata);
-		print_path("data:", &d->data);
-		print_backing(d);
-		print_options(&d->table.f);
+	report_advice(r, &a);
+	printf(LABEL "%s%s\n", "mode:", health_text(report_health(r)),
+	       report_health(r) == HEALTH_RW && !a.n ? ", all is well" : "");
+	for (i = 0; i < a.n; i++) {
+		for (p = a.line[i]; (end = strchr(p, '\n')); p = end + 1)
+			printf(LABEL "%.*s\n", p == a.line[i] ? "what to do:" : "",
+			       (int)(end - p), p);
+		printf(LABEL "%s\n", p == a.line[i] ? "what to do:" : "", p);
 	}
-	if (!d->has_status)
-		return;
-	count = numbers(&d->status, n);
-	for (i = 0; i < count; i++) {
-		char label[32], *p;
+}
 
+static void print_allocated(const struct report *r)
+{
+	const struct image_usage *u = &r->usage;
+
+	if (!u->known) {
+		printf(LABEL "not known (%s)\n", "allocated:", esc(u->why));
+		return;
+	}
+	printf(LABEL "%s, %s", "allocated:", human_size(u->data),
+	       human_share(u->data, r->size));
+	if (u->zero)
+		printf("; and %s of zeros", human_size(u->zero));
+	putchar('\n');
+}
+
+/* How much of the space for metadata is taken, and how long it lasts */
+static void print_metadata(const struct report *r)
+{
+	const struct target_status *s = &r->status;
+	uint64_t cluster = 1ULL << r->table.cluster_bits, free, more;
+
+	if (!r->metadata_size)
+		return;
+	printf(LABEL "%s", "metadata:", human_size(r->metadata_size));
+	if (r->has_status && s->given & STATUS_FREE_CLUSTERS &&
+	    !s->f.read_only) {
+		free = min_u64(s->free_clusters * cluster, r->metadata_size);
+		more = report_tables_to_come(r);
+		printf(", %s of it taken; room for %" PRIu64 " more clusters, ",
+		       human_share(r->metadata_size - free, r->metadata_size),
+		       s->free_clusters);
+		if (more)
+			printf("%" PRIu64 " at most are needed", more);
+		else
+			printf("none is needed");
+	}
+	putchar('\n');
+	if (r->has_room)
+		printf(LABEL "its file %s; its file system has %s free\n", "",
+		       r->sparse ? "has holes, which take space when they are written" :
+		       "has all of that space",
+		       human_size(r->room));
+}
+
+static void print_bitmaps(const struct report *r)
+{
+	unsigned int kept = r->status.given & STATUS_BITMAPS ?
+		r->status.bitmaps : 0;
+
+	if (r->usage.bitmaps || kept)
+		printf(LABEL "%u, %u of which record what is written\n",
+		       "bitmaps:", r->usage.bitmaps, kept);
+}
+
+static void print_backup(const struct report *r)
+{
+	const struct target_status *s = &r->status;
+
+	if (!s->view)
+		return;
+	if (!strcmp(s->view, "valid"))
+		printf(LABEL "under way, %s of old content kept\n", "backup:",
+		       human_size(report_kept(s)));
+	else
+		printf(LABEL "over: %s\n", "backup:", esc(s->view));
+}
+
+static void print_users(const struct report *r)
+{
+	const struct users *users = &r->users;
+	unsigned int i;
+
+	for (i = 0; i < users->n; i++)
+		printf(LABEL "%s%s\n", i ? "" : "held by:",
+		       user_text(&users->u[i]),
+		       users->u[i].reads ? ", which only reads it" : "");
+	if (users->more)
+		printf(LABEL "and %u more\n", "", users->more);
+	if (users->n)
+		return;
+	if (r->info.open_count > 0)
+		printf(LABEL "somebody who cannot be seen from here, %d times\n",
+		       "held by:", r->info.open_count);
+	else
+		printf(LABEL "nobody\n", "held by:");
+}
+
+/* What cache and commits have done since the table was loaded */
+static void print_work(const struct target_status *s)
+{
+	uint64_t looks = s->hits + s->misses;
+
+	if (looks)
+		printf(LABEL "%s of %" PRIu64 " lookups were found in memory; it has %s\n",
+		       "cache:", human_share(s->hits, looks), looks,
+		       human_size(s->state_bytes));
+	else
+		printf(LABEL "not used yet\n", "cache:");
+	if (s->f.read_only)
+		return;
+	printf(LABEL "%" PRIu64, "commits:", s->commits);
+	if (s->commits)
+		printf(", of %.3g first writes on average",
+		       (double)s->first_writes / s->commits);
+	printf("; %s\n", s->unwritten ? "some could not be written" :
+	       s->dirty_slices ? "something waits for the next one" :
+	       "nothing waits");
+}
+
+static void print_interval(const struct report_interval *v)
+{
+	char label[32];
+
+	if (!v->ms)
+		return;
+	snprintf(label, sizeof(label), "last %.3g s:", v->ms / 1000.0);
+	if (v->other) {
+		printf(LABEL "not known, the table is another one\n", label);
+		return;
+	}
+	printf(LABEL "hits %s, misses %s, first writes %s, commits %s\n", label,
+	       human_rate(v->hits, v->ms), human_rate(v->misses, v->ms),
+	       human_rate(v->first_writes, v->ms), human_rate(v->commits, v->ms));
+}
+
+static void print_counters(const struct target_status *s)
+{
+	struct report_number n[REPORT_NUMBERS];
+	size_t count = report_numbers(s, n), i;
+	char label[32], *p;
+
+	for (i = 0; i < count; i++) {
 		snprintf(label, sizeof(label), "%s:", n[i].name);
 		for (p = label; *p; p++)
 			if (*p == '-')
 				*p = ' ';
-		printf("  %-14s %" PRIu64 "\n", label, n[i].value);
+		printf("  %-17s %" PRIu64 "\n", label, n[i].value);
 	}
-	print_trouble(d);
 }
 
-/* All devices, as they are found. */
-struct list {
-	struct open_device *d;
-	size_t n;
-};
-
-static int add_device(const char *name, void *arg)
+static void print_text(const struct report *r, const struct report_interval *v)
 {
-	struct list *list = arg;
-	struct open_device *d;
-	struct dm_dev_info info;
-	enum device_kind kind;
-	char type[64];
-
-	/* One that went meanwhile is no error. */
-	if (dm_query(name, &info) || !info.exists)
-		return 0;
-	kind = device_kind(name, info.uuid, type, sizeof(type));
-	if (kind == DEVICE_OTHER)
-		return 0;
-	d = reallocarray(list->d, list->n + 1, sizeof(*d));
-	if (!d)
-		return fail_nomem();
-	list->d = d;
-	d += list->n;
-	memset(d, 0, sizeof(*d));
-	snprintf(d->name, sizeof(d->name), "%s", name);
-	d->info = info;
-	d->kind = kind;
-	list->n++;
-	return 0;
-}
-
-static int by_name(const void *a, const void *b)
-{
-	const struct open_device *x = a, *y = b;
-
-	return strcmp(x->name, y->name);
-}
-
-/*
- * Parsed lines hold pointers into themselves: fill the entries only when the
- * array does not move any more.  One that cannot be understood does not keep the
- * others from being shown: that is @wrong, an exit code.
- */
-static int get_list(struct list *list, int *wrong)
-{
-	size_t i;
-	int ret;
-
-	ret = dm_each(add_device, list);
-	if (ret || !list->n)
-		return ret;
-	qsort(list->d, list->n, sizeof(*list->d), by_name);
-	for (i = 0; i < list->n; i++) {
-		ret = get_device(list->d[i].name, &list->d[i]);
-		/* One that went meanwhile is no error, and not in the list. */
-		if (ret == -ENXIO)
-			list->d[i].gone = true;
-		else if (ret)
-			*wrong = ret;
+	printf("/dev/mapper/%s is active%s%s%s.\n", esc(r->name),
+	       r->info.open_count ? " and is in use" : "",
+	       r->info.suspended ? ", but suspended" : "",
+	       r->info.deferred ? ", and goes with its last user" : "");
+	print_mode(r);
+	printf(LABEL "%s (%" PRIu64 " bytes)\n", "size:",
+	       human_size(r->size), r->size);
+	print_allocated(r);
+	print_metadata(r);
+	print_users(r);
+	if (r->has_status) {
+		print_bitmaps(r);
+		print_backup(r);
+		print_work(&r->status);
+		print_interval(v);
 	}
-	return 0;
+	if (r->kind != DEVICE_OURS)
+		printf("  made by:       dmsetup: no lock keeps QEMU from the image, and its bitmaps are\n"
+		       "                 not looked after; remove it with dmsetup remove %s\n",
+		       shell_quote(r->name));
+	printf(LABEL "%s\n", "cluster size:",
+	       human_size(1ULL << r->table.cluster_bits));
+	print_path("image:", &r->metadata);
+	print_path("data:", &r->data);
+	print_backing(r);
+	print_options(&r->table.f);
+	if (r->has_status && verbose)
+		print_counters(&r->status);
 }
 
 static int set_cell(struct libscols_line *line, size_t column, const char *s)
@@ -379,26 +252,26 @@ static int set_cell(struct libscols_line *line, size_t column, const char *s)
 	return scols_line_set_data(line, column, s);
 }
 
-static int fill_line(struct libscols_table *table, const struct open_device *d)
+static int fill_line(struct libscols_table *table, const struct report *r)
 {
 	struct libscols_line *line = scols_table_new_line(table, NULL);
 	char cluster[32];
 
 	if (!line)
 		return -1;
-	snprintf(cluster, sizeof(cluster), "%s", d->has_table ?
-		 human_size(1ULL << d->table.cluster_bits) : "");
+	snprintf(cluster, sizeof(cluster), "%s", r->has_table ?
+		 human_size(1ULL << r->table.cluster_bits) : "");
 	/* libsmartcols escapes what it prints, in the same manner. */
-	return set_cell(line, 0, d->name) ||
-	       set_cell(line, 1, human_size(d->size)) ||
-	       set_cell(line, 2, mode(d)) ||
+	return set_cell(line, 0, r->name) ||
+	       set_cell(line, 1, human_size(r->size)) ||
+	       set_cell(line, 2, r->has_status ? r->status.mode : "unknown") ||
 	       set_cell(line, 3, cluster) ||
-	       set_cell(line, 4, origin(&d->metadata)) ||
-	       set_cell(line, 5, origin(&d->data)) ||
-	       set_cell(line, 6, maker(d));
+	       set_cell(line, 4, report_origin(&r->metadata)) ||
+	       set_cell(line, 5, report_origin(&r->data)) ||
+	       set_cell(line, 6, report_maker(r));
 }
 
-static int print_table(const struct list *list)
+static int print_table(const struct report_list *list)
 {
 	static const struct {
 		const char *name;
@@ -422,8 +295,8 @@ static int print_table(const struct list *list)
 		ret = !scols_table_new_column(table, columns[i].name, 0,
 					      columns[i].flags);
 	for (i = 0; !ret && i < list->n; i++)
-		if (!list->d[i].gone)
-			ret = fill_line(table, &list->d[i]);
+		if (!list->r[i].gone)
+			ret = fill_line(table, &list->r[i]);
 	if (!ret)
 		ret = scols_print_table(table);
 	scols_unref_table(table);
@@ -432,62 +305,82 @@ static int print_table(const struct list *list)
 
 static int status_all(const struct options *opt)
 {
-	struct list list = { 0 };
-	struct json j;
+	/* The table needs no more than table and status. */
+	bool table = !opt->json && !opt->prometheus;
+	const struct report_wishes wishes = {
+		.quick = opt->quick || table, .users = opt->json,
+	};
+	struct report_list list;
 	int ret, wrong = 0;
-	size_t i;
 
-	ret = get_list(&list, &wrong);
-	if (!ret && opt->json) {
-		json_start(&j, stdout);
-		json_array(&j, NULL);
-		for (i = 0; i < list.n; i++)
-			if (!list.d[i].gone)
-				print_json(&j, &list.d[i]);
-		json_array_end(&j);
-		json_end(&j);
-	} else if (!ret) {
+	ret = report_get_all(&wishes, &list, &wrong);
+	if (!ret && opt->json)
+		report_json_all(&list);
+	else if (!ret && opt->prometheus)
+		metrics_print(stdout, list.r, list.n, true);
+	else if (!ret)
 		ret = print_table(&list);
-	}
-	for (i = 0; i < list.n; i++)
-		free_below(&list.d[i]);
-	free(list.d);
+	report_list_free(&list);
 	return ret ? ret : wrong;
+}
+
+static uint64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* How its counters change in that time; they are read again, last. */
+static int watch(const struct options *opt, const char *name,
+		 struct report_interval *v)
+{
+	struct timespec pause = { .tv_sec = opt->interval };
+	static struct target_status before, after;	/* large */
+	uint64_t start = now_ms();
+	int ret;
+
+	ret = live_status(name, &before);
+	while (!ret && clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, &pause) == EINTR)
+		;
+	if (!ret)
+		ret = live_status(name, &after);
+	if (ret)
+		return ret == -ENXIO ? dm_gone(name) : ret;
+	report_compare(&before, &after, now_ms() - start, v);
+	return 0;
 }
 
 static int status_one(const struct options *opt, const char *name)
 {
-	struct open_device d = { 0 };
+	const struct report_wishes wishes = {
+		.quick = opt->quick, .users = !opt->prometheus,
+	};
+	struct report_interval v = { 0 };
+	struct report r = { 0 };
 	struct json j;
-	int ret;
+	int ret = 0;
 
-	snprintf(d.name, sizeof(d.name), "%s", name);
-	ret = dm_query(name, &d.info);
-	if (ret)
-		return ret;
-	if (!d.info.exists)
-		return fail(EX_WRONG, "/dev/mapper/%s is inactive; open it first",
-			    esc(name));
-	d.kind = device_kind(name, d.info.uuid, d.type, sizeof(d.type));
-	if (d.kind == DEVICE_OTHER)
-		return device_not_ours(name, d.kind, d.type, "");
-	ret = get_device(name, &d);
-	if (ret == -ENXIO)
-		ret = dm_gone(name);
-	if (!ret && !d.has_table)
-		ret = fail(EX_WRONG,
-			   "%s: has no table, or one that is not understood; close it (%s %s), or use a newer qcow2setup",
-			   esc(name), d.kind == DEVICE_OURS ?
-			   "qcow2setup close" : "dmsetup remove",
-			   shell_quote(name));
+	if (opt->interval) {
+		/* Is it there, and one of these? */
+		ret = report_get(name, &(struct report_wishes){ .quick = true }, &r);
+		if (!ret)
+			ret = watch(opt, name, &v);
+		report_free(&r);
+	}
+	if (!ret)
+		ret = report_get(name, &wishes, &r);
 	if (!ret && opt->json) {
 		json_start(&j, stdout);
-		print_json(&j, &d);
+		report_json(&j, &r, &v);
 		json_end(&j);
+	} else if (!ret && opt->prometheus) {
+		metrics_print(stdout, &r, 1, false);
 	} else if (!ret) {
-		print_text(&d);
+		print_text(&r, &v);
 	}
-	free_below(&d);
+	report_free(&r);
 	return ret;
 }
 
@@ -495,6 +388,10 @@ int cmd_status(const struct options *opt, char **args)
 {
 	int ret;
 
+	if (opt->prometheus && (opt->json || opt->interval))
+		return fail(EX_PARAMETER, "--prometheus is a format by itself, of what has been counted; leave --json and --interval out");
+	if (opt->interval && !args[0])
+		return fail(EX_PARAMETER, "--interval is for one device; give its NAME, too");
 	ret = args[0] ? dm_check_name(device_name(args[0])) : 0;
 	if (!ret)
 		ret = dm_check(false);

@@ -18,63 +18,66 @@ static int bad_entry(const struct image *img, uint64_t l1, int64_t l2,
 		    esc(img->node.path), l1, where, qcow2_fault_str(fault));
 }
 
-static int read_failed(const struct image *img, int err)
-{
-	errno = -err;
-	return fail_errno("%s: cannot read its metadata", esc(img->node.path));
-}
-
-int image_walk(const struct image *img, const struct qcow2_geometry *g,
-	       struct extents *x)
+int image_scan(const struct node *node, const struct qcow2_geometry *g,
+	       struct extents *x, struct scan_fault *f)
 {
 	uint64_t tables = qcow2_l1_entries_needed(g), i, entry, off;
 	uint64_t cs = 1ULL << g->cluster_bits;
 	__be64 *l1 = malloc(tables * 8);
 	void *l2 = malloc(cs);
-	enum qcow2_fault fault;
 	uint32_t bad;
-	int ret;
 
+	*f = (struct scan_fault){ .l2 = -1 };
 	if (!l1 || !l2) {
-		ret = fail_nomem();
+		f->err = -ENOMEM;
 		goto out;
 	}
-	ret = node_read(&img->node, l1, tables * 8, g->l1_offset);
-	if (ret) {
-		ret = read_failed(img, ret);
-		goto out;
-	}
-	for (i = 0; i < tables && !x->ret; i++) {
+	f->err = node_read(node, l1, tables * 8, g->l1_offset);
+	for (i = 0; !f->err && i < tables && !x->ret; i++) {
 		entry = be64_to_cpu(l1[i]);
 		off = entry & QCOW2_OFFSET_MASK;
-		fault = qcow2_l1_check(entry, g->cluster_bits, img->node.size);
-		if (!fault && off && qcow2_in_fixed_area(g, off))
-			fault = QCOW2_FAULT_ENTRY_OVERLAP;
-		if (fault) {
-			ret = bad_entry(img, i, -1, fault);
+		f->l1 = i;
+		f->fault = qcow2_l1_check(entry, g->cluster_bits, node->size);
+		if (!f->fault && off && qcow2_in_fixed_area(g, off))
+			f->fault = QCOW2_FAULT_ENTRY_OVERLAP;
+		if (f->fault)
 			goto out;
-		}
 		if (!off) {
 			extents_add(x, 1ULL << qcow2_l2_cover_bits(g),
 				    QCOW2_UNALLOCATED, false);
 			continue;
 		}
-		ret = node_read(&img->node, l2, cs, off);
-		if (ret) {
-			ret = read_failed(img, ret);
+		f->err = node_read(node, l2, cs, off);
+		if (f->err)
 			goto out;
-		}
-		fault = extents_add_l2(x, g, l2, &bad);
-		if (fault) {
-			ret = bad_entry(img, i, bad, fault);
+		f->fault = extents_add_l2(x, g, l2, &bad);
+		if (f->fault) {
+			f->l2 = bad;
 			goto out;
 		}
 	}
-	ret = extents_end(x);
+	if (!f->err)
+		extents_end(x);
 out:
 	free(l1);
 	free(l2);
-	return ret;
+	return f->err || f->fault ? -1 : x->ret;
+}
+
+int image_walk(const struct image *img, const struct qcow2_geometry *g,
+	       struct extents *x)
+{
+	struct scan_fault f;
+	int ret = image_scan(&img->node, g, x, &f);
+
+	if (f.fault)
+		return bad_entry(img, f.l1, f.l2, f.fault);
+	if (f.err == -ENOMEM)
+		return fail_nomem();
+	if (!f.err)
+		return ret;
+	errno = -f.err;
+	return fail_errno("%s: cannot read its metadata", esc(img->node.path));
 }
 
 int image_geometry(const struct image *img, struct qcow2_geometry *g)

@@ -9,9 +9,9 @@ bool json_refused;
 /* What there is on stdout */
 static enum { NOTHING, BEGUN, COMPLETE } printed;
 
-/* Bytes of the UTF-8 sequence that @s starts with, or 0 if it is none. */
-static size_t utf8_len(const unsigned char *s, size_t len)
+size_t json_utf8_len(const char *string, size_t len)
 {
+	const unsigned char *s = (const unsigned char *)string;
 	unsigned int code, min;
 	size_t n, i;
 
@@ -51,7 +51,7 @@ static void put_string(FILE *f, const char *string, size_t len)
 
 	fputc('"', f);
 	while (len) {
-		size_t n = utf8_len(s, len);
+		size_t n = json_utf8_len((const char *)s, len);
 
 		if (!n) {
 			fputs("\\ufffd", f);

@@ -23,6 +23,9 @@ struct json {
 	bool first;		/* nothing yet in the innermost container */
 };
 
+/* Bytes of the UTF-8 sequence that @s, of @len bytes and not empty, starts with; 0: it is none. */
+size_t json_utf8_len(const char *s, size_t len);
+
 void json_start(struct json *j, FILE *f);
 void json_end(struct json *j);
 void json_object(struct json *j, const char *key);

@@ -218,6 +218,7 @@ int dm_query(const char *name, struct dm_dev_info *info)
 		info->exists = true;
 		info->suspended = i.suspended;
 		info->inactive = i.inactive_table;
+		info->deferred = i.deferred_remove;
 		info->read_only = i.read_only;
 		info->open_count = i.open_count;
 		info->rdev = makedev(i.major, i.minor);

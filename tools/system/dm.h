@@ -21,6 +21,7 @@
 struct dm_dev_info {
 	bool exists, suspended, read_only;
 	bool inactive;		/* has a table that is not live yet */
+	bool deferred;		/* goes with its last user */
 	int open_count;
 	dev_t rdev;
 	char uuid[160];

@@ -258,28 +258,44 @@ static void name_swap(struct users *users, const char *path)
 				 "%.159s", path);
 }
 
-void users_find(const struct node *node, struct users *users)
+/* What is on top of a block device, and where it is mounted */
+static void find_above(const struct node *node, struct users *users)
 {
 	char link[64], path[PATH_MAX];
 	const char *slash;
 
+	snprintf(link, sizeof(link), "/sys/dev/block/%u:%u",
+		 major(node->rdev), minor(node->rdev));
+	slash = realpath(link, path) ? strrchr(path, '/') : NULL;
+	if (slash)
+		add_holders(users, slash + 1, "", false, 0);
+	device_mounts(node->rdev, add_mount, users);
+	name_swap(users, node->path);
+}
+
+void users_find(const struct node *node, struct users *users)
+{
 	memset(users, 0, sizeof(*users));
 	users->locked_write = node_locked(node, true);
 	users->locked_read = node_locked(node, false);
-	if (node->bdev) {
-		snprintf(link, sizeof(link), "/sys/dev/block/%u:%u",
-			 major(node->rdev), minor(node->rdev));
-		slash = realpath(link, path) ? strrchr(path, '/') : NULL;
-		if (slash)
-			add_holders(users, slash + 1, "", false, 0);
-		device_mounts(node->rdev, add_mount, users);
-		name_swap(users, node->path);
-	} else {
+	if (node->bdev)
+		find_above(node, users);
+	else
 		loop_each(add_loop, &(struct file_users){ users, node });
-	}
 	/* Who has a file without a lock is in nobody's way. */
 	if (node->bdev || users->locked_write || users->locked_read)
 		add_processes(users, node);
+}
+
+void users_find_device(dev_t rdev, const char *path, struct users *users)
+{
+	const struct node node = {
+		.fd = -1, .path = path, .bdev = true, .rdev = rdev,
+	};
+
+	memset(users, 0, sizeof(*users));
+	find_above(&node, users);
+	add_processes(users, &node);
 }
 
 /* The kernel and we keep others out where no lock of QEMU's does. */
@@ -302,44 +318,4 @@ bool users_let_write(const struct users *users)
 bool users_let_read(const struct users *users)
 {
 	return !users->locked_read && !taken(users, false);
-}
-
-const char *user_phrase(const struct user *u)
-{
-	const char *does = u->reads ? "reads it" : "can write to it";
-	static char text[1400];
-
-	switch (u->kind) {
-	case USER_QCOW2:
-		snprintf(text, sizeof(text),
-			 "device %s %s; close that (qcow2setup close %s)",
-			 esc(u->name), does, shell_quote(u->name));
-		break;
-	case USER_DEVICE:
-		snprintf(text, sizeof(text),
-			 "device %s %s, which qcow2setup has not made; take that down (if it is one of dmsetup's: dmsetup remove %s)",
-			 esc(u->name), does, shell_quote(u->name));
-		break;
-	case USER_LOOP:
-		snprintf(text, sizeof(text),
-			 "loop device %s %s; detach that (losetup --detach %s)",
-			 esc(u->name), does, shell_quote(u->name));
-		break;
-	case USER_PROCESS:
-		snprintf(text, sizeof(text),
-			 "process %d (%s) %s; stop that", u->pid,
-			 esc(u->name), does);
-		break;
-	case USER_MOUNT:
-		snprintf(text, sizeof(text),
-			 "it is %s %s; unmount that (umount %s)",
-			 esc(u->name), esc(u->on), shell_quote(u->on));
-		break;
-	case USER_SWAP:
-		snprintf(text, sizeof(text),
-			 "it is used as swap; stop that (swapoff %s)",
-			 shell_quote(u->on));
-		break;
-	}
-	return text;
 }

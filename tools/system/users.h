@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <sys/types.h>
 
+#include "lib/json.h"
 #include "system/node.h"
 
 enum user_kind {
@@ -40,6 +41,11 @@ struct users {
  * privilege, but sees of others' processes only what it may see.
  */
 void users_find(const struct node *node, struct users *users);
+/*
+ * The same for a block device by its number, which is not opened; @path: its name, by which
+ * swap is ended.  Of locks nothing is known.
+ */
+void users_find_device(dev_t rdev, const char *path, struct users *users);
 
 /* Could it be opened now, by open or by another? */
 bool users_let_write(const struct users *users);
@@ -47,5 +53,9 @@ bool users_let_read(const struct users *users);
 
 /* One of them as a phrase, with the way to end its use; a static buffer. */
 const char *user_phrase(const struct user *user);
+/* One of them in a few words; a static buffer. */
+const char *user_text(const struct user *user);
+/* All of them, as the array "users" of an object. */
+void users_json(struct json *j, const struct users *users);
 
 #endif

@@ -723,6 +723,17 @@ for action in 'check --repair all' 'resize --size 2G'; do
 	ok "no option of another action: ${action%% *}"
 done
 
+# Looks at devices: the option is right then, and the kernel is asked.
+for seconds in 0 1.5 86401 -1; do
+	! run status vm --interval "$seconds" && cp err said && grep -q 'a number of seconds from 1 to 86400' err &&
+		! run status vm --interval 86400 --prometheus && ! grep -q 'not possible' err && tested
+	ok "status: --interval $seconds"
+done
+refused 1 'leave --json and --interval out' status --prometheus --json && ! run status --prometheus && ! grep -q 'leave' err && tested
+ok "status: --prometheus --json"
+refused 1 'give its NAME' status --interval 1 && tested
+ok "status: --interval without a name"
+
 #
 # All of them
 #
