@@ -30,6 +30,14 @@ const struct action actions[] = {
 		"remove a device",
 		"qcow2setup close vm"
 	}, {
+		"clone", cmd_clone, 2, 2, "BASE NAME",
+		"make a device that begins as BASE is, at once",
+		"qcow2setup clone golden.raw vm1 --dir /var/lib/vms"
+	}, {
+		"reset", cmd_reset, 1, 1, "NAME",
+		"throw away what was written to a clone",
+		"qcow2setup reset vm1"
+	}, {
 		"status", cmd_status, 0, 1, "[NAME]",
 		"list devices, or show one",
 		"qcow2setup status vm"

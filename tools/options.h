@@ -16,6 +16,9 @@ struct options {
 	bool read_only;
 	bool trust_image_paths;
 	bool deferred;
+	bool remove_files;		/* of a clone: close --delete */
+	bool force;
+	const char *dir;
 	bool data_file_raw;
 	bool overwrite_device;
 	bool extended_l2;

@@ -74,7 +74,8 @@ bool new_image_header(const struct new_image *n, uint8_t *p)
 	/* names, format, and the end marker */
 	size_t need = at + 8 + ((name_len + 7) & ~7UL) + 8 +
 		      (n->backing ? 16 + backing_len : 0) +
-		      (n->bitmaps ? 8 + sizeof(n->bitmaps_ext) : 0);
+		      (n->bitmaps ? 8 + sizeof(n->bitmaps_ext) : 0) +
+		      (n->clone ? 8 + sizeof(*n->clone) : 0);
 
 	memset(p, 0, cluster);
 	if (name_len > cluster || need > cluster)
@@ -88,6 +89,9 @@ bool new_image_header(const struct new_image *n, uint8_t *p)
 				    n->backing_format,
 				    strlen(n->backing_format));
 	at += put_extension(p + at, QCOW2_EXT_DATA_FILE, n->data_file, name_len);
+	if (n->clone)
+		at += put_extension(p + at, HEADER_EXT_CLONE, n->clone,
+				    sizeof(*n->clone));
 	if (need + 8 + sizeof(feature_names) <= cluster)
 		at += put_extension(p + at, QCOW2_EXT_FEATURE_NAMES,
 				    feature_names, sizeof(feature_names));

@@ -373,8 +373,8 @@ static int activate(struct mapping *m, const char *name,
 	bool read_only = !opt || opt->read_only;
 	int ret = 0;
 
-	if (!read_only && opt->sparse)
-		m->img.space_kind = IMAGE_SPARSE;
+	if (!read_only && (opt->sparse || opt->passing))
+		m->img.space_kind = opt->passing ? IMAGE_PASSING : IMAGE_SPARSE;
 	if (!read_only)
 		ret = keep_bitmaps(m, opt);
 	if (!ret && !read_only)
@@ -545,5 +545,96 @@ int activate_check(const char *name)
 		ret = dm_query(name, &info);
 	if (!ret && info.exists)
 		ret = device_name_taken(name, info.uuid);
+	return ret;
+}
+
+/* New files, locked as those of a device are, with their space as it shall be */
+static int open_instead(struct mapping *m, const char *image, const char *data)
+{
+	struct node node;
+	int ret;
+
+	ret = node_open(&node, AT_FDCWD, image, 0);
+	if (!ret)
+		ret = node_lock(&node, true);
+	if (ret) {
+		node_close(&node);
+		return ret;
+	}
+	ret = image_attach(&m->img, &node);
+	/* The geometry is known when there is no reason against it. */
+	if (!ret) {
+		struct reasons reasons;
+
+		image_reasons(&m->img, false, &reasons);
+		if (reasons.n)
+			ret = fail(EX_WRONG, "%s: %s; %s", esc(image),
+				   reasons.r[0].cause, reasons.r[0].remedy);
+	}
+	if (!ret)
+		ret = node_open(&m->data, AT_FDCWD, data, 0);
+	if (!ret)
+		ret = node_lock(&m->data, true);
+	if (!ret)
+		ret = image_load_tables(&m->img, true);
+	m->img.space_kind = IMAGE_PASSING;
+	return ret ? ret : image_prepare(&m->img);
+}
+
+/* A failure may have left another table, and a suspended device. */
+static void put_back(const struct live *l)
+{
+	const struct dm_line line = {
+		.sectors = l->sectors, .type = DM_TARGET, .params = l->params,
+	};
+	struct dm_dev_info info;
+
+	if (!dm_load(l->name, &line) && !dm_resume(l->name) &&
+	    !dm_query(l->name, &info) && !info.suspended)
+		return;
+	warning("%s: device stays suspended; see dmesg, then try dmsetup resume %s",
+		esc(l->name), esc(l->name));
+}
+
+int activate_instead(struct live *l, const char *image, const char *data)
+{
+	struct mapping m = MAPPING_CLOSED;
+	struct parts p = PARTS_NONE;
+	struct target_features f = l->table.f;
+	struct dm_line line = { .sectors = l->sectors, .type = DM_TARGET };
+	char params[512];
+	int ret;
+
+	ret = open_instead(&m, image, data);
+	if (!ret)
+		ret = attach(&p.meta, &m.img.node);
+	if (!ret)
+		ret = attach(&p.data, &m.data);
+	f.zeroed_from = 0;
+	if (!ret && !target_format_table(params, sizeof(params), p.meta.dev,
+					 p.data.dev, &m.img.geo, &f))
+		ret = fail(EX_WRONG, "%s: table line is too long; close it, and make a new clone",
+			   esc(l->name));
+	line.params = params;
+	if (!ret && interrupted())
+		ret = EX_WRONG;
+	if (!ret) {
+		note("%s: 0 %llu %s %s", esc(l->name),
+		     (unsigned long long)line.sectors, DM_TARGET, params);
+		ret = dm_load(l->name, &line);
+	}
+	/* The kernel suspends it, takes the other table, and resumes it. */
+	if (!ret) {
+		ret = dm_resume(l->name);
+		if (ret)
+			put_back(l);
+	}
+	loop_release(&p.meta.loop);
+	loop_release(&p.data.loop);
+	mapping_close(&m);
+	if (ret) {
+		wait_for_loops();
+		mark_sweep();
+	}
 	return ret;
 }

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "stack/change.h"
 #include "stack/mapping.h"
 
 /* What the device is to be like. */
@@ -13,6 +14,7 @@ struct activation {
 	bool read_only;
 	bool no_discard_passdown;
 	bool sparse;			/* no space for metadata is taken ahead */
+	bool passing;			/* as sparse, and nothing is said of it */
 	bool drop_bitmaps;
 	bool host;			/* the content is this host's own */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
@@ -28,5 +30,11 @@ int activate_check(const char *name);
  */
 int activate_device(struct mapping *m, const char *name,
 		    const struct activation *how);
+/*
+ * Give a device that is open another image with other data, both files, in one step: its
+ * backing device and all that was said when it was opened stay.  What was written to the
+ * old image meanwhile is its own affair.  If it fails, all is as before.
+ */
+int activate_instead(struct live *l, const char *image, const char *data);
 
 #endif
