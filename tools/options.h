@@ -18,6 +18,7 @@ struct options {
 	bool deferred;
 	bool remove_files;		/* of a clone: close --delete */
 	bool force;
+	bool partitions;
 	const char *dir;
 	bool data_file_raw;
 	bool overwrite_device;

@@ -115,6 +115,7 @@ static int open_clone(const struct options *opt, const char *base,
 	const struct activation how = {
 		.no_discard_passdown = opt->no_discard_passdown,
 		.passing = true,
+		.partitions = opt->partitions,
 		.host = opt->host,
 		.cache_limit = opt->cache_limit,
 	};

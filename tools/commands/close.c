@@ -21,6 +21,7 @@
 #include "system/loop.h"
 #include "system/mark.h"
 #include "system/node.h"
+#include "system/partitions.h"
 #include "system/target.h"
 
 #define WAIT_STEP_MS	50
@@ -310,6 +311,7 @@ int cmd_close(const struct options *opt, char **args)
 	enum device_kind kind;
 	struct dm_dev_info info;
 	static struct below below;	/* large */
+	struct partitions parts = { .p = NULL };
 	struct clone clone;
 	int ret;
 
@@ -334,6 +336,8 @@ int cmd_close(const struct options *opt, char **args)
 	look_below(name, info.uuid, !info.read_only && !opt->deferred &&
 		   !opt->remove_files, &below);
 	ret = check_clone(name, opt, &below.layer[0], &clone);
+	if (!ret)
+		ret = partitions_find(&parts, name, info.uuid);
 	if (ret)
 		goto out;
 	/* What is thrown away need not be written. */
@@ -348,7 +352,12 @@ int cmd_close(const struct options *opt, char **args)
 		if (ret)
 			goto out;
 	}
+	ret = partitions_remove(&parts, opt->deferred);
+	if (ret)
+		goto out;
 	ret = remove_device(name, opt->deferred);
+	if (ret)
+		partitions_put_back(&parts);
 	if (!ret && !opt->deferred) {
 		wait_for_layers(&below);
 		if (below.image.fd >= 0)
@@ -357,6 +366,7 @@ int cmd_close(const struct options *opt, char **args)
 			ret = clone_delete(&clone);
 	}
 out:
+	partitions_free(&parts);
 	node_close(&below.image);
 	mark_sweep();
 	return interrupt_result(ret);

@@ -20,6 +20,7 @@ int cmd_open(const struct options *opt, char **args)
 		.no_discard_passdown = opt->no_discard_passdown,
 		.sparse = opt->sparse,
 		.drop_bitmaps = opt->drop_bitmaps,
+		.partitions = opt->partitions,
 		.host = opt->host,
 		.cache_limit = opt->cache_limit,
 	};

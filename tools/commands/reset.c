@@ -24,6 +24,7 @@
 #include "stack/clone.h"
 #include "system/device.h"
 #include "system/dm.h"
+#include "system/partitions.h"
 
 /* Whoever looks at a device, as udev does, ends soon. */
 #define LOOK_STEP_MS	50
@@ -67,6 +68,22 @@ static int check_unused(const char *name, bool force, int *fd)
 	return fail(EX_BUSY, kept ? "%s: in use: %s; stop that first" :
 		    "%s: in use: %s; stop that first, or use --force if it does not mind that the disk changes",
 		    esc(name), who);
+}
+
+static int take_partitions(const char *name, struct partitions *parts)
+{
+	struct dm_dev_info info;
+	int ret;
+
+	ret = dm_query(name, &info);
+	if (!ret)
+		ret = partitions_find(parts, name, info.uuid);
+	if (!ret)
+		ret = partitions_remove(parts, false);
+	/* Then they are all there. */
+	if (ret)
+		partitions_free(parts);
+	return ret;
 }
 
 static int check_clone(const struct live *l, struct clone *c)
@@ -140,6 +157,7 @@ int cmd_reset(const struct options *opt, char **args)
 	struct live l = LIVE_CLOSED;
 	struct image img = IMAGE_CLOSED;
 	struct clone_base base;
+	struct partitions parts = { .p = NULL };
 	char *text[2] = { NULL, NULL };
 	struct clone c;
 	int ret, fd = -1;
@@ -151,6 +169,9 @@ int cmd_reset(const struct options *opt, char **args)
 	ret = live_open(&l, name, "reset");
 	if (!ret)
 		ret = check_clone(&l, &c);
+	/* They are those of the base again then, and become devices again. */
+	if (!ret)
+		ret = take_partitions(name, &parts);
 	if (!ret)
 		ret = check_unused(name, opt->force, &fd);
 	if (!ret)
@@ -162,6 +183,11 @@ int cmd_reset(const struct options *opt, char **args)
 	if (fd >= 0)
 		close(fd);
 	live_close(&l);
+	if (parts.n && ret)
+		partitions_put_back(&parts);
+	else if (parts.n)
+		ret = partitions_make(name);
+	partitions_free(&parts);
 	free(text[0]);
 	free(text[1]);
 	return interrupt_result(ret);

@@ -18,6 +18,7 @@
 #include "system/locks.h"
 #include "system/loop.h"
 #include "system/mark.h"
+#include "system/partitions.h"
 #include "system/sysfs.h"
 #include "system/target.h"
 
@@ -362,6 +363,23 @@ static int keep_bitmaps(struct mapping *m, const struct activation *opt)
 	return ret;
 }
 
+/* A device that was just made, and was not written to */
+static void take_away(const char *name)
+{
+	const struct timespec step = { .tv_nsec = 20 * 1000 * 1000 };
+	int tries = 0;
+
+	/* Its partitions go a moment later, if somebody looks at them. */
+	while (dm_remove(name, false)) {
+		if (++tries == 150) {
+			warning("%s: cannot be removed again; try dmsetup remove %s",
+				esc(name), esc(name));
+			return;
+		}
+		nanosleep(&step, NULL);
+	}
+}
+
 /*
  * From checked files to a live device; takes back what it did if it fails.
  * @opt: NULL for one that is only there for what is above it
@@ -395,6 +413,11 @@ static int activate(struct mapping *m, const char *name,
 		ret = EX_WRONG;
 	if (!ret)
 		ret = make_device(m, name, p, opt);
+	if (!ret && opt && opt->partitions) {
+		ret = partitions_make(name);
+		if (ret)
+			take_away(name);
+	}
 
 	/*
 	 * The device holds everything below it now.  The helpers, marked like

@@ -16,6 +16,7 @@ struct activation {
 	bool sparse;			/* no space for metadata is taken ahead */
 	bool passing;			/* as sparse, and nothing is said of it */
 	bool drop_bitmaps;
+	bool partitions;		/* they become devices, too */
 	bool host;			/* the content is this host's own */
 	uint64_t cache_limit;		/* bytes; 0: the driver's default */
 };
