@@ -30,6 +30,10 @@ const struct action actions[] = {
 		"remove a device",
 		"qcow2setup close vm"
 	}, {
+		"import", cmd_import, 2, 2, "SOURCE TARGET",
+		"make a raw disk of any image that qemu-img reads",
+		"qcow2setup import debian.qcow2 golden.raw --verify"
+	}, {
 		"clone", cmd_clone, 2, 2, "BASE NAME",
 		"make a device that begins as BASE is, at once",
 		"qcow2setup clone golden.raw vm1 --dir /var/lib/vms"

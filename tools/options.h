@@ -20,6 +20,7 @@ struct options {
 	bool force;
 	bool partitions;
 	const char *dir;
+	const char *format;		/* of what is imported */
 	bool data_file_raw;
 	bool overwrite_device;
 	bool extended_l2;

@@ -10,6 +10,7 @@ int cmd_info(const struct options *opt, char **args);
 int cmd_create(const struct options *opt, char **args);
 int cmd_open(const struct options *opt, char **args);
 int cmd_close(const struct options *opt, char **args);
+int cmd_import(const struct options *opt, char **args);
 int cmd_clone(const struct options *opt, char **args);
 int cmd_reset(const struct options *opt, char **args);
 int cmd_status(const struct options *opt, char **args);

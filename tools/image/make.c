@@ -6,6 +6,7 @@
 
 #include "image/make.h"
 #include "lib/interrupt.h"
+#include "lib/progress.h"
 #include "lib/util.h"
 
 bool new_image_plan(struct new_image *n, uint64_t size, unsigned int cluster_bits)
@@ -125,6 +126,7 @@ static int write_table(const struct new_image *n, value_fn *value,
 	int ret;
 
 	while (i < entries) {
+		progress("write tables", i * 8, entries * 8);
 		some = !n->fresh;
 		for (k = 0; k < ARRAY_SIZE(chunk) && i < entries; k++) {
 			chunk[k] = value(n, i++);
@@ -134,9 +136,12 @@ static int write_table(const struct new_image *n, value_fn *value,
 		if (ret)
 			return write_failed(n, -ret);
 		at += k * 8;
-		if (interrupted())
+		if (interrupted()) {
+			progress_end();
 			return EX_WRONG;
+		}
 	}
+	progress_end();
 	return 0;
 }
 

@@ -12,10 +12,14 @@
 bool verbose;
 bool takes_readonly, takes_trust;
 
+void (*before_message)(void);
+
 static void vmessage(const char *kind, const char *fmt, va_list ap)
 {
 	/* What scripts read from stdout shall not come after its error. */
 	fflush(stdout);
+	if (before_message)
+		before_message();
 	fprintf(stderr, "qcow2setup: %s", kind);
 	vfprintf(stderr, fmt, ap);
 	fputc('\n', stderr);
