@@ -22,12 +22,12 @@ static void test_text(void **state)
 
 	(void)state;
 	/* No rate is known in the first moment. */
-	text_is(&p, 5000, "copy: 1.0 GiB of 4.0 GiB (25%)");
-	text_is(&p, 7000, "copy: 1.0 GiB of 4.0 GiB (25%), 512.0 MiB/s, 6 s left");
+	text_is(&p, 5000, "copy: 1 GiB of 4 GiB (25%)");
+	text_is(&p, 7000, "copy: 1 GiB of 4 GiB (25%), 512 MiB/s, 6 s left");
 	p.done = 0;
-	text_is(&p, 7000, "copy: 0 bytes of 4.0 GiB (0%)");
+	text_is(&p, 7000, "copy: 0 B of 4 GiB (0%)");
 	p.done = p.total;
-	text_is(&p, 9000, "copy: 4.0 GiB of 4.0 GiB (100%), 1.0 GiB/s, 0 s left");
+	text_is(&p, 9000, "copy: 4 GiB of 4 GiB (100%), 1 GiB/s, 0 s left");
 }
 
 /* Of what was there before, nothing says how fast it is now. */
@@ -38,7 +38,7 @@ static void test_skipped(void **state)
 	(void)state;
 	progress_skip(&p, 500 * MIB);
 	progress_at(&p, 510 * MIB);
-	text_is(&p, 1000, "copy: 510.0 MiB of 1000.0 MiB (51%), 10.0 MiB/s, 49 s left");
+	text_is(&p, 1000, "copy: 510 MiB of 1000 MiB (51%), 10 MiB/s, 49 s left");
 	/* It does not go back. */
 	progress_at(&p, 400 * MIB);
 	assert_int_equal(p.done, 510 * MIB);
@@ -49,15 +49,15 @@ static void test_long(void **state)
 	struct progress p = { .what = "x", .total = 100000 * KIB, .done = KIB };
 
 	(void)state;
-	text_is(&p, 1000, "x: 1.0 KiB of 97.7 MiB (0%), 1.0 KiB/s, 27 h 46 min left");
+	text_is(&p, 1000, "x: 1 KiB of 97.7 MiB (0%), 1 KiB/s, 27 h 46 min left");
 	p.total = 101 * KIB;
-	text_is(&p, 1000, "x: 1.0 KiB of 101.0 KiB (0%), 1.0 KiB/s, 1 min 40 s left");
+	text_is(&p, 1000, "x: 1 KiB of 101 KiB (0%), 1 KiB/s, 1 min 40 s left");
 	/* Nothing overflows. */
 	p.total = UINT64_MAX;
 	p.done = UINT64_MAX - 1;
 	progress_text(&p, 1000, (char[20]){ 0 }, 20);
 	p.total = 0;
-	text_is(&p, 0, "x: 0 bytes of 0 bytes (100%)");
+	text_is(&p, 0, "x: 0 B of 0 B (100%)");
 }
 
 int main(void)
