@@ -167,6 +167,19 @@ def bases(bench):
     disk.close()
 
 
+@test("partitions of a clone with a name that is too long for them")
+def long_name(bench):
+    g = Golden(bench)
+    name = NAME + "-" + "n" * (99 - len(NAME))
+    with open(g.base, "r+b") as f:
+        f.seek(0)
+        f.write(bytes(512))
+    run("sh", "-c", f"echo 'start=2048, size=2048' | sfdisk -q {g.base}")
+    g.was = digest(g.base)
+    refused(1, "too long for a device with partitions", "clone", g.base, name, "--dir", g.dir, "--partitions", "--host")
+    expect(not os.listdir(g.dir) and not devices(), f"left: {os.listdir(g.dir)}")
+
+
 @test("refused bases: an image that is not named as one, one with its data inside; nothing is left")
 def wrong_bases(bench):
     g = Golden(bench)
@@ -177,6 +190,10 @@ def wrong_bases(bench):
     refused(4, "import", "clone", inside, g.name(), *where)
     refused(1, "data-file=", "clone", image, g.name(), *where)
     refused(4, "larger --size", "clone", g.base, g.name(), "--size", "4M", *where)
+    refused(1, "leave ,data-file=", "clone", f"{image},data-file={data}", g.name(), "--backing-format", "raw", *where)
+    refused(4, "give --size", "clone", bench.file("empty", 0), g.name(), *where)
+    refused(4, "smaller --size", "clone", g.base, g.name(), "--size", "16383P", *where)
+    refused(4, "longer than 1023", "clone", f"{bench.dir}/{'./' * 512}golden.raw", g.name(), *where)
     refused(4, "no such folder", "clone", g.base, g.name(), "--dir", f"{g.dir}/none")
     # What others write is no base.
     loop = bench.add(Loop(g.base)).path

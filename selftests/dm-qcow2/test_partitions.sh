@@ -15,7 +15,7 @@ disk()
 	local name=$1
 
 	shift
-	truncate -s $size "$dir/$name.data"
+	truncate -s "$size" "$dir/$name.data"
 	printf '%s\n' "$@" | sfdisk -q "$dir/$name.data"
 	"$tool" create "$dir/$name.qcow2" --data-file "$dir/$name.data" --data-file-raw
 }
@@ -43,8 +43,9 @@ refused()
 
 	shift 2
 	"$tool" "$@" > "$dir/said" 2>&1 || rc=$?
-	[ $rc = "$code" ] && [ "$(wc -l < "$dir/said")" = 1 ] && grep -q "$text" "$dir/said" ||
+	if [ "$rc" != "$code" ] || [ "$(wc -l < "$dir/said")" != 1 ] || ! grep -q "$text" "$dir/said"; then
 		fault "$*: $rc: $(cat "$dir/said")"
+	fi
 }
 
 # table DEVICE: start and length on the disk
@@ -85,19 +86,27 @@ digits()
 	[ -z "$(parts)" ]
 }
 
+# described: names, uuids, tables without numbers of devices
+described()
+{
+	local p
+
+	for p in $(parts); do
+		echo "$p $(dmsetup info -c --noheadings -o uuid "$p") $(dmsetup table "$p")"
+	done | sed 's/ [0-9]*:[0-9]* / /g'
+}
+
 as_kpartx()
 {
-	local kind=$1 name=$2 ours
+	local kind=$1 name=$2
 
 	disk a "label: $kind" 'start=2048, size=8192' 'start=16384'
 	open a "$name"
-	ours=$(for p in $(parts); do echo "$p $(dmsetup info -c --noheadings -o uuid "$p") $(dmsetup table "$p")"; done)
+	described > "$dir/ours"
 	"$tool" close "$name"
 	"$tool" open "$dir/a.qcow2" "$name" --data-file "$dir/a.data"
 	kpartx -a "/dev/mapper/$name"
-	diff <(echo "$ours" | sed 's/ [0-9]*:[0-9]* / /g') \
-		<(for p in $(parts); do echo "$p $(dmsetup info -c --noheadings -o uuid "$p") $(dmsetup table "$p")"; done |
-			sed 's/ [0-9]*:[0-9]* / /g')
+	described | diff "$dir/ours" -
 	# What it has made, close takes away.
 	"$tool" close "$name"
 	[ -z "$(parts)" ]
@@ -119,7 +128,7 @@ readonly_parts()
 
 none()
 {
-	truncate -s $size "$dir/a.data"
+	truncate -s "$size" "$dir/a.data"
 	"$tool" create "$dir/a.qcow2" --data-file "$dir/a.data" --data-file-raw
 	open a "${prefix}x" 2> "$dir/said"
 	grep -q 'no partitions are found' "$dir/said"
