@@ -337,7 +337,7 @@ int cmd_close(const struct options *opt, char **args)
 		   !opt->remove_files, &below);
 	ret = check_clone(name, opt, &below.layer[0], &clone);
 	if (!ret)
-		ret = partitions_find(&parts, name, info.uuid);
+		ret = partitions_find(&parts, info.uuid);
 	if (ret)
 		goto out;
 	/* What is thrown away need not be written. */

@@ -99,8 +99,13 @@ static int make_file(struct copying *c)
 	if (exists)
 		return fail(EX_BUSY, "%s: exists; remove it, or choose another name",
 			    esc(c->target));
-	if (c->to.fd < 0 || ftruncate(c->to.fd, c->size))
-		return fail_errno("%s: cannot create it", esc(c->target));
+	if (c->to.fd < 0 || ftruncate(c->to.fd, c->size)) {
+		int ret = fail_errno("%s: cannot create it", esc(c->target));
+
+		if (c->to.fd >= 0)
+			unlink(c->target);
+		return ret;
+	}
 	c->fresh = true;
 	return 0;
 }

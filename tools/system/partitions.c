@@ -201,12 +201,10 @@ static int search_one(const char *name, void *arg)
 	return 0;
 }
 
-int partitions_find(struct partitions *parts, const char *name,
-		    const char *uuid)
+int partitions_find(struct partitions *parts, const char *uuid)
 {
 	struct search s = { .parts = parts, .uuid = uuid };
 
-	(void)name;
 	*parts = (struct partitions){ .p = NULL };
 	return *uuid ? dm_each(search_one, &s) : 0;
 }

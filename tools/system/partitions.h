@@ -31,10 +31,9 @@ struct partitions {
 int partitions_make(const char *name);
 
 /*
- * Those of a device that is open; partitions_free() is due in any case.  In no order.
+ * Those of the device with this uuid; partitions_free() is due in any case.  In no order.
  */
-int partitions_find(struct partitions *parts, const char *name,
-		    const char *uuid);
+int partitions_find(struct partitions *parts, const char *uuid);
 void partitions_free(struct partitions *parts);
 
 /*

@@ -154,6 +154,8 @@ int program_run(const char *const *argv, int fd1, int fd2, program_line_fn *line
 		o[1] = (struct output){ .fd = err[0], .fn = keep_last, .arg = &last };
 		ret = follow(pid, o);
 	}
+	if (pid > 0 && ret < 0 && !*why)
+		snprintf(why, why_size, "%s was killed", argv[0]);
 	if (ret == 127) {
 		snprintf(why, why_size,
 			 "%s cannot be run; install it (qemu-utils on Debian)", argv[0]);

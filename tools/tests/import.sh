@@ -78,8 +78,17 @@ cd "$work" || exit 1
 (
 	ulimit -f 2048
 	exits 4 import s.qcow2 full.raw
-) && [ ! -e full.raw ] && [ "$(wc -l <err)" = 1 ] && grep -q 'full.raw: cannot be' err
-ok "a target that cannot be written: one line, and nothing is left"
+) && [ ! -e full.raw ] && [ "$(wc -l <err)" = 1 ] && grep -q 'full.raw: cannot' err
+ok "a target that cannot be made: one line, and nothing is left"
+
+(
+	mkdir -p bin
+	printf '#!/bin/sh\ncase $1 in convert) echo "qemu-img: error while writing: No space left" >&2; exit 1 ;; esac\nexec %s "$@"\n' \
+		"$(command -v qemu-img)" >bin/qemu-img
+	chmod +x bin/qemu-img
+	PATH=$PWD/bin:$PATH refuse 4 'full.raw: cannot be written: .*No space left; free some' import s.qcow2 full.raw
+) && [ ! -e full.raw ]
+ok "a target that gets full: qemu-img's reason, and nothing is left"
 
 (
 	mkdir -p bin
