@@ -499,7 +499,7 @@ partitions()
 		settle
 		udevadm trigger --subsystem-match=block --action=add
 		settle
-		if [ $how = --host ]; then
+		if [ "$how" = --host ]; then
 			[ "$(property "$part" ID_FS_LABEL)" = "$label" ] && [ -e "/dev/disk/by-label/$label" ]
 		else
 			[ -z "$(property "$part" ID_FS_LABEL)" ] && [ ! -e "/dev/disk/by-label/$label" ]
