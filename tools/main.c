@@ -35,6 +35,18 @@ const struct action actions[] = {
 		"list the devices that are open, and who uses them",
 		"qcow2setup list"
 	}, {
+		"import", cmd_import, 2, 2, "SOURCE TARGET",
+		"make a raw disk of any image that qemu-img reads",
+		"qcow2setup import debian.qcow2 golden.raw --verify"
+	}, {
+		"clone", cmd_clone, 2, 2, "BASE NAME",
+		"make a device that begins as BASE is, at once",
+		"qcow2setup clone golden.raw vm1 --dir /var/lib/vms"
+	}, {
+		"reset", cmd_reset, 1, 1, "NAME",
+		"throw away what was written to a clone",
+		"qcow2setup reset vm1"
+	}, {
 		"status", cmd_status, 0, 1, "[NAME]",
 		"show a device and how it does, or list them",
 		"qcow2setup status vm"

@@ -16,6 +16,11 @@ struct options {
 	bool read_only;
 	bool trust_image_paths;
 	bool deferred;
+	bool remove_files;		/* of a clone: close --delete */
+	bool force;
+	bool partitions;
+	const char *dir;
+	const char *format;		/* of what is imported */
 	bool data_file_raw;
 	bool accept_data;		/* also if it looks like an image */
 	bool overwrite_device;

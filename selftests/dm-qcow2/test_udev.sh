@@ -479,6 +479,38 @@ flags_alone()
 	busy ext4
 }
 
+# Partitions of a guest's disk are its own, whoever has made devices of them.
+partitions()
+{
+	local part=/dev/mapper/${name}1 label=qcow2part$$ how
+
+	truncate -s 64M "$dir/p.data"
+	echo 'start=2048' | sfdisk -q "$dir/p.data"
+	"$tool" create "$dir/p.qcow2" --data-file "$dir/p.data" --data-file-raw
+	for how in --partitions kpartx --host; do
+		case $how in
+		--partitions)
+			"$tool" open "$dir/p.qcow2" "$name" --data-file "$dir/p.data" --partitions
+			mkfs.ext4 -q -F -L "$label" "$part" ;;
+		kpartx)	"$tool" open "$dir/p.qcow2" "$name" --data-file "$dir/p.data"
+			kpartx -s -a "/dev/mapper/$name" ;;
+		--host)	"$tool" open "$dir/p.qcow2" "$name" --data-file "$dir/p.data" --partitions --host ;;
+		esac
+		settle
+		udevadm trigger --subsystem-match=block --action=add
+		settle
+		if [ "$how" = --host ]; then
+			[ "$(property "$part" ID_FS_LABEL)" = "$label" ] && [ -e "/dev/disk/by-label/$label" ]
+		else
+			[ -z "$(property "$part" ID_FS_LABEL)" ] && [ ! -e "/dev/disk/by-label/$label" ]
+			[ "$(property "$part" DM_UDEV_DISABLE_DISK_RULES_FLAG)" = 1 ]
+			[ -e "/dev/disk/by-id/dm-name-${name}1" ]
+		fi
+		"$tool" close "$name"
+		[ ! -e "$part" ]
+	done
+}
+
 # What a device of the tool leaves does not hide somebody else's.
 stale()
 {
@@ -738,7 +770,7 @@ RULES
 	nothing_left
 }
 
-start udevadm lvm mdadm mkfs.ext4 ipcs unshare
+start udevadm lvm mdadm mkfs.ext4 ipcs unshare sfdisk kpartx
 need_tool
 [ -x $udevd ] || skip_all "systemd-udevd is not installed"
 [ -e "$rules/10-dm-qcow2.rules" ] || skip_all "the rules of qcow2setup are not here"
@@ -770,6 +802,7 @@ check "a raw base, and its helper" raw_base
 check "mounted by its name: it stays ready" mounted
 [ -z "$booted" ] || check "mounted by a unit of systemd, from fstab" mount_unit
 check "without the rules the flags are enough for the device" flags_alone
+check "partitions of a guest's disk, by the tool and by kpartx; those of the host's own" partitions
 check "marks that are left over hide nobody's loop device" stale
 check "a failed open leaves no mark" marks_of_failure
 check "no place for marks" no_marks

@@ -13,6 +13,7 @@
 #include "lib/interrupt.h"
 #include "lib/util.h"
 #include "stack/backup.h"
+#include "stack/clone.h"
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
@@ -20,6 +21,7 @@
 #include "system/loop.h"
 #include "system/mark.h"
 #include "system/node.h"
+#include "system/partitions.h"
 #include "system/target.h"
 
 #define WAIT_STEP_MS	50
@@ -36,6 +38,7 @@ static void wait_step(void)
 struct layer {
 	char name[128];
 	struct device metadata, data, backing;
+	char metadata_dev[32], data_dev[32];	/* as in its table */
 	bool no_tails;		/* none of them is what dm_remove_tails() removes */
 };
 
@@ -109,6 +112,9 @@ static void look_at(struct layer *l, char *next, size_t size)
 	if (!strcmp(type, DM_TARGET) && target_parse_table(params, &table)) {
 		device_look_up(table.data_dev, &l->data);
 		device_look_up(table.metadata_dev, &l->metadata);
+		snprintf(l->metadata_dev, sizeof(l->metadata_dev), "%s",
+			 table.metadata_dev);
+		snprintf(l->data_dev, sizeof(l->data_dev), "%s", table.data_dev);
 		if (table.f.backing_dev &&
 		    device_look_up(table.f.backing_dev, &l->backing) &&
 		    l->backing.qcow2)
@@ -282,6 +288,22 @@ static int trim(struct node *node)
 	return ret;
 }
 
+/* Before anything is closed: what is not a clone's is not removed. */
+static int check_clone(const char *name, const struct options *opt,
+		       const struct layer *l, struct clone *clone)
+{
+	if (opt->remove_files && opt->deferred)
+		return fail(EX_PARAMETER,
+			    "the files of a device that is still used are not removed; leave --delete or --deferred out");
+	/* It also finishes a reset that was killed. */
+	if (clone_find(clone, l->metadata_dev, l->data_dev) ||
+	    !opt->remove_files)
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: is no clone, or its files have been moved; leave --delete out, and remove its files yourself",
+		    esc(name));
+}
+
 int cmd_close(const struct options *opt, char **args)
 {
 	const char *name = device_name(args[0]);
@@ -289,6 +311,8 @@ int cmd_close(const struct options *opt, char **args)
 	enum device_kind kind;
 	struct dm_dev_info info;
 	static struct below below;	/* large */
+	struct partitions parts = { .p = NULL };
+	struct clone clone;
 	int ret;
 
 	ret = dm_check_name(name);
@@ -309,8 +333,15 @@ int cmd_close(const struct options *opt, char **args)
 
 	/* From here on it is soon done, or not at all. */
 	interrupt_catch();
-	look_below(name, info.uuid, !info.read_only && !opt->deferred, &below);
-	if (!opt->deferred && !info.read_only) {
+	look_below(name, info.uuid, !info.read_only && !opt->deferred &&
+		   !opt->remove_files, &below);
+	ret = check_clone(name, opt, &below.layer[0], &clone);
+	if (!ret)
+		ret = partitions_find(&parts, info.uuid);
+	if (ret)
+		goto out;
+	/* What is thrown away need not be written. */
+	if (!opt->deferred && !info.read_only && !opt->remove_files) {
 		/* Without a table nothing was ever written. */
 		if (!info.suspended)
 			ret = flush(name);
@@ -321,13 +352,21 @@ int cmd_close(const struct options *opt, char **args)
 		if (ret)
 			goto out;
 	}
+	ret = partitions_remove(&parts, opt->deferred);
+	if (ret)
+		goto out;
 	ret = remove_device(name, opt->deferred);
+	if (ret)
+		partitions_put_back(&parts);
 	if (!ret && !opt->deferred) {
 		wait_for_layers(&below);
 		if (below.image.fd >= 0)
 			ret = trim(&below.image);
+		if (!ret && opt->remove_files)
+			ret = clone_delete(&clone);
 	}
 out:
+	partitions_free(&parts);
 	node_close(&below.image);
 	mark_sweep();
 	return interrupt_result(ret);

@@ -144,6 +144,14 @@ static enum header_fault parse_extension(uint32_t type, const uint8_t *p,
 		return len == 16 ? HEADER_OK : HEADER_LUKS_LEN;
 	case HEADER_EXT_PADDING:
 		return HEADER_OK;
+	case HEADER_EXT_CLONE:
+		/* What is no mark is none, and no fault. */
+		h->clone = len == sizeof(struct header_clone);
+		if (h->clone) {
+			h->clone_image = get64(p);
+			h->clone_data = get64(p + 8);
+		}
+		return HEADER_OK;
 	default:
 		h->unknown_extensions++;
 		return HEADER_OK;

@@ -55,6 +55,16 @@ struct span {
 /* An extension of ours that says nothing: to move another one into one sector. */
 #define HEADER_EXT_PADDING	0x70616464U	/* "padd" */
 
+/*
+ * Of ours, too: which files clone has made, by their numbers in their folder, so that
+ * neither a copy nor a moved file is taken for one.
+ */
+#define HEADER_EXT_CLONE	0x636c6f6eU	/* "clon" */
+
+struct header_clone {
+	__be64 image_ino, data_ino;
+};
+
 struct header {
 	struct qcow2_header raw;	/* as on disk; v2: the rest is zero */
 	uint32_t version;
@@ -74,6 +84,8 @@ struct header {
 	bool has_bitmaps;
 	uint32_t bitmap_count;
 	uint64_t bitmap_dir_size, bitmap_dir_offset;
+	bool clone;
+	uint64_t clone_image, clone_data;	/* then: inodes; see HEADER_EXT_CLONE */
 	unsigned int unknown_extensions;
 };
 

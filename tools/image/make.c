@@ -6,6 +6,7 @@
 
 #include "image/make.h"
 #include "lib/interrupt.h"
+#include "lib/progress.h"
 #include "lib/util.h"
 
 bool new_image_plan(struct new_image *n, uint64_t size, unsigned int cluster_bits)
@@ -74,7 +75,8 @@ bool new_image_header(const struct new_image *n, uint8_t *p)
 	/* names, format, and the end marker */
 	size_t need = at + 8 + ((name_len + 7) & ~7UL) + 8 +
 		      (n->backing ? 16 + backing_len : 0) +
-		      (n->bitmaps ? 8 + sizeof(n->bitmaps_ext) : 0);
+		      (n->bitmaps ? 8 + sizeof(n->bitmaps_ext) : 0) +
+		      (n->clone ? 8 + sizeof(*n->clone) : 0);
 
 	memset(p, 0, cluster);
 	if (name_len > cluster || need > cluster)
@@ -88,6 +90,9 @@ bool new_image_header(const struct new_image *n, uint8_t *p)
 				    n->backing_format,
 				    strlen(n->backing_format));
 	at += put_extension(p + at, QCOW2_EXT_DATA_FILE, n->data_file, name_len);
+	if (n->clone)
+		at += put_extension(p + at, HEADER_EXT_CLONE, n->clone,
+				    sizeof(*n->clone));
 	if (need + 8 + sizeof(feature_names) <= cluster)
 		at += put_extension(p + at, QCOW2_EXT_FEATURE_NAMES,
 				    feature_names, sizeof(feature_names));
@@ -121,6 +126,7 @@ static int write_table(const struct new_image *n, value_fn *value,
 	int ret;
 
 	while (i < entries) {
+		progress("write tables", i * 8, entries * 8);
 		some = !n->fresh;
 		for (k = 0; k < ARRAY_SIZE(chunk) && i < entries; k++) {
 			chunk[k] = value(n, i++);
@@ -130,9 +136,12 @@ static int write_table(const struct new_image *n, value_fn *value,
 		if (ret)
 			return write_failed(n, -ret);
 		at += k * 8;
-		if (interrupted())
+		if (interrupted()) {
+			progress_end();
 			return EX_WRONG;
+		}
 	}
+	progress_end();
 	return 0;
 }
 

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "image/header.h"
 #include "image/plan.h"
 
 struct new_image {
@@ -21,6 +22,7 @@ struct new_image {
 	/* A directory from bitmaps_new_dir(); NULL: no bitmaps */
 	const void *bitmaps;
 	struct qcow2_bitmaps_ext bitmaps_ext;
+	const struct header_clone *clone;	/* NULL: it is none */
 	/*
 	 * All L2 tables are written, with what is said of each cluster, in order; NULL: all of
 	 * them are data, if @raw, or there are no L2 tables.  @arg is for it.

@@ -9,6 +9,7 @@
 #include "image/extents.h"
 #include "image/plan.h"
 #include "image/verify.h"
+#include "lib/progress.h"
 #include "lib/util.h"
 
 /* More than that nobody reads, unless he asks for it. */
@@ -576,6 +577,8 @@ static void check_l2_tables(struct verify *v)
 		 * One that is used twice is looked at for the first; of one
 		 * that is something else, too, nothing can be expected.
 		 */
+		progress("check", group.ref->cluster * cluster_size(v),
+			 v->img->node.size);
 		if (group.ref[0].kind != REF_L2 ||
 		    group.ref[group.n - 1].kind != REF_L2 ||
 		    !verify_l2(v, group.ref->index, &off))
@@ -589,6 +592,7 @@ static void check_l2_tables(struct verify *v)
 		}
 		check_l2(v, group.ref->index, table);
 	}
+	progress_end();
 	free(table);
 }
 

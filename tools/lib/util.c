@@ -49,11 +49,14 @@ static void keep_failure(int code, const char *fmt, va_list ap)
 		failure.remedy = p + 2;
 	}
 }
+void (*before_message)(void);
 
 static void vmessage(const char *kind, const char *fmt, va_list ap)
 {
 	/* What scripts read from stdout shall not come after its error. */
 	fflush(stdout);
+	if (before_message)
+		before_message();
 	fprintf(stderr, "qcow2setup: %s", kind);
 	vfprintf(stderr, fmt, ap);
 	fputc('\n', stderr);

@@ -28,6 +28,8 @@ enum {
 };
 
 extern bool verbose;
+/* What is drawn on a terminal has to be wiped away first: progress.c sets it. */
+extern void (*before_message)(void);
 
 /* A remedy names an option only if the action takes it: main() says so. */
 extern bool takes_readonly, takes_trust;

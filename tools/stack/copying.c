@@ -10,7 +10,6 @@
 
 #include "lib/interrupt.h"
 #include "lib/progress.h"
-#include "lib/json.h"
 #include "lib/util.h"
 #include "stack/copying.h"
 #include "system/claim.h"
@@ -20,8 +19,7 @@
 
 /* How long is waited for a copier before somebody is told how far it is */
 #define STEP_MS		200
-/* How often that is said to programs, and noted for who goes on with it */
-#define SAY_S		1
+/* How often that is noted for who goes on with it */
 #define NOTE_S		5
 /* Who else has the target open is looked for so often, ten times a second */
 #define USERS_TRIES	30
@@ -101,8 +99,13 @@ static int make_file(struct copying *c)
 	if (exists)
 		return fail(EX_BUSY, "%s: exists; remove it, or choose another name",
 			    esc(c->target));
-	if (c->to.fd < 0 || ftruncate(c->to.fd, c->size))
-		return fail_errno("%s: cannot create it", esc(c->target));
+	if (c->to.fd < 0 || ftruncate(c->to.fd, c->size)) {
+		int ret = fail_errno("%s: cannot create it", esc(c->target));
+
+		if (c->to.fd >= 0)
+			unlink(c->target);
+		return ret;
+	}
 	c->fresh = true;
 	return 0;
 }
@@ -186,23 +189,6 @@ int copying_open(struct copying *c)
  * Copying
  */
 
-static void say(struct copying *c, uint64_t done, bool last)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	if (!last && now.tv_sec < c->said + SAY_S)
-		return;
-	if (c->json) {
-		printf("{\"version\": %d, \"done\": %" PRIu64 ", \"total\": %" PRIu64 ", \"rate\": %" PRIu64 "}\n",
-		       JSON_VERSION, done, c->list.bytes,
-		       c->said ? (done - c->said_done) / (now.tv_sec - c->said ? now.tv_sec - c->said : 1) : 0);
-		fflush(stdout);
-	}
-	c->said = now.tv_sec;
-	c->said_done = done;
-}
-
 static int went_wrong(const struct copying *c, const struct copier *k)
 {
 	int ret;
@@ -229,7 +215,7 @@ static int run_copier(struct copying *c, bool compare)
 		.to = c->to.fd, .device = c->to.bdev,
 		.fresh = c->fresh, .compare = compare,
 	};
-	uint64_t at = 0, skipped = 0, done;
+	uint64_t at = 0, skipped = 0;
 	struct timespec noted, now;
 	bool stop = false;
 	size_t i;
@@ -241,7 +227,8 @@ static int run_copier(struct copying *c, bool compare)
 		return fail_errno("no threads to copy with");
 	}
 	clock_gettime(CLOCK_MONOTONIC, &noted);
-	progress(compare ? "compare" : "copy", 0, c->list.bytes);
+	progress_begin(&c->progress, compare ? "compare" : "copy", c->list.bytes,
+		       c->json);
 	for (i = 0; !stop && i < c->list.n; i++) {
 		const struct copy_piece *p = &c->list.p[i];
 		uint64_t end = p->start + p->length;
@@ -254,6 +241,7 @@ static int run_copier(struct copying *c, bool compare)
 
 			if (!compare && at + piece.length <= c->begin) {
 				skipped += piece.length;
+				progress_skip(&c->progress, piece.length);
 				at += piece.length;
 				continue;
 			}
@@ -261,9 +249,7 @@ static int run_copier(struct copying *c, bool compare)
 			if (ret > 0)
 				at += piece.length;
 			stop = ret < 0 || interrupted();
-			done = copier_done(&k) + skipped;
-			progress(compare ? "compare" : "copy", done, c->list.bytes);
-			say(c, done, false);
+			progress_at(&c->progress, copier_done(&k) + skipped);
 			clock_gettime(CLOCK_MONOTONIC, &now);
 			if (!compare && !stop && now.tv_sec >= noted.tv_sec + NOTE_S) {
 				noted = now;
@@ -274,12 +260,11 @@ static int run_copier(struct copying *c, bool compare)
 	if (!compare && (stop || interrupted()))
 		write_state(c, copier_reached(&k, at));
 	copier_finish(&k, stop);
-	progress_end();
+	progress_finish(&c->progress, !k.error && !stop && !interrupted());
 	if (k.error)
 		return went_wrong(c, &k);
 	if (stop || interrupted())
 		return EX_WRONG;
-	say(c, k.done + skipped, true);
 	return 0;
 }
 

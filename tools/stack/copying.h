@@ -10,8 +10,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <time.h>
 
+#include "lib/progress.h"
 #include "system/node.h"
 
 /* Behind the name of an increment (backup_copy.c): the file with its data */
@@ -51,8 +51,7 @@ struct copying {
 	bool fresh;			/* the target reads as zeros where nothing is written */
 	char state[PATH_MAX];		/* the file that says how far it is */
 	uint64_t begin;			/* where to go on */
-	time_t said;
-	uint64_t said_done;
+	struct progress progress;
 };
 
 /* All of these print why they failed and return an exit code. */

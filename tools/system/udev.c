@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
+#include <ctype.h>
 #include <libdevmapper.h>
 #include <string.h>
 #include <time.h>
@@ -8,9 +9,22 @@
 #include "lib/util.h"
 #include "system/udev.h"
 
+/* Partitions are what their device is: "part1-" comes before its uuid, as for kpartx. */
+static const char *whole_uuid(const char *uuid)
+{
+	const char *s = uuid + 4;
+
+	if (!starts_with(uuid, "part"))
+		return uuid;
+	while (isdigit((unsigned char)*s))
+		s++;
+	return s > uuid + 4 && *s == '-' ? s + 1 : uuid;
+}
+
 /* tools/udev has the same for those who resume a device without us. */
 uint16_t udev_flags(const char *name, const char *uuid)
 {
+	uuid = whole_uuid(uuid);
 	if (starts_with(uuid, DM_UUID_HOST_PREFIX))
 		return 0;
 	if (starts_with(uuid, DM_UUID_TAIL_PREFIX) || starts_with(name, DM_BACKING_PREFIX))
