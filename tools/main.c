@@ -30,6 +30,14 @@ const struct action actions[] = {
 		"remove a device",
 		"qcow2setup close vm"
 	}, {
+		"attach", cmd_attach, 1, 1, "NAME",
+		"open a device as /etc/qcow2tab has it",
+		"qcow2setup attach vm"
+	}, {
+		"detach", cmd_detach, 1, 1, "NAME",
+		"close a device if it is open",
+		"qcow2setup detach vm"
+	}, {
 		"status", cmd_status, 0, 1, "[NAME]",
 		"list devices, or show one",
 		"qcow2setup status vm"

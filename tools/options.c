@@ -188,9 +188,13 @@ static void *field(const struct option_row *o, struct options *opt)
 	return (char *)opt + o->at;
 }
 
+/* How the option was written: for the command line, unless options_word() is at it. */
+static const char *dashes = "--", *behind_name = " ";
+
 static int wrong_value(const struct option_row *o, const char *arg)
 {
-	return fail(EX_PARAMETER, "--%s %s %s", o->name, esc(arg), o->wrong);
+	return fail(EX_PARAMETER, "%s%s%s%s %s", dashes, o->name, behind_name,
+		    esc(arg), o->wrong);
 }
 
 static int parse_flag(const struct option_row *o, const char *arg,
@@ -305,6 +309,36 @@ static const struct option_row *find_row(const struct action *action,
 bool action_takes(const struct action *action, const char *option)
 {
 	return find_row(action, option);
+}
+
+static int apply_word(const struct action *action, const char *name,
+		      const char *value, struct options *opt)
+{
+	const struct option_row *o = find_row(action, name);
+
+	if (!o)
+		return fail(EX_PARAMETER, "option %s is not known; see qcow2tab(5)",
+			    esc(name));
+	if (o->arg && !value)
+		return fail(EX_PARAMETER, "option %s needs a value; write %s=%s",
+			    name, name, o->arg);
+	if (!o->arg && value)
+		return fail(EX_PARAMETER, "option %s takes no value; write %s alone",
+			    name, name);
+	return o->parse(o, value, opt);
+}
+
+int options_word(const struct action *action, const char *name, const char *value,
+		 struct options *opt)
+{
+	int ret;
+
+	dashes = "";
+	behind_name = "=";
+	ret = apply_word(action, name, value, opt);
+	dashes = "--";
+	behind_name = " ";
+	return ret;
 }
 
 /* An action by its name; NULL if there is none. */

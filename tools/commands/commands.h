@@ -9,6 +9,8 @@
 int cmd_info(const struct options *opt, char **args);
 int cmd_create(const struct options *opt, char **args);
 int cmd_open(const struct options *opt, char **args);
+int cmd_attach(const struct options *opt, char **args);
+int cmd_detach(const struct options *opt, char **args);
 int cmd_close(const struct options *opt, char **args);
 int cmd_status(const struct options *opt, char **args);
 int cmd_table(const struct options *opt, char **args);

@@ -11,12 +11,14 @@
 
 bool verbose;
 bool takes_readonly, takes_trust;
+const char *message_place;
 
 static void vmessage(const char *kind, const char *fmt, va_list ap)
 {
 	/* What scripts read from stdout shall not come after its error. */
 	fflush(stdout);
-	fprintf(stderr, "qcow2setup: %s", kind);
+	fprintf(stderr, "qcow2setup: %s%s%s", message_place ? message_place : "",
+		message_place ? ": " : "", kind);
 	vfprintf(stderr, fmt, ap);
 	fputc('\n', stderr);
 }

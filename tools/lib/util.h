@@ -42,6 +42,8 @@ int fail(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* The same for a failed system call: the exit code follows from errno. */
 int fail_errno(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int fail_nomem(void);
+/* Where the mistake is, "FILE:LINE": in front of all messages, until it is NULL again */
+extern const char *message_place;
 void warning(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* What is as it should be, but not a matter of course */
 void inform(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
