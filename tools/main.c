@@ -42,6 +42,10 @@ const struct action actions[] = {
 		"list devices, or show one",
 		"qcow2setup status vm"
 	}, {
+		"monitor", cmd_monitor, 0, 0, "",
+		"make room for metadata before it runs out",
+		"qcow2setup monitor --extend-command 'lvextend -L +${QCOW2_MORE}b \"$QCOW2_DEVICE\"'"
+	}, {
 		"table", cmd_table, 1, 1, "IMAGE --data-file DEV",
 		"print the table line for dmsetup",
 		"dmsetup create vm --table \"$(qcow2setup table /dev/vg/meta --data-file /dev/vg/vm)\""

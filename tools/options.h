@@ -40,6 +40,7 @@ struct options {
 	const char *cow, *checkpoint, *backup_image;
 	const char *increment_of;
 	const char *socket, *listen;	/* of backup serve */
+	const char *extend_command;	/* of monitor; NULL or "": none */
 	bool dirty_only, failed, resume, verify, freeze;
 	/* --bitmap, of a new image */
 	const char *bitmap[MOST_RECORDING];

@@ -13,6 +13,7 @@ int cmd_attach(const struct options *opt, char **args);
 int cmd_detach(const struct options *opt, char **args);
 int cmd_close(const struct options *opt, char **args);
 int cmd_status(const struct options *opt, char **args);
+int cmd_monitor(const struct options *opt, char **args);
 int cmd_table(const struct options *opt, char **args);
 int cmd_map(const struct options *opt, char **args);
 int cmd_check(const struct options *opt, char **args);
