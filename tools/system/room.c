@@ -45,7 +45,7 @@ enum room_left room_of_device(const struct target_status *s, uint64_t bytes, uin
  * the space, so it is taken while there is twice of what is needed.
  */
 enum room_left room_of_file(const struct target_status *s, uint64_t length, uint64_t taken,
-		       uint64_t free, uint64_t *more)
+			    uint64_t free, uint64_t *more)
 {
 	*more = length - min_u64(taken, length);
 	if (at_rest(s))

@@ -25,6 +25,6 @@ enum room_left room_of_device(const struct target_status *s, uint64_t bytes, uin
  * @free.  *@more: how much is not real yet.
  */
 enum room_left room_of_file(const struct target_status *s, uint64_t length, uint64_t taken,
-		       uint64_t free, uint64_t *more);
+			    uint64_t free, uint64_t *more);
 
 #endif
