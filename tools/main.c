@@ -47,9 +47,21 @@ const struct action actions[] = {
 		"throw away what was written to a clone",
 		"qcow2setup reset vm1"
 	}, {
+		"attach", cmd_attach, 1, 1, "NAME",
+		"open a device as /etc/qcow2tab has it",
+		"qcow2setup attach vm"
+	}, {
+		"detach", cmd_detach, 1, 1, "NAME",
+		"close a device if it is open",
+		"qcow2setup detach vm"
+	}, {
 		"status", cmd_status, 0, 1, "[NAME]",
 		"show a device and how it does, or list them",
 		"qcow2setup status vm"
+	}, {
+		"monitor", cmd_monitor, 0, 0, "",
+		"make room for metadata before it runs out",
+		"qcow2setup monitor --extend-command 'lvextend -L +${QCOW2_MORE}b \"$QCOW2_DEVICE\"'"
 	}, {
 		"table", cmd_table, 1, 1, "IMAGE --data-file DEV",
 		"print the table line for dmsetup",

@@ -217,6 +217,9 @@ static const struct option_row {
 	    partitions),
 	ROW("deferred", NULL, "close", "remove the device when it is unused",
 	    parse_flag, deferred),
+	ROW("extend-command", "COMMAND", "monitor",
+	    "makes the device or file system larger that is low: see the manual",
+	    parse_text, extend_command),
 	ROW("repair", "WHAT", "check",
 	    "leaks; all that can be repaired; or bitmaps: give them up",
 	    parse_word, repair,
@@ -253,13 +256,17 @@ static void *field(const struct option_row *o, struct options *opt)
 	return (char *)opt + o->at;
 }
 
+/* How the option was written: for the command line, unless options_word() is at it. */
+static const char *dashes = "--", *behind_name = " ";
+
 /* What is wrong with it is @why, or else what the row says, as is the remedy. */
 static int wrong_value(const struct option_row *o, const char *arg,
 		       const char *why)
 {
 	const char *remedy = strstr(o->wrong, "; ");
 
-	return fail(EX_PARAMETER, "--%s %s %.*s; %s", o->name, esc(arg),
+	return fail(EX_PARAMETER, "%s%s%s%s %.*s; %s", dashes, o->name,
+		    behind_name, esc(arg),
 		    why ? (int)strlen(why) : (int)(remedy - o->wrong),
 		    why ? why : o->wrong, remedy + 2);
 }
@@ -438,6 +445,36 @@ int options_each(const struct action *action,
 		o = facts_of(&rows[i]);
 		ret = fn(&o, arg);
 	}
+	return ret;
+}
+
+static int apply_word(const struct action *action, const char *name,
+		      const char *value, struct options *opt)
+{
+	const struct option_row *o = find_row(action, name);
+
+	if (!o)
+		return fail(EX_PARAMETER, "option %s is not known; see qcow2tab(5)",
+			    esc(name));
+	if (o->arg && !value)
+		return fail(EX_PARAMETER, "option %s needs a value; write %s=%s",
+			    name, name, o->arg);
+	if (!o->arg && value)
+		return fail(EX_PARAMETER, "option %s takes no value; write %s alone",
+			    name, name);
+	return o->parse(o, value, opt);
+}
+
+int options_word(const struct action *action, const char *name, const char *value,
+		 struct options *opt)
+{
+	int ret;
+
+	dashes = "";
+	behind_name = "=";
+	ret = apply_word(action, name, value, opt);
+	dashes = "--";
+	behind_name = " ";
 	return ret;
 }
 

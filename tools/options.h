@@ -50,6 +50,7 @@ struct options {
 	const char *cow, *checkpoint, *backup_image;
 	const char *increment_of;
 	const char *socket, *listen;	/* of backup serve */
+	const char *extend_command;	/* of monitor; NULL or "": none */
 	bool dirty_only, failed, resume, verify, freeze;
 	/* --bitmap, of a new image */
 	const char *bitmap[MOST_RECORDING];
@@ -89,6 +90,14 @@ extern const struct action actions[];
  */
 int options_parse(int argc, char **argv, struct options *opt,
 		  const struct action **action, char ***args);
+
+/*
+ * Set an option of an action as a word of qcow2tab says it, "NAME" or "NAME=VALUE"
+ * (then @value is not NULL; it is kept).  Returns an exit code; has said what is
+ * wrong if it is not 0.
+ */
+int options_word(const struct action *action, const char *name, const char *value,
+		 struct options *opt);
 
 /* Does an action take an option of that name? */
 bool action_takes(const struct action *action, const char *option);

@@ -9,12 +9,15 @@
 int cmd_info(const struct options *opt, char **args);
 int cmd_create(const struct options *opt, char **args);
 int cmd_open(const struct options *opt, char **args);
+int cmd_attach(const struct options *opt, char **args);
+int cmd_detach(const struct options *opt, char **args);
 int cmd_close(const struct options *opt, char **args);
 int cmd_list(const struct options *opt, char **args);
 int cmd_import(const struct options *opt, char **args);
 int cmd_clone(const struct options *opt, char **args);
 int cmd_reset(const struct options *opt, char **args);
 int cmd_status(const struct options *opt, char **args);
+int cmd_monitor(const struct options *opt, char **args);
 int cmd_table(const struct options *opt, char **args);
 int cmd_map(const struct options *opt, char **args);
 int cmd_check(const struct options *opt, char **args);

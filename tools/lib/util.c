@@ -11,6 +11,7 @@
 
 bool verbose;
 bool takes_readonly, takes_trust;
+const char *message_place;
 
 static struct failure failure;
 
@@ -49,6 +50,7 @@ static void keep_failure(int code, const char *fmt, va_list ap)
 		failure.remedy = p + 2;
 	}
 }
+
 void (*before_message)(void);
 
 static void vmessage(const char *kind, const char *fmt, va_list ap)
@@ -57,7 +59,8 @@ static void vmessage(const char *kind, const char *fmt, va_list ap)
 	fflush(stdout);
 	if (before_message)
 		before_message();
-	fprintf(stderr, "qcow2setup: %s", kind);
+	fprintf(stderr, "qcow2setup: %s%s%s", message_place ? message_place : "",
+		message_place ? ": " : "", kind);
 	vfprintf(stderr, fmt, ap);
 	fputc('\n', stderr);
 }

@@ -51,6 +51,8 @@ struct failure {
 	const char *remedy;		/* in @message; NULL: none */
 };
 const struct failure *first_failure(void);
+/* Where the mistake is, "FILE:LINE": in front of all messages, until it is NULL again */
+extern const char *message_place;
 void warning(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 /* What is as it should be, but not a matter of course */
 void inform(const char *fmt, ...) __attribute__((format(printf, 1, 2)));

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libdevmapper.h>
@@ -184,19 +183,13 @@ int dm_check_table(const char *name, const char *params)
 
 int dm_check_name(const char *name)
 {
-	const char *p;
-
 	if (!*name)
 		return fail(EX_PARAMETER, "the device's name is empty; give one");
 	if (strlen(name) > DM_NAME_MAX)
 		return fail(EX_PARAMETER,
 			    "name %s is too long; use at most %d characters",
 			    esc(name), DM_NAME_MAX);
-	for (p = name; *p; p++)
-		if (!isalnum((unsigned char)*p) && !strchr("#+-.:=@_", *p))
-			break;
-	if (*p || !strcmp(name, ".") || !strcmp(name, "..") ||
-	    !strcmp(name, "control"))
+	if (!device_name_valid(name))
 		return fail(EX_PARAMETER,
 			    "%s cannot be the name of a device; use letters, digits and #+-.:=@_",
 			    esc(name));

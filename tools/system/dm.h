@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "lib/names.h"
 #include "system/target.h"
 #include "system/udev.h"
 
@@ -15,8 +16,7 @@
 #define DM_VIEW_TARGET		"qcow2-view"
 #define DM_TAIL_SUFFIX		"-tail"
 #define DM_BACKING_TAIL_SUFFIX	"-backing-tail"
-/* So that name, prefix, a hash and a suffix fit the kernel's limits. */
-#define DM_NAME_MAX		100
+#define DM_NAME_MAX		DEVICE_NAME_MAX
 
 struct dm_dev_info {
 	bool exists, suspended, read_only;
