@@ -138,10 +138,11 @@ def corrupt(m, title):
 def malformed(m, title):
     m.sh("qcow2setup bitmap add /srv/vm.qcow2 monday")
     with open(m.image.path, "r+b") as f:
-        # The size of the bitmaps' directory, in the extension of that type
+        # The type of the first one in the directory, whose place is in the header's extension
         head = f.read(4096)
-        f.seek(head.index(b"\x23\x85\x28\x75") + 16)
-        f.write(bytes(7) + b"\x09")
+        place = head.index(b"\x23\x85\x28\x75") + 24
+        f.seek(int.from_bytes(head[place:place + 8], "big") + 16)
+        f.write(b"\x07")
     opens(m, title)
 
 
