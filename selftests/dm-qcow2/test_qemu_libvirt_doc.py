@@ -159,7 +159,8 @@ class Libvirt:
             to.write(f.read() + "libvirt-qemu:x:64055:\nkvm:x:64056:\n")
         with open(f"{m.bin}/virsh", "w", encoding="ascii") as f:
             f.write(f"#!/bin/sh\nexec unshare -m sh -c 'mount --bind {root}/passwd /etc/passwd && "
-                    f"mount --bind {root}/group /etc/group && exec /usr/bin/virsh -q \"$@\" 2>&1' - \"$@\"\n")
+                    f"mount --bind {root}/group /etc/group && exec /usr/bin/virsh -q \"$@\"' - \"$@\" 2> {root}/log || "
+                    f"{{ cat {root}/log; exit 1; }}\n")
         os.chmod(f"{m.bin}/virsh", 0o755)
 
 

@@ -9,9 +9,9 @@ import signal
 import subprocess
 
 import qcow2test
-from documents import SIZE, Machine, page
+from documents import SIZE, Machine, blocks_of, compare, fails, page
 from qcow2image import Qcow2
-from qcow2test import MIB, Ext4, Io, Lower, drop_caches, expect, load_module, main, run, same, test, wait_for
+from qcow2test import MIB, Ext4, Failure, Io, Lower, drop_caches, expect, load_module, main, run, same, test, wait_for
 
 OPEN = "qcow2setup open /srv/vm.qcow2 vm --data-file /dev/vg/vm"
 DIRTY, CORRUPT = 1, 2
@@ -337,6 +337,25 @@ def all_of_it(_):
     expect(list(dict.fromkeys(b.section for b in found if b.run)) == list(SECTIONS), "sections with commands")
     expect([b.section for b in found if not b.run] == ["The module is not there", "Secure Boot does not want the module",
                                                         "Opening or closing takes half a minute"], "not run")
+
+
+@test("how pages are compared: what is not as it is shown is found")
+def comparison(_):
+    for shown, out, good in ((["a", "b"], "a\nb\n", True), (["a"], "a\nb\n", False), (["a", "b"], "a\n", False),
+                             (["a", "..."], "a\nb\n", True), (["...", "b"], "a\na\nb\n", True), (["..."], "", True),
+                             (["...", "a"], "b\n", False), (["a...c"], "abc\n", True), (["a...c"], "abd\n", False),
+                             (["a", "...", "b"], "a\nb\n", True), ([], "a\n", False), ([], "", True),
+                             (["a.c"], "abc\n", False)):
+        try:
+            compare("command", shown, out)
+        except Failure:
+            expect(not good, f"{shown} is not found in {out!r}")
+        else:
+            expect(good, f"{shown} is found in {out!r}")
+    session = blocks_of("T\n=\n\nx::\n\n\t# a \\\n\t  b\n\tout\n\t# c\n\ny (not run: z)::\n\n\td \\\n\t\te\n")
+    expect([b.commands() for b in session] == [[["a b", ["out"]], ["c", []]], [["d e", None]]] and
+           [b.run for b in session] == [True, False], f"{[b.commands() for b in session]}")
+    expect(fails("X=1 a b", ["a: no"], "") and not fails("a b", ["b: no"], "") and fails("a", [], "echo $?"), "what fails")
 
 
 if __name__ == "__main__":
