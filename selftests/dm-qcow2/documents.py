@@ -165,7 +165,7 @@ class Machine:
             return f"qcow2test{os.getpid()}-{m['name']}"
         return WORD.sub(one, text)
 
-    def try_sh(self, command):
+    def try_sh(self, command, timeout=qcow2test.COMMAND_TIMEOUT):
         """A line, as a shell takes it. Its output does not have to end before it does: there are servers."""
         with open(self.bench.path("output"), "w+b") as out:
             try:
@@ -173,15 +173,15 @@ class Machine:
                 line = f"(exit {self.status}); {self.here(command)}"
                 status = subprocess.run(["bash", "-c", line], env=self.env, cwd=self.bench.dir, check=False,
                                         stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                        timeout=qcow2test.COMMAND_TIMEOUT).returncode
+                                        timeout=timeout).returncode
             except subprocess.TimeoutExpired as e:
                 raise Failure(f"{command}: no end") from e
             out.seek(0)
             self.status = status
             return status, out.read().decode(errors="replace")
 
-    def sh(self, command):
-        status, out = self.try_sh(command)
+    def sh(self, command, **options):
+        status, out = self.try_sh(command, **options)
         expect(status == 0, f"{command}: status {status}: {out.strip()}")
         return out
 

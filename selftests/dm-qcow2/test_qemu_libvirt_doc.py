@@ -15,6 +15,8 @@ import subprocess
 from documents import SIZE, Machine, page
 from qcow2test import KIB, Io, expect, main, run, same, test
 
+# A guest in an emulated machine has all the time that it needs.
+LONG = 1800
 GUEST = r"""
 	.code16
 	.globl _start
@@ -109,7 +111,7 @@ class Booting(Machine):
         return text
 
     def boot(self, line):
-        out = self.sh(line)
+        out = self.sh(line, timeout=LONG)
         expect("guest: done" in out and "guest: error" not in out, f"{line}: {out}")
 
     def wrote(self, text):
