@@ -65,6 +65,7 @@ help:
 	@echo '  make bench       instructions per request, beside other targets; ROWS=, BASE=revision'
 	@echo '                   CLOCK=vm or uml: what only a clock can measure; CPUS= of the VM'
 	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
+	@echo '  make docs        the pages of Documentation as HTML, in .build/docs'
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
 	@echo '  make lint-quick  of these, what needs no kernel and no compiler, in seconds'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
@@ -136,7 +137,7 @@ clean:
 	@# A VM that is running keeps its folder.
 	@for d in .build/vm/run.* .build/demo.*; do \
 		[ ! -d "$$d" ] || ( flock -n 9 && rm -rf "$$d" ) 9< "$$d" || true; done
-	rm -rf .build/lint.* .build/planted
+	rm -rf .build/lint.* .build/planted .build/docs .build/doctrees
 	@rmdir .build/vm 2>/dev/null || true
 	@[ ! -d .build ] || find .build -maxdepth 1 -type f -delete
 	@rmdir .build 2>/dev/null || true
@@ -167,6 +168,13 @@ lint:
 
 lint-quick:
 	@selftests/lint --quick
+
+# In .build, which "make clean" takes away
+docs:
+	@command -v sphinx-build > /dev/null || { \
+		echo "dm-qcow2: no sphinx; run: apt-get install python3-sphinx" >&2; exit 1; }
+	@sphinx-build -q -W --keep-going -b html -d .build/doctrees Documentation .build/docs
+	@echo "dm-qcow2: the pages are in .build/docs/index.html"
 
 quick: preflight-unit
 	@$(LOCK) $(MAKE) --no-print-directory -j$$(nproc) -C tools quick
@@ -246,6 +254,6 @@ demo:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
-.PHONY: all help module __module tool install uninstall clean deps vm-build vm-shell lint lint-quick quick unit fuzz \
+.PHONY: all help module __module tool install uninstall clean deps docs vm-build vm-shell lint lint-quick quick unit fuzz \
 	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench demo \
 	preflight-cc preflight-module preflight-tool preflight-unit preflight-install

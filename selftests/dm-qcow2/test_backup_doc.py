@@ -1,16 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Documentation/backup.rst and README.md about backups: each command as it stands there, in the order of
-the page, and what comes of it.
+the page, and what comes of it (documents.py says how a page is read).
 
-What a page has in literal blocks is
-
-- a file, if the paragraph before ends with its name: ``/path``::
-- an example, if that says (not run: why)::
-- else commands, one in each line.
-
-Names are those of a scratch folder and of scratch devices: /srv/vm.qcow2, /dev/vg/vm, vm and so on, the same
-ones everywhere. Before a command that begins a backup the disks are read, after it they are written to: copies,
+Before a command that begins a backup the disks are read, after it they are written to: copies,
 and what is restored, are compared with what was.
 
 Environment: SEED (printed, to repeat a run).
@@ -19,155 +12,19 @@ import contextlib
 import glob
 import json
 import os
-import random
 import re
-import subprocess
-import time
 
-import qcow2test
-from qcow2test import KIB, MIB, Failure, Io, Loop, blocks, expect, main, note, run, same, test
-
-SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
-note(f"SEED={SEED}")
-TOP = os.path.realpath(os.path.join(qcow2test.HERE, "../.."))
-TOOL = f"{TOP}/tools/qcow2setup"
-SIZE = 16 * MIB
-# Of the pages: folders, which become some of the scratch folder, devices, and names
-FOLDERS = ("/srv", "/backup", "/var/tmp", "/usr/local/sbin", "/etc/systemd/system", "/etc/libvirt/hooks")
-DISKS = ("vm", "vm2", "db")
-WORD = re.compile(rf"/dev/vg/(?P<device>\w+)|(?P<folder>{'|'.join(FOLDERS)})(?![\w-])|/run/(?P<socket>vm\.\w+)|"
-                  rf"\b(?P<name>{'|'.join(DISKS)})\b")
-
-
-class Block:
-    """Literal text of a page"""
-
-    def __init__(self, section, before, lines):
-        self.section, self.lines = section, lines
-        self.run = "(not run: " not in before
-        name = re.search(r"``(/\S+)``::$", before)
-        self.file = name and name[1]
-
-    def __str__(self):
-        return f"{self.section}: {self.lines[0]}"
-
-
-def blocks_of(page):
-    """All literal blocks of a page in reStructuredText"""
-    section, before, found, literal = None, "", [], None
-    lines = page.splitlines()
-    for n, line in enumerate(lines):
-        if literal is not None:
-            if line.startswith("\t") or not line:
-                literal.append(line[1:])
-                continue
-            while literal and not literal[-1]:
-                literal.pop()
-            found.append(Block(section, before, literal))
-            literal, before = None, ""
-        if n + 1 < len(lines) and re.fullmatch("=+", lines[n + 1]) and line and not line.startswith("="):
-            section = line
-        before = f"{before} {line}".strip() if line else before if before.endswith("::") else ""
-        if before.endswith("::") and not lines[n + 1]:
-            literal = []
-            lines[n + 1] = ""
-    if literal is not None:
-        found.append(Block(section, before, literal))
-    for block in found:
-        while block.lines and not block.lines[0]:
-            block.lines.pop(0)
-    return found
+import documents
+from documents import SIZE, TOOL, TOP
+from qcow2test import MIB, Io, blocks, expect, main, note, run, same, test
 
 
 def page():
-    with open(f"{TOP}/Documentation/backup.rst", encoding="utf-8") as f:
-        text = f.read()
-    found = blocks_of(text)
-    # Nothing is left out: all that is indented by a tab is in one of them.
-    lines = sum(bool(line) for block in found for line in block.lines)
-    expect(lines == sum(line.startswith("\t") and line != "\t" for line in text.splitlines()), "lines outside of all blocks")
-    return found
+    return documents.page("backup")
 
 
-class Machine:
-    """What the pages speak of: disks, folders; and what is known of them"""
-
-    def __init__(self, bench, *disks):
-        self.bench, self.rng = bench, random.Random(SEED)
-        self.device, self.known, self.was, self.counts = {}, {}, {}, {}
-        self.bin = bench.path("bin")
-        for folder in [self.here(f) for f in FOLDERS] + [self.bin, self.here("/srv/db")]:
-            os.makedirs(folder)
-        os.symlink(TOOL, f"{self.bin}/qcow2setup")
-        for name in DISKS:
-            self.device[name] = bench.add(Loop(bench.file(f"{name}.data", SIZE))).path
-        self.env = dict(os.environ, PATH=f"{self.bin}:{os.environ['PATH']}")
-        bench.add(self)
-        for name in disks:
-            self.sh(f"qcow2setup create /srv/{name}.qcow2 --data-file /dev/vg/{name}")
-            self.sh(f"qcow2setup open /srv/{name}.qcow2 {name} --data-file /dev/vg/{name}")
-            self.change(name)
-
-    def here(self, text):
-        """With what the names stand for"""
-        def one(m):
-            if m["device"]:
-                return self.device[m["device"]]
-            if m["folder"]:
-                return self.bench.path("root" + m["folder"])
-            if m["socket"]:
-                return self.bench.path(m["socket"])
-            return f"qcow2test{os.getpid()}-{m['name']}"
-        return WORD.sub(one, text)
-
-    def try_sh(self, command):
-        """A line, as a shell takes it. Its output does not have to end before it does: there are servers."""
-        with open(self.bench.path("output"), "w+b") as out:
-            try:
-                status = subprocess.run(["bash", "-c", self.here(command)], env=self.env, cwd=self.bench.dir, check=False,
-                                        stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                        timeout=qcow2test.COMMAND_TIMEOUT).returncode
-            except subprocess.TimeoutExpired as e:
-                raise Failure(f"{command}: no end") from e
-            out.seek(0)
-            return status, out.read().decode(errors="replace")
-
-    def sh(self, command):
-        status, out = self.try_sh(command)
-        expect(status == 0, f"{command}: status {status}: {out.strip()}")
-        return out
-
-    def path(self, name):
-        return self.here(f"/dev/mapper/{name}")
-
-    def read(self, path):
-        with contextlib.closing(Io(path, readonly=True)) as disk:
-            return disk.read(0, SIZE)
-
-    def change(self, name, most=2 * MIB):
-        """Data here and there, zeros in the place of some"""
-        with contextlib.closing(Io(self.path(name))) as disk:
-            for _ in range(12):
-                at = self.rng.randrange(most // 4096) * 4096
-                disk.write(at, self.rng.randbytes(4096 * self.rng.randrange(1, 8)))
-            disk.zero_out(self.rng.randrange(most // 4096) * 4096, 8192)
-
-    def content(self, copy):
-        return self.content_of(self.here(copy))
-
-    def content_of(self, path):
-        """What a copy says, by QEMU's opinion if it is an image"""
-        if path.endswith(".qcow2"):
-            raw = self.bench.path("raw")
-            run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, raw)
-            path = raw
-        with open(path, "rb") as f:
-            return f.read(SIZE + 1)
-
-    def notes(self):
-        return [f for f in os.listdir("/run/qcow2setup") if self.here("vm") in f or self.here("db") in f]
-
-    # What is done besides, and what must have come of each command
+class Machine(documents.Machine):
+    """That of the page; and what each command must have done"""
 
     def begins(self, names):
         for name in names:
@@ -213,10 +70,7 @@ class Machine:
     def close(self):
         if os.path.ismount(self.here("/srv/db")):
             run("umount", self.here("/srv/db"))
-        names = run("dmsetup", "ls").split()
-        for name in DISKS:
-            if self.here(name) in names:
-                self.sh(f"qcow2setup backup end {name}; qcow2setup close {name}")
+        super().close()
 
 
 # The page, section by section
