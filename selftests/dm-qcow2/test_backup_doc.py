@@ -3,11 +3,7 @@
 """Documentation/backup.rst and README.md about backups: each command as it stands there, in the order of
 the page, and what comes of it.
 
-What a page has in literal blocks is
-
-- a file, if the paragraph before ends with its name: ``/path``::
-- an example, if that says (not run: why)::
-- else commands, one in each line.
+What a page has in literal blocks: see pages.py.
 
 Names are those of a scratch folder and of scratch devices: /srv/vm.qcow2, /dev/vg/vm, vm and so on, the same
 ones everywhere. Before a command that begins a backup the disks are read, after it they are written to: copies,
@@ -25,6 +21,7 @@ import subprocess
 import time
 
 import qcow2test
+from pages import blocks_of
 from qcow2test import KIB, MIB, Failure, Io, Loop, blocks, expect, main, note, run, same, test
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
@@ -37,46 +34,6 @@ FOLDERS = ("/srv", "/backup", "/var/tmp", "/usr/local/sbin", "/etc/systemd/syste
 DISKS = ("vm", "vm2", "db")
 WORD = re.compile(rf"/dev/vg/(?P<device>\w+)|(?P<folder>{'|'.join(FOLDERS)})(?![\w-])|/run/(?P<socket>vm\.\w+)|"
                   rf"\b(?P<name>{'|'.join(DISKS)})\b")
-
-
-class Block:
-    """Literal text of a page"""
-
-    def __init__(self, section, before, lines):
-        self.section, self.lines = section, lines
-        self.run = "(not run: " not in before
-        name = re.search(r"``(/\S+)``::$", before)
-        self.file = name and name[1]
-
-    def __str__(self):
-        return f"{self.section}: {self.lines[0]}"
-
-
-def blocks_of(page):
-    """All literal blocks of a page in reStructuredText"""
-    section, before, found, literal = None, "", [], None
-    lines = page.splitlines()
-    for n, line in enumerate(lines):
-        if literal is not None:
-            if line.startswith("\t") or not line:
-                literal.append(line[1:])
-                continue
-            while literal and not literal[-1]:
-                literal.pop()
-            found.append(Block(section, before, literal))
-            literal, before = None, ""
-        if n + 1 < len(lines) and re.fullmatch("=+", lines[n + 1]) and line and not line.startswith("="):
-            section = line
-        before = f"{before} {line}".strip() if line else before if before.endswith("::") else ""
-        if before.endswith("::") and not lines[n + 1]:
-            literal = []
-            lines[n + 1] = ""
-    if literal is not None:
-        found.append(Block(section, before, literal))
-    for block in found:
-        while block.lines and not block.lines[0]:
-            block.lines.pop(0)
-    return found
 
 
 def page():
