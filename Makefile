@@ -49,6 +49,8 @@ help:
 	@echo '  make install     install both (DESTDIR=, PREFIX=$(PREFIX))'
 	@echo '  make uninstall   take them away'
 	@echo '  make dkms-install   have DKMS build the module, for each kernel (make dkms-uninstall)'
+	@echo '  make dist        tarball of the sources and its SBOM in DIST=$(DIST); the same bytes each time'
+	@echo '  make deb, rpm    packages for Debian, or for others (no root needed), in DIST=$(DIST)'
 	@echo '  make clean       remove what was built'
 	@echo 'On Debian, as root, with what they need installed by themselves:'
 	@echo '  make demo        boot a VM from a qcow2 image through the device, step by step'
@@ -159,6 +161,17 @@ uninstall:
 	rm -f $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
 	$(if $(DESTDIR),,depmod $(KREL))
 	$(MAKE) -C tools uninstall DESTDIR=$(DESTDIR) PREFIX=$(PREFIX)
+
+# The sources as they are released, and packages made of nothing but these, in DIST.
+DIST ?= dist
+dist:
+	@release/dist $(DIST)
+
+deb: dist
+	@release/deb $(DIST)
+
+rpm: dist
+	@release/rpm $(DIST)
 
 # Does not need kernel headers, so that it works wherever it is wanted.
 clean:
@@ -272,7 +285,7 @@ demo:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
-.PHONY: all help version module __module tool install uninstall clean deps vm-build vm-shell lint quick unit fuzz \
+.PHONY: all help version dist deb rpm module __module tool install uninstall clean deps vm-build vm-shell lint quick unit fuzz \
 	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench demo \
 	preflight-cc preflight-module preflight-tool preflight-unit preflight-install \
 	preflight-dkms dkms-source dkms-install dkms-uninstall
