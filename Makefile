@@ -12,6 +12,7 @@ KDIR := $(firstword $(patsubst %/Makefile,%,\
 	$(wildcard /lib/modules/$(shell uname -r)/build/Makefile) \
 	$(shell ls -d /lib/modules/*/build/Makefile 2>/dev/null | sort -rV)))
 endif
+VERSION := $(shell sed -n 's/^.define DM_QCOW2_VERSION "\(.*\)"/\1/p' driver/version.h)
 KREL = $(shell sed -n 's/.*UTS_RELEASE "\(.*\)"/\1/p' "$(KDIR)/include/generated/utsrelease.h" 2>/dev/null)
 
 # The VM's kernel, a series; the newest installed release of it counts. All of
@@ -47,6 +48,9 @@ help:
 	@echo '  make tool        the tool only'
 	@echo '  make install     install both (DESTDIR=, PREFIX=$(PREFIX))'
 	@echo '  make uninstall   take them away'
+	@echo '  make dkms-install   have DKMS build the module, for each kernel (make dkms-uninstall)'
+	@echo '  make dist        tarball of the sources and its SBOM in DIST=$(DIST); the same bytes each time'
+	@echo '  make deb, rpm    packages for Debian, or for others (no root needed), in DIST=$(DIST)'
 	@echo '  make clean       remove what was built'
 	@echo 'On Debian, as root, with what they need installed by themselves:'
 	@echo '  make demo        boot a VM from a qcow2 image through the device, step by step'
@@ -74,6 +78,9 @@ help:
 	@echo '  make vm-build    module for the kernel of the VM (KERNEL=$(KERNEL)), and tool'
 	@echo 'Now: KDIR=$(or $(KDIR),(no kernel headers found))'
 
+version:
+	@echo $(VERSION)
+
 # Each missing piece is told in one line, before a compiler tells it in fifty.
 preflight-cc:
 	@command -v $(firstword $(CC)) > /dev/null || { \
@@ -97,7 +104,7 @@ preflight-unit:
 preflight-install: preflight-module
 	@for f in $(MODULES)/updates/dkms/dm-qcow2.ko*; do \
 		[ ! -e "$$f" ] || { \
-			echo "dm-qcow2: DKMS has installed $$f, which a module in $(INSTALL_MOD_DIR)/ would hide; install the tool alone (make -C tools install), or first run: dkms remove dm-qcow2/0.1.0 -k $(KREL)" >&2; exit 1; }; \
+			echo "dm-qcow2: DKMS has installed $$f, which a module in $(INSTALL_MOD_DIR)/ would hide; install the tool alone (make -C tools install), or first run: dkms remove dm-qcow2/$(VERSION) -k $(KREL)" >&2; exit 1; }; \
 	done
 
 # kbuild's own dependencies do not always see that the headers are another
@@ -127,10 +134,46 @@ install: preflight-install all
 	$(if $(DESTDIR),,depmod $(KREL))
 	$(MAKE) -C tools install DESTDIR=$(DESTDIR) PREFIX=$(PREFIX)
 
+# What the module is built of, and nothing else: neither history nor what was built here.
+DKMS_NAME = dm-qcow2/$(VERSION)
+DKMS_SOURCE = $(DESTDIR)/usr/src/dm-qcow2-$(VERSION)
+dkms-source:
+	install -d $(DKMS_SOURCE)/driver
+	install -m 644 Kbuild dkms.conf LICENSE $(DKMS_SOURCE)/
+	install -m 755 dkms-pre-install $(DKMS_SOURCE)/
+	install -m 644 $(filter-out %.mod.c,$(wildcard driver/*.[ch])) driver/Kbuild $(DKMS_SOURCE)/driver/
+
+preflight-dkms: preflight-module
+	@command -v dkms > /dev/null || { \
+		echo "dm-qcow2: no dkms; run: apt-get install dkms" >&2; exit 1; }
+	@[ ! -e /var/lib/dpkg/info/dm-qcow2-dkms.list ] || { \
+		echo "dm-qcow2: the package dm-qcow2-dkms brings the module; for this one first run: apt-get remove dm-qcow2-dkms" >&2; exit 1; }
+
+# An older copy of the same version goes first: DKMS would build that one.
+dkms-install: preflight-dkms
+	@$(MAKE) --no-print-directory dkms-uninstall
+	@$(MAKE) --no-print-directory dkms-source DESTDIR=
+	dkms install $(DKMS_NAME) -k $(KREL)
+
+dkms-uninstall:
+	[ -z "$$(dkms status $(DKMS_NAME))" ] || dkms remove $(DKMS_NAME) --all
+	rm -rf /usr/src/dm-qcow2-$(VERSION)
+
 uninstall:
 	rm -f $(MODULES)/$(INSTALL_MOD_DIR)/dm-qcow2.ko
 	$(if $(DESTDIR),,depmod $(KREL))
 	$(MAKE) -C tools uninstall DESTDIR=$(DESTDIR) PREFIX=$(PREFIX)
+
+# The sources as they are released, and packages made of nothing but these, in DIST.
+DIST ?= dist
+dist:
+	@release/dist $(DIST)
+
+deb: dist
+	@release/deb $(DIST)
+
+rpm: dist
+	@release/rpm $(DIST)
 
 # Does not need kernel headers, so that it works wherever it is wanted.
 clean:
@@ -254,6 +297,7 @@ demo:
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
-.PHONY: all help module __module tool install uninstall clean deps docs vm-build vm-shell lint lint-quick quick unit fuzz \
+.PHONY: all help version dist deb rpm module __module tool install uninstall clean deps docs vm-build vm-shell lint lint-quick quick unit fuzz \
 	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench demo \
-	preflight-cc preflight-module preflight-tool preflight-unit preflight-install
+	preflight-cc preflight-module preflight-tool preflight-unit preflight-install \
+	preflight-dkms dkms-source dkms-install dkms-uninstall

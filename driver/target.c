@@ -45,6 +45,7 @@
 #include "keep.h"
 #include "map-bio.h"
 #include "process.h"
+#include "version.h"
 #include "view-target.h"
 
 #define DM_MSG_PREFIX "qcow2"
@@ -970,3 +971,6 @@ module_exit(qcow2_exit);
 MODULE_DESCRIPTION(DM_NAME " target for qcow2 images with an external data file");
 MODULE_AUTHOR("The dm-qcow2 authors");
 MODULE_LICENSE("GPL");
+MODULE_VERSION(DM_QCOW2_VERSION);
+/* device-mapper asks for "dm-" and the name of a target. */
+MODULE_ALIAS("dm-qcow2-view");
