@@ -156,6 +156,8 @@ static int find_size(struct import *i)
 	ret = program_run(argv, -1, -1, found_size, i, why, sizeof(why));
 	if (!ret && i->c.size)
 		return 0;
+	if (ret < 0)
+		return fail(EX_WRONG, "%s", why);
 	return fail(EX_WRONG, "%s: cannot be read as an image of format %s: %s; check --format, and who has it open",
 		    esc(i->source), esc(i->format), *why ? why : "it is empty");
 }

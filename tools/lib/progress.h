@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * How far something is that takes long.  On a terminal it is drawn, on stderr, from the second on
- * after it began: bytes, share, rate, time left.  For programs there is a line of JSON on stdout each
- * second, and one at the end; else nothing.
+ * How far something is that takes long.  On a terminal it is drawn, on stderr, from the second
+ * on after it began: bytes, share, rate, time left.  For programs there is a line of JSON on
+ * stdout each second, and one at the end; else nothing.
  */
 #ifndef QCOW2SETUP_PROGRESS_H
 #define QCOW2SETUP_PROGRESS_H

@@ -56,9 +56,21 @@ static int make_file(const char *path, int *fd, ino_t *ino)
 	return 0;
 }
 
+/* The name that it is to have in the end; false if it has it. */
+static bool cut_suffix(char *path)
+{
+	size_t n = strlen(path), len = sizeof(CLONE_RESET) - 1;
+
+	if (n <= len || strcmp(path + n - len, CLONE_RESET))
+		return false;
+	path[n - len] = 0;
+	return true;
+}
+
 static int write_image(const struct clone *c, int fd,
 		       const struct clone_base *base)
 {
+	char data[PATH_MAX];
 	const struct header_clone mark = {
 		.image_ino = cpu_to_be64(c->image_ino),
 		.data_ino = cpu_to_be64(c->data_ino),
@@ -69,14 +81,16 @@ static int write_image(const struct clone *c, int fd,
 			.refcount_order = 4,
 		},
 		.path = c->image, .fd = fd, .fresh = true,
-		/* In the same folder, wherever that may be some day. */
-		.data_file = strrchr(c->data, '/') + 1,
+		.data_file = data,
 		.backing = base->name, .backing_format = base->format,
 		.clone = &mark,
 	};
 	uint8_t *header;
 	int ret;
 
+	/* In full: QEMU looks for another one in the folder that it is started in. */
+	snprintf(data, sizeof(data), "%s", c->data);
+	cut_suffix(data);
 	if (!plan_new(&n.g, false, &n.p))
 		return fail(EX_WRONG, "%s: %s is more than a clone can have; give a smaller --size",
 			    esc(c->image), human_size(base->size));
@@ -183,16 +197,6 @@ static bool file_of(const char *number, char *path, ino_t *ino)
 		return false;
 	*ino = v.ino;
 	return is_file(path, ino);
-}
-
-static bool cut_suffix(char *path)
-{
-	size_t n = strlen(path), len = sizeof(CLONE_RESET) - 1;
-
-	if (n <= len || strcmp(path + n - len, CLONE_RESET))
-		return false;
-	path[n - len] = 0;
-	return true;
 }
 
 /* Both names without the suffix; false if neither had it. */

@@ -46,6 +46,7 @@ static void test_skipped(void **state)
 
 static void test_long(void **state)
 {
+	char small[20];
 	struct progress p = { .what = "x", .total = 100000 * KIB, .done = KIB };
 
 	(void)state;
@@ -55,7 +56,7 @@ static void test_long(void **state)
 	/* Nothing overflows. */
 	p.total = UINT64_MAX;
 	p.done = UINT64_MAX - 1;
-	progress_text(&p, 1000, (char[20]){ 0 }, 20);
+	progress_text(&p, 1000, small, sizeof(small));
 	p.total = 0;
 	text_is(&p, 0, "x: 0 B of 0 B (100%)");
 }
