@@ -31,9 +31,9 @@ const struct action actions[] = {
 		"remove a device",
 		"qcow2setup close vm"
 	}, {
-		"list", cmd_list, 0, 0, "[--json]",
+		"list", cmd_list, 0, 0, "",
 		"list the devices that are open, and who uses them",
-		"qcow2setup list"
+		"qcow2setup list --quick"
 	}, {
 		"import", cmd_import, 2, 2, "SOURCE TARGET",
 		"make a raw disk of any image that qemu-img reads",

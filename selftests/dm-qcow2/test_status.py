@@ -271,7 +271,8 @@ def failed(bench):
         wait_for("fail", 60, lambda: told(dm.name)["health"] == "fail")
     got, (advice, *_) = state(dm.name, "fail", "fail", "fail, a flush failed")
     meta.good()
-    do(advice)
+    # What the kernel was asked for without libdevmapper has no name below /dev.
+    do(advice, (f"/dev/mapper/{meta.name}", meta.path))
     dm.open()
     state(dm.name, "rw", "rw", "rw, all is well")
     with dm.disk() as disk:
