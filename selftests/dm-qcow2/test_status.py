@@ -272,7 +272,7 @@ def failed(bench):
     got, (advice, *_) = state(dm.name, "fail", "fail", "fail, a flush failed")
     meta.good()
     # What the kernel was asked for without libdevmapper has no name below /dev.
-    do(advice, (f"/dev/mapper/{meta.name}", meta.path))
+    do(advice, (f"/dev/mapper/{meta.dm.name}", meta.path))
     dm.open()
     state(dm.name, "rw", "rw", "rw, all is well")
     with dm.disk() as disk:
