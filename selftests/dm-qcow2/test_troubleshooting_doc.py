@@ -269,7 +269,7 @@ def crash(m, title):
 
 def inconsistent(m, title):
     m.sh("qcow2setup bitmap add /srv/vm.qcow2 monday")
-    Server(m).kill()
+    m.try_sh("qemu-io -f qcow2 -c 'sigraise 9' /srv/vm.qcow2")
     m.type_all(title)
     m.sh(OPEN)
     m.is_open()
@@ -279,6 +279,9 @@ def inconsistent(m, title):
 def view_over(m, title):
     m.sh("qcow2setup bitmap add /srv/vm.qcow2 monday")
     m.open("vm")
+    # What is not allocated takes no room.
+    with contextlib.closing(Io(m.path("vm"))) as disk:
+        disk.write(0, m.rng.randbytes(4 * MIB))
     m.sh("qcow2setup backup begin vm --cow /var/tmp --size 1M --bitmap monday --checkpoint tuesday")
     with contextlib.closing(Io(m.path("vm"))) as disk:
         disk.write(0, m.rng.randbytes(4 * MIB))
