@@ -225,6 +225,25 @@ static void test_extensions(void **state)
 	assert_int_equal(h.unknown_extensions, 2);
 }
 
+/* Which files clone has made; what is no such mark is none, and no fault. */
+static void test_clone_mark(void **state)
+{
+	static const uint8_t mark[16] = { [6] = 1, [7] = 2, [8] = 3, [15] = 4 };
+	struct build *b = *state;
+	struct header h;
+
+	extension(b, HEADER_EXT_CLONE, mark, 16);
+	assert_int_equal(header_parse(b->p, b->len, &h), HEADER_OK);
+	assert_true(h.clone);
+	assert_int_equal(h.clone_image, 0x102);
+	assert_int_equal(h.clone_data, 0x0300000000000004);
+	assert_int_equal(h.unknown_extensions, 0);
+	/* The last one counts. */
+	extension(b, HEADER_EXT_CLONE, mark, 15);
+	assert_int_equal(header_parse(b->p, b->len, &h), HEADER_OK);
+	assert_false(h.clone);
+}
+
 /* What follows the end marker is no extension. */
 static void test_end_marker(void **state)
 {
@@ -636,6 +655,7 @@ int main(void)
 		TEST(test_cluster_bits),
 		TEST(test_header_length),
 		TEST(test_extensions),
+		TEST(test_clone_mark),
 		TEST(test_end_marker),
 		TEST(test_padding),
 		TEST(test_no_end_marker),
