@@ -26,7 +26,7 @@ static parse_fn parse_flag, parse_text, parse_backing, parse_bitmap, parse_bytes
 /* As size_error(), for a plain number. */
 static const char *u64_error(const char *s, uint64_t *v)
 {
-	return parse_u64(s, v) ? NULL : "is no number";
+	return parse_u64(s, v) ? NULL : "is not possible";
 }
 
 /*

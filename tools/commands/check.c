@@ -54,7 +54,8 @@ static const char *plural(uint64_t n)
 	return n == 1 ? "" : "s";
 }
 
-static void print_text(const struct verify *before, const struct verify *v)
+static void print_text(const struct verify *before, const struct verify *v,
+		       enum repair what)
 {
 	uint64_t corruptions = fixed(before->corruptions, v->corruptions);
 	uint64_t leaks = fixed(before->leaks, v->leaks);
@@ -71,6 +72,9 @@ static void print_text(const struct verify *before, const struct verify *v)
 	if (v->leaks)
 		printf("%" PRIu64 " leaked cluster%s: space is wasted, but nothing is harmed.\n",
 		       v->leaks, plural(v->leaks));
+	if (what == REPAIR_ALL && (v->errors || v->corruptions || v->leaks))
+		puts("What is left cannot be repaired: restore the image from a backup, or save what can be read\n"
+		     "of it: open it with --readonly.");
 	if (!v->errors && !v->corruptions && !v->leaks)
 		puts("No errors were found on the image.");
 	if (v->stopped)
@@ -147,7 +151,7 @@ static int check(const struct options *opt, struct image *img)
 		if (opt->json)
 			print_json(&before, &v);
 		else
-			print_text(&before, &v);
+			print_text(&before, &v, opt->repair);
 	}
 	if (ret || v.errors)
 		ret = CHECK_FAILED;

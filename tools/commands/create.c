@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * qcow2setup create: a new image for a data file or device that exists.  The
- * data is not touched.
+ * qcow2setup create: a new image for a data file or device that exists, and is not
+ * touched, or for a new file.
  */
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -29,6 +31,12 @@ struct target_file {
 	int dir;		/* its folder, if it was made */
 	const char *name;	/* in the folder */
 };
+
+/* Where files can be, and not only devices. */
+static bool may_hold_files(const char *folder)
+{
+	return !starts_with(folder, "/dev/") || starts_with(folder, "/dev/shm/");
+}
 
 /* What the new image is to have below it. */
 struct new_backing {
@@ -76,7 +84,7 @@ static int make_file(struct target_file *t)
 	struct stat st;
 	int ret;
 
-	ret = open_folder(t);
+	ret = t->dir < 0 ? open_folder(t) : 0;
 	if (ret)
 		return ret;
 	t->node.fd = openat(t->dir, t->name,
@@ -94,6 +102,92 @@ static int make_file(struct target_file *t)
 		    "%s: is a block device; give --overwrite-device to destroy what is on it" :
 		    "%s: exists; remove it, or choose another name",
 		    esc(t->path));
+}
+
+static void remove_made(struct target_file *t)
+{
+	if (t->made && unlinkat(t->dir, t->name, 0))
+		warning("%s: cannot remove the unfinished file: %s",
+			esc(t->path), strerror(errno));
+	t->made = false;
+}
+
+/* The data file is not there: make it, with nothing but a hole. */
+static int make_data(struct target_file *t, uint64_t size)
+{
+	char self[40], folder[PATH_MAX + 2];
+	ssize_t n;
+	int ret;
+
+	if (size > QCOW2_MAX_OFFSET)
+		return fail(EX_WRONG, "%s; give a smaller --size",
+			    qcow2_fault_str(QCOW2_FAULT_SIZE_BIG));
+	size = align_up(size, 512);
+	ret = open_folder(t);
+	if (ret)
+		return ret;
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", t->dir);
+	n = readlink(self, folder, sizeof(folder) - 2);
+	strcpy(folder + (n < 0 ? 0 : n), "/");
+	if (!may_hold_files(folder))
+		return fail(EX_WRONG,
+			    "%s: no such device, and no file is made below /dev; check the name",
+			    esc(t->path));
+	ret = make_file(t);
+	if (ret)
+		return ret;
+	if (ftruncate(t->node.fd, size))
+		ret = fail_errno("%s: cannot give it %llu bytes", esc(t->path),
+				 (unsigned long long)size);
+	else if (fsync(t->node.fd) || fsync(t->dir))
+		ret = fail_errno("%s: cannot flush it", esc(t->path));
+	node_close(&t->node);
+	if (!ret)
+		note("%s: made, with %llu bytes, which are a hole", esc(t->path),
+		     (unsigned long long)size);
+	return ret;
+}
+
+/*
+ * An image is data only by mistake: its metadata would be read as a disk.  A guest can
+ * make its raw disk look like one, and so nothing follows from it but a question.
+ */
+static int check_data(const struct options *opt, const struct node *data)
+{
+	uint32_t magic = 0;
+	int ret = 0;
+
+	if (opt->accept_data || data->size < sizeof(magic))
+		return 0;
+	ret = node_read(data, &magic, sizeof(magic), 0);
+	if (ret) {
+		errno = -ret;
+		return fail_errno("%s: cannot be read", esc(data->path));
+	}
+	if (magic != htobe32(QCOW2_MAGIC))
+		return 0;
+	return fail(EX_WRONG,
+		    "%s: is a qcow2 image, and no data of one; make a raw file of it (qemu-img convert -f qcow2 -O raw %s NEW), or give --accept-data if a disk begins like that",
+		    esc(data->path), shell_quote(data->path));
+}
+
+/* Read only: nothing here can ever write to data that exists. */
+static int open_data(const struct options *opt, struct target_file *made,
+		     struct node *data)
+{
+	struct stat st;
+	int ret = 0;
+
+	made->path = opt->data_file;
+	if (opt->size && lstat(opt->data_file, &st) && errno == ENOENT)
+		ret = make_data(made, opt->size);
+	else if (!opt->size && stat(opt->data_file, &st) && errno == ENOENT)
+		return fail(EX_WRONG,
+			    "%s: no such file or device; check the name, or give --size SIZE to make a file",
+			    esc(opt->data_file));
+	if (!ret)
+		ret = node_open(data, AT_FDCWD, opt->data_file, NODE_READ_ONLY);
+	return ret ? ret : check_data(opt, data);
 }
 
 static int open_device(struct target_file *t)
@@ -283,11 +377,28 @@ static int open_backing(const struct options *opt, const char *image,
 	return ret;
 }
 
+static void tell(const struct new_image *n, const struct node *data)
+{
+	unsigned int bits = n->g.cluster_bits;
+
+	note("%s: made for %s %s, which is %s", esc(n->path),
+	     data->bdev ? "device" : "file", esc(data->path),
+	     n->raw ? "a raw disk that is kept" : "not looked at");
+	note("%s: a disk of %llu bytes, in clusters of %s", esc(n->path),
+	     (unsigned long long)n->g.size, human_size(1ULL << bits));
+	if (n->backing)
+		note("%s: reads as %s (%s) where nothing was written",
+		     esc(n->path), esc(n->backing), n->backing_format);
+	note("%s: metadata of %s, which can become %s", esc(n->path),
+	     human_size(n->p.clusters << bits), human_size(n->p.worst_case << bits));
+}
+
 int cmd_create(const struct options *opt, char **args)
 {
 	struct target_file t = {
 		.path = args[0], .node = NODE_CLOSED, .dir = -1,
 	};
+	struct target_file made = { .node = NODE_CLOSED, .dir = -1 };
 	struct new_backing backing = { .node = NODE_CLOSED };
 	struct new_bitmaps bitmaps = { .dir = NULL };
 	struct node data = NODE_CLOSED;
@@ -299,8 +410,7 @@ int cmd_create(const struct options *opt, char **args)
 	if (!opt->data_file)
 		return fail(EX_PARAMETER,
 			    "create needs to know where the data is; give --data-file DEV|FILE");
-	/* Read only: nothing here can ever write to it. */
-	ret = node_open(&data, AT_FDCWD, opt->data_file, NODE_READ_ONLY);
+	ret = open_data(opt, &made, &data);
 	if (!ret)
 		ret = header_name(&data_name, opt->data_file, args[0]);
 	if (!ret)
@@ -339,10 +449,13 @@ int cmd_create(const struct options *opt, char **args)
 	n.fresh = t.made;
 	if (!ret)
 		ret = new_image_write(&n, header);
-	if (ret && t.made && unlinkat(t.dir, t.name, 0))
-		warning("%s: cannot remove the unfinished file: %s",
-			esc(t.path), strerror(errno));
+	if (ret)
+		remove_made(&t);
+	else
+		tell(&n, &data);
 out:
+	if (ret)
+		remove_made(&made);
 	free(header);
 	free(bitmaps.dir);
 	bitmaps_free(&bitmaps.s);
@@ -351,6 +464,8 @@ out:
 	node_close(&backing.node);
 	free(backing.name);
 	free(data_name);
+	if (made.dir >= 0)
+		close(made.dir);
 	if (t.dir >= 0)
 		close(t.dir);
 	return interrupt_result(ret);

@@ -75,8 +75,9 @@ int image_attach(struct image *img, const struct node *node)
 	if (fault == HEADER_OK)
 		return 0;
 	if (fault == HEADER_MAGIC)
-		return fail(EX_WRONG, "%s: not a qcow2 image; check the name",
-			    esc(node->path));
+		return fail(EX_WRONG,
+			    "%s: not a qcow2 image; check the name, or if it is a raw disk, make an image for it: qcow2setup create NEW --data-file %s --data-file-raw",
+			    esc(node->path), shell_quote(node->path));
 	/* The format before qcow2 has the same magic. */
 	if (fault == HEADER_VERSION && img->h.version == 1)
 		return fail(EX_WRONG,

@@ -25,20 +25,44 @@ static uint64_t cluster_size(const struct verify *v)
 static void say(struct verify *v, const char *fmt, ...)
 	__attribute__((format(printf, 2, 3)));
 
+/*
+ * Was the same said already?  A repair is followed by another look, which finds again
+ * what could not be repaired.
+ */
+static bool told_before(const char *text)
+{
+	static uint64_t told[1024];
+	static size_t n;
+	uint64_t hash = 1469598103934665603ULL;
+	size_t i;
+
+	for (; *text; text++)
+		hash = (hash ^ (unsigned char)*text) * 1099511628211ULL;
+	for (i = 0; i < n; i++)
+		if (told[i] == hash)
+			return true;
+	if (n < ARRAY_SIZE(told))
+		told[n++] = hash;
+	return false;
+}
+
 static void say(struct verify *v, const char *fmt, ...)
 {
 	char text[800];
 	va_list ap;
 
-	if (v->shown++ >= FINDINGS_SHOWN && !verbose) {
-		if (v->shown == FINDINGS_SHOWN + 1)
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	if (v->shown >= FINDINGS_SHOWN && !verbose) {
+		if (v->shown++ == FINDINGS_SHOWN && !told_before("more"))
 			fail(0, "%s: more is wrong than is shown; --verbose shows it all",
 			     esc(v->img->node.path));
 		return;
 	}
-	va_start(ap, fmt);
-	vsnprintf(text, sizeof(text), fmt, ap);
-	va_end(ap);
+	if (told_before(text))
+		return;
+	v->shown++;
 	fail(0, "%s: %s", esc(v->img->node.path), text);
 }
 

@@ -13,7 +13,7 @@
 static const char no_number[] = "is no number";
 static const char too_large[] = "is too large";
 
-static const char *hexadecimal(const char *s, uint64_t *size)
+static const char *from_hex(const char *s, uint64_t *size)
 {
 	uint64_t v;
 	char *end;
@@ -88,7 +88,7 @@ const char *size_error(const char *s, uint64_t *size)
 	if (*s == '-' || *s == '+')
 		return "has a sign";
 	if (*s == '0' && (s[1] == 'x' || s[1] == 'X'))
-		return hexadecimal(s, size);
+		return from_hex(s, size);
 	if (!isdigit((unsigned char)*s))
 		return no_number;
 	errno = 0;

@@ -585,7 +585,8 @@ less than a sector@1@less than one sector@i.put(24, 511)
 TABLE
 image 1G
 damage t.qcow2 'i.put(60, 1, 4)'
-exits 2 check --repair all t.qcow2 && grep -q 'snapshots' err && ! check t.qcow2
+exits 2 check --repair all t.qcow2 && [ "$(grep -c 'snapshots' err)" = 1 ] && grep -q '^What is left.*restore' out &&
+	! check t.qcow2
 ok "header: snapshots"
 image 1G
 io 'write 5M 1M'

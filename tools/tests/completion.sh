@@ -26,7 +26,7 @@ touch files/vm.qcow2 files/vm.raw
 offers() {
 	local want=$1
 	shift
-	run completion -- "$@" && [ "$(cut -f1 out | sort | xargs)" = "$(xargs -n1 <<<"$want" | sort | xargs)" ]
+	run completion -- "$@" && [ "$(cut -f1 out | sort)" = "$(tr -s ' ' '\n' <<<"$want" | sort)" ]
 }
 
 actions=$("${tool[-1]}" --help | sed -n '/^Actions:/,/^$/s/^  \([a-z]*\) .*/\1/p')

@@ -130,6 +130,17 @@ refuse 1 'data-file' create c.qcow2 && [ ! -e c.qcow2 ]
 ok "create: without data file"
 refuse 4 'no such file' create c.qcow2 --data-file none && [ ! -e c.qcow2 ]
 ok "create: missing data file"
+run -v create c.qcow2 --data-file new.raw --size 1.5M && [ "$(stat -c '%s %b' new.raw)" = '1572864 0' ] &&
+	grep -q 'new.raw: made, with 1572864 bytes' err && grep -q 'c.qcow2: a disk of 1572864 bytes, in clusters of 64 KiB' err &&
+	[ "$(wc -l <err)" = 4 ] && check c.qcow2 && [ "$(qemu-img info --output=json c.qcow2 | jq '."virtual-size"')" = 1572864 ]
+ok "create: makes the data file, and says what it does"
+rm -f new.raw
+refuse 5 'exists' create c.qcow2 --data-file new.raw --size 1M && [ ! -e new.raw ] &&
+	refuse 1 'cannot\|16K' create d.qcow2 --data-file new.raw --size 1M --extended-l2 --cluster-size 4K && [ ! -e new.raw ] &&
+	[ ! -e d.qcow2 ] && ln -s nowhere link && refuse 4 'no such file' create d.qcow2 --data-file link --size 1M &&
+	[ ! -e nowhere ] && ls -l link >out
+ok "create: takes the data file back if it fails"
+rm -f c.qcow2 link
 refuse 4 '67108864' create c.qcow2 --data-file data.raw --size 65M &&
 	[ ! -e c.qcow2 ]
 ok "create: larger than the data"

@@ -160,6 +160,21 @@ needs() {
 rm -f c.qcow2
 needs works '--data-file t.raw' create c.qcow2
 ok "create: no data file"
+rm -f c.qcow2
+needs works '--size 1M' create c.qcow2 --data-file new.raw && [ "$(stat -c %s new.raw)" = 1048576 ]
+ok "create: a data file that is not there"
+rm -f c.qcow2
+refused 4 'below /dev; check the name' create c.qcow2 --data-file /dev/nothing-here --size 1M && [ ! -e /dev/nothing-here ] &&
+	works create c.qcow2 --data-file t.raw --size 1M
+ok "create: a device that is not there"
+rm -f c.qcow2 n.raw
+refused 4 'is a qcow2 image' create c.qcow2 --data-file t.qcow2 --data-file-raw && [ ! -e c.qcow2 ] && printed NEW=n.raw &&
+	works create c.qcow2 --data-file n.raw --data-file-raw && rm c.qcow2 &&
+	works create c.qcow2 --data-file t.qcow2 --data-file-raw "$(option)"
+ok "create: an image as data"
+rm -f c.qcow2 n.qcow2
+refused 4 'not a qcow2 image; check the name' info t.raw && printed NEW=n.qcow2 && works info n.qcow2 && cp err said
+ok "a raw disk as image"
 needs works '--size 1G' measure
 ok "measure: no size"
 needs works '--size 8M' resize t.qcow2
