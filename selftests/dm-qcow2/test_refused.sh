@@ -25,7 +25,7 @@ usage()
 	refused 1 'option' "$tool" info a --size 1G
 	refused 1 'data-file' "$tool" create "$dir/x"
 	truncate -s 1M "$dir/data"
-	for a in 0 -1 x 1.5G 1X 99999999999999999999 16E ''; do
+	for a in 0 -1 x 1.5 1,5G 1X 99999999999999999999 16E ''; do
 		refused 1 'size' "$tool" create "$dir/x" --data-file "$dir/data" --size "$a"
 	done
 	for a in 0 256 1000 4M 513; do
