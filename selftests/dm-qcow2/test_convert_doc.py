@@ -8,21 +8,8 @@ import contextlib
 import os
 import random
 
-import qcow2test
+from documents import SIZE, Machine, page
 from qcow2test import KIB, MIB, Io, blocks, expect, main, note, same, test
-from test_backup_doc import SIZE, TOP, Machine, blocks_of
-
-qcow2test.forget_tests()
-
-
-def page():
-    with open(f"{TOP}/Documentation/convert.rst", encoding="utf-8") as f:
-        text = f.read()
-    found = blocks_of(text)
-    lines = sum(bool(line) for block in found for line in block.lines)
-    expect(lines == sum(line.startswith("\t") and line != "\t" for line in text.splitlines()), "lines outside of all blocks")
-    expect(all(block.run and not block.file for block in found), "a block that is not run")
-    return found
 
 
 def of_file(m, path):
@@ -125,7 +112,7 @@ SECTIONS = {
 def whole_page(bench):
     m = Machine(bench)
     m.rng = random.Random(m.rng.random())
-    found = page()
+    found = page("convert")
     titles = list(dict.fromkeys(block.section for block in found))
     expect(titles == list(SECTIONS), f"sections with commands: {titles}")
     for title, function in SECTIONS.items():

@@ -57,7 +57,11 @@ static int put_device(const char *name, void *arg)
 /* Something that a usage line names, such as "IMAGE|NAME" */
 static void put_kind(struct line *l, const char *kind, size_t len)
 {
+	static const char *const files[] = {
+		"IMAGE", "FILE", "DEV", "DIR", "PATH", "SOURCE", "TARGET", "BASE",
+	};
 	bool names = memmem(kind, len, "NAME", 4);
+	size_t i;
 
 	if (*kind >= 'a' && *kind <= 'z') {
 		char words[160];
@@ -66,10 +70,11 @@ static void put_kind(struct line *l, const char *kind, size_t len)
 		put_words(l, words, '|');
 		return;
 	}
-	if (memmem(kind, len, "IMAGE", 5) || memmem(kind, len, "FILE", 4) ||
-	    memmem(kind, len, "DEV", 3) || memmem(kind, len, "DIR", 3) ||
-	    memmem(kind, len, "PATH", 4))
-		puts(":files");
+	for (i = 0; i < ARRAY_SIZE(files); i++)
+		if (memmem(kind, len, files[i], strlen(files[i]))) {
+			puts(":files");
+			break;
+		}
 	/* Without a device-mapper there are none. */
 	if (names && !dm_check(false))
 		dm_each(put_device, l);
@@ -110,7 +115,8 @@ static void put_argument(struct line *l)
 	if (starts_with(kind, "--") || starts_with(kind, "[BITMAP"))
 		return;
 	/* A name that is free yet; copies are files. */
-	if (!strcmp(l->action->name, "open") && l->arguments)
+	if ((!strcmp(l->action->name, "open") ||
+	     !strcmp(l->action->name, "clone")) && l->arguments)
 		return;
 	if (l->first && (!strcmp(l->first, "restore") ||
 			 (!strcmp(l->first, "copy") && l->arguments > 1)))

@@ -35,11 +35,11 @@ ok "actions"
 wrong=
 for action in $actions; do
 	options=$("${tool[-1]}" help "$action" | sed -n '/^Options:/,/^$/s/^  \(--[a-z0-9-]*\).*/\1/p')
-	offers "$options --verbose --help --version" "$action" -- || wrong+=" $action"
+	offers "${options:+$options }--verbose --help --version" "$action" -- || wrong+=" $action"
 done
 [ -z "$wrong" ] || { echo "other options:$wrong" >err; false; }
 ok "each action has its own options, and all of them"
-offers "check checkpoint close create" c && offers "check checkpoint" --json ch && offers '' x && offers '' frobnicate '' &&
+offers "check checkpoint clone close create" c && offers "check checkpoint" --json ch && offers '' x && offers '' frobnicate '' &&
 	offers "--data-file --data-file-raw" create vm.qcow2 --data
 ok "what is begun"
 offers "off metadata" create --preallocation '' && offers "metadata" create --preallocation m &&
@@ -48,7 +48,8 @@ offers "off metadata" create --preallocation '' && offers "metadata" create --pr
 ok "words of options"
 offers ":files" create --data-file '' && offers ":files" create --data-file= && offers ":files" backup begin x --cow '' &&
 	offers ":files" create '' && offers '' create x '' && offers ":files" open --readonly '' && offers '' open x '' &&
-	offers '' measure ''
+	offers '' measure '' && offers ":files" import '' && offers ":files" import a '' && offers ":files" clone '' &&
+	offers '' clone a ''
 ok "files"
 offers "list add remove clear enable disable merge" bitmap '' && offers "begin" backup b && offers ":files" backup restore ''
 ok "words of actions"
