@@ -150,7 +150,7 @@ refuse 1 "tab:1: .*give all three" attach vm && refuse 1 "xx: is not in $work/ta
 ok "attach: a line with a mistake, and one that is not there"
 
 refuse 1 "tab:2: option bogus is not known; see qcow2tab(5)" attach vn &&
-	refuse 1 "tab:3: cache-limit=0 is not a size; use" attach vo
+	refuse 1 "tab:3: cache-limit=0 is too little; use a number such as 64M" attach vo
 ok "attach: an option with a mistake"
 
 finish tab.sh
