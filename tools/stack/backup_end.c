@@ -141,6 +141,9 @@ int backup_end(const char *name, bool failed)
 	bool noted;
 	int ret;
 
+	ret = dm_check(false);
+	if (ret)
+		return ret;
 	noted = backup_notes_read(name, &notes);
 	backup_device_name(device, sizeof(device), name);
 	e.merge = failed && notes.checkpoint && notes.bitmaps;

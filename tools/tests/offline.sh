@@ -839,6 +839,8 @@ refuse 1 'cannot be the name' open t.qcow2 a/b --data-file t.raw
 ok "open: impossible name"
 refuse 1 'too long' open t.qcow2 "$long" --data-file t.raw
 ok "open: long name"
+! run backup end no-such && grep -Eq 'device-mapper|no-such: (no|has gone|is not)' err && ! grep -q memory err
+ok "backup end: without device-mapper, or of no device"
 run --help && grep -q '^Usage' out && [ ! -s err ] ; ok "--help"
 run --version && grep -q '^qcow2setup [0-9]' out ; ok "--version"
 
