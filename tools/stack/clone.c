@@ -239,6 +239,20 @@ bool clone_find(struct clone *c, const char *metadata_dev, const char *data_dev)
 	return true;
 }
 
+/* The header, which makes it an image, is what is written last. */
+static bool is_unfinished(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+	uint8_t buf[4096];
+	ssize_t n = -1;
+
+	if (fd >= 0) {
+		n = pread(fd, buf, sizeof(buf), 0);
+		close(fd);
+	}
+	return n >= 0 && all_zero(buf, n);
+}
+
 void clone_sweep(const struct clone *c)
 {
 	struct clone left = *c;
@@ -248,15 +262,14 @@ void clone_sweep(const struct clone *c)
 	strcat(left.data, CLONE_RESET);
 	left.image_ino = 0;
 	left.data_ino = 0;
-	if (is_file(left.image, &left.image_ino)) {
-		left.image_made = is_file(left.data, &left.data_ino) &&
-				  is_marked(&left);
-		left.data_made = left.image_made;
-	} else {
-		/* Its image had not been made yet: there is nothing in it. */
-		left.data_made = !lstat(left.data, &st) &&
-				 S_ISREG(st.st_mode) && !st.st_blocks;
-	}
+	if (is_file(left.image, &left.image_ino))
+		left.image_made = (is_file(left.data, &left.data_ino) &&
+				   is_marked(&left)) || is_unfinished(left.image);
+	/* Without an image, or one that is finished, nothing was written there. */
+	left.data_made = (left.image_made && is_marked(&left)) ||
+			 ((left.image_made || access(left.image, F_OK)) &&
+			  !lstat(left.data, &st) && S_ISREG(st.st_mode) &&
+			  !st.st_blocks);
 	clone_unmake(&left);
 }
 
