@@ -8,7 +8,6 @@
  * same size makes the room known to the target, or takes it in an image file.
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -25,6 +24,7 @@
 #include "system/events.h"
 #include "system/live.h"
 #include "system/room.h"
+#include "system/sysfs.h"
 #include "system/target.h"
 
 /* Between looks without an event, and until what did not help is tried again */
@@ -35,8 +35,10 @@
 struct low {
 	struct low *next;
 	char uuid[160];
-	enum room_left said;
+	enum room_left said, acted;
+	uint64_t length;		/* of the metadata device, when it was tried */
 	time_t tried;
+	bool there;
 };
 
 static struct low *lows;
@@ -51,7 +53,7 @@ struct look {
 	struct device metadata;
 	bool file;			/* the image is one, behind our loop device */
 	enum room_left room;
-	uint64_t more;			/* bytes */
+	uint64_t length, more;		/* bytes */
 };
 
 static time_t now(void)
@@ -91,15 +93,28 @@ static void forget(const char *uuid)
 	free(l);
 }
 
+/* Those that were not met in the last round are gone. */
+static void forget_gone(void)
+{
+	struct low *l, *next;
+
+	for (l = lows; l; l = next) {
+		next = l->next;
+		if (!l->there)
+			forget(l->uuid);
+		else
+			l->there = false;
+	}
+}
+
+/* Not by its node: whoever has that open is in the way of its removal. */
 static uint64_t device_bytes(const struct device *d)
 {
-	struct node node = NODE_CLOSED;
-	uint64_t size = 0;
+	uint64_t sectors;
+	char text[32];
 
-	if (!node_open(&node, AT_FDCWD, d->node, NODE_READ_ONLY))
-		size = node.size;
-	node_close(&node);
-	return size;
+	return sysfs_read(text, sizeof(text), "/sys/class/block/%s/size", d->kernel_name) &&
+	       parse_u64(text, &sectors) ? sectors * 512 : 0;
 }
 
 static int judge(struct look *k)
@@ -109,8 +124,9 @@ static int judge(struct look *k)
 
 	k->file = k->metadata.loop && k->metadata.ours && *k->metadata.file &&
 		  !stat(k->metadata.file, &st) && S_ISREG(st.st_mode);
+	k->length = k->file ? (uint64_t)st.st_size : device_bytes(&k->metadata);
 	if (!k->file) {
-		k->room = room_of_device(&k->status, device_bytes(&k->metadata), &k->more);
+		k->room = room_of_device(&k->status, k->length, &k->more);
 		return 0;
 	}
 	if (statvfs(k->metadata.file, &vfs))
@@ -206,6 +222,15 @@ static void say(const struct look *k)
 			esc(what), human_size(k->more));
 }
 
+/*
+ * A new table gives back a cluster or two, which are soon gone: it takes all that may
+ * be needed, or a longer device.
+ */
+static bool room_again(const struct look *k, const struct low *l)
+{
+	return k->room == ROOM_ENOUGH && (!k->more || k->length > l->length);
+}
+
 /* Has it helped?  If not, what has to be done by hand is said once. */
 static void see(struct look *k, struct low *l)
 {
@@ -213,11 +238,11 @@ static void see(struct look *k, struct low *l)
 
 	if (look(k))
 		return;
-	if (k->room == ROOM_ENOUGH) {
+	if (room_again(k, l)) {
 		inform("%s: has room for metadata again", esc(k->name));
 		forget(l->uuid);
-	} else if (l->said != k->room || k->more < before) {
-		l->said = k->room;
+	} else if (l->said != l->acted || k->more < before) {
+		l->said = l->acted;
 		warning("%s: room for metadata is still missing; enlarge %s, then run qcow2setup resize %s --size %llu",
 			esc(k->name), k->file ? "its file system" : esc(k->metadata.node),
 			shell_quote(k->name), (unsigned long long)k->sectors * 512);
@@ -228,22 +253,29 @@ static int look_after(const char *name, void *arg)
 {
 	struct look k = { .opt = arg, .name = name };
 	struct low *l;
+	int ret;
 
-	/* One that cannot be looked at is no reason to leave the others alone. */
-	if (interrupted() || look(&k))
+	if (events_stop())
 		return 0;
-	l = low_of(k.info.uuid, k.room != ROOM_ENOUGH);
-	if (!l)
+	ret = look(&k);
+	l = low_of(k.info.uuid, !ret && k.room != ROOM_ENOUGH);
+	if (l)
+		l->there = true;
+	/* One that cannot be looked at is no reason to leave the others alone. */
+	if (ret || !l)
 		return 0;
 	if (k.room == ROOM_ENOUGH) {
-		forget(l->uuid);
+		if (room_again(&k, l))
+			forget(l->uuid);
 		return 0;
 	}
-	if (l->tried && now() - l->tried < AGAIN_S && k.room <= l->said)
+	if (l->tried && now() - l->tried < AGAIN_S && k.room <= l->acted)
 		return 0;
 	if (!l->tried)
 		say(&k);
 	l->tried = now() + !now();
+	l->acted = k.room;
+	l->length = k.length;
 	if (k.opt->extend_command && *k.opt->extend_command)
 		extend(&k);
 	take(&k);
@@ -263,13 +295,15 @@ int cmd_monitor(const struct options *opt, char **args)
 	fd = events_open();
 	if (fd < 0)
 		return EX_WRONG;
-	while (!ret && !interrupted()) {
+	while (!ret && !events_stop()) {
 		/* What happens while they are looked at is not missed. */
 		ret = events_arm(fd);
 		if (!ret)
 			ret = dm_each(look_after, (void *)opt);
-		if (!ret)
-			events_wait(fd, LOOK_MS);
+		if (ret || events_stop())
+			break;
+		forget_gone();
+		ret = events_wait(fd, LOOK_MS);
 	}
 	close(fd);
 	while (lows)

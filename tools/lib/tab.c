@@ -83,6 +83,17 @@ static bool is_time(const char *s)
 	return true;
 }
 
+/* Is "." or ".." one of its parts?  Units are named by paths, and systemd takes none such. */
+static bool has_dots(const char *path)
+{
+	const char *p;
+
+	for (p = path; (p = strstr(p, "/.")); p++)
+		if (!p[2 + (p[2] == '.')] || p[2 + (p[2] == '.')] == '/')
+			return true;
+	return false;
+}
+
 /* A path out of @spec, which is a word of the line; NULL if it is none. */
 static const char *take_path(struct line *l, const char *what, const char *spec)
 {
@@ -94,7 +105,17 @@ static const char *take_path(struct line *l, const char *what, const char *spec)
 		      esc(spec));
 		return NULL;
 	}
-	if (*path != '/' || strchr(path, '\n')) {
+	if (strpbrk(path, "\n\r")) {
+		wrong(l, "%s %s has a line break in its name; give another name, such as a link",
+		      what, esc(spec));
+		return NULL;
+	}
+	if (has_dots(path)) {
+		wrong(l, "%s %s has . or .. in it; give the path without them", what,
+		      esc(spec));
+		return NULL;
+	}
+	if (*path != '/') {
 		wrong(l, "%s %s is not a full path; begin it with /, UUID=, LABEL=, PARTUUID= or PARTLABEL=",
 		      what, esc(spec));
 		return NULL;

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/dm-ioctl.h>
 #include <poll.h>
@@ -7,6 +8,7 @@
 #include <sys/ioctl.h>
 #include <time.h>
 
+#include "lib/interrupt.h"
 #include "lib/util.h"
 #include "system/events.h"
 
@@ -45,14 +47,26 @@ int events_arm(int fd)
 	return 0;
 }
 
-void events_wait(int fd, int ms)
+int events_wait(int fd, int ms)
 {
 	struct timespec limit = {
 		.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L,
 	};
 	struct pollfd p = { .fd = fd, .events = POLLIN };
 
-	ppoll(&p, 1, &limit, &before);
+	if (ppoll(&p, 1, &limit, &before) < 0 && errno != EINTR)
+		return fail_errno("cannot wait for events of device-mapper");
+	return 0;
+}
+
+/* Where there is one event after another, ppoll() returns before it looks for signals. */
+bool events_stop(void)
+{
+	sigset_t held;
+
+	sigprocmask(SIG_SETMASK, &before, &held);
+	sigprocmask(SIG_SETMASK, &held, NULL);
+	return interrupted();
 }
 
 void events_let_signals(void)

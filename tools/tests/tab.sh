@@ -141,8 +141,13 @@ ok "each mistake is one line, and stops nothing else"
 generate "vm /a /b" && ! "${generator[@]}" gen/qcow2setup@vm.service.d/50-qcow2tab.conf x x >out 2>err && [ "$(wc -l <err)" = 1 ]
 ok "what cannot be written is said"
 
+long=$(printf '/dev/%0250d' 0)
+generate "$(printf '%0100d' 0 | tr 0 -) /a /b" "vm /a $long" && [ -z "$(ls gen)" ] && [ "$(wc -l <err)" = 2 ] &&
+	! grep -v "^qcow2setup: $work/tab:[12]: .* is too long for the name of a unit; use a shorter name" err
+ok "names that are too long for units are told, and nothing is made of them"
+
 "${generator[@]}" gen >out 2>err
-[ $? = 1 ] && grep -q "give it three folders, or none" err
+[ $? = 1 ] && grep -q "give it three folders$" err
 ok "the generator without its folders"
 
 printf '%s\n' 'vm /a' 'vn /a /b bogus' 'vo /a /b cache-limit=0' >tab

@@ -101,6 +101,8 @@ static void test_escapes(void **state)
 	assert_int_equal(e->nr_words, 2);
 	assert_string_equal(e->words[0].value, "/d,e f");
 	assert_string_equal(e->words[1].name, "sparse");
+	e = one("vm /.a/..b/... /b../c.");
+	assert_string_equal(e->image, "/.a/..b/...");
 	/* What is none stays. */
 	e = one("vm /a\\400\\08\\x\\000 /b\\");
 	assert_string_equal(e->image, "/a\\400\\08\\x\\000");
@@ -162,7 +164,11 @@ static void test_mistakes(void **state)
 		{ "vm - /b", "image - is not a full path" },
 		{ "vm /a b", "data device b is not a full path" },
 		{ "vm uuid=1 /b", "image uuid=1 is not a full path" },
-		{ "vm /a\\012b /b", "image /a\\x0ab is not a full path" },
+		{ "vm /a\\012b /b", "image /a\\x0ab has a line break in its name; give another name" },
+		{ "vm /a /b\\015", "data device /b\\x0d has a line break in its name" },
+		{ "vm /dev/../b /c", "image /dev/../b has . or .. in it; give the path without them" },
+		{ "vm /a /b/.", "data device /b/. has . or .. in it" },
+		{ "vm /a /b backing-file=/./c", "backing file /./c has . or .. in it" },
 		{ "vm /a -", "no data device; give it in the third field, or add the option trust-image-paths" },
 		{ "vm /a - sparse", "no data device" },
 		{ "vm /a /b backing-file=c", "backing file c is not a full path" },
