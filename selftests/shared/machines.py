@@ -125,9 +125,13 @@ class Machine:
         return out
 
     def records(self):
-        """The lines that have come through its other port, whole ones"""
-        with open(self.path("record"), encoding="ascii") as f:
-            return [line.split() for line in f.read().split("\n")[:-1]]
+        """The lines that have come through its other port, whole ones, also of former lives"""
+        lines = []
+        for n in range(1, self.boots + 1):
+            with contextlib.suppress(FileNotFoundError), \
+                 open(f"{self.work}/{self.name}.{n}.record", encoding="ascii") as f:
+                lines += f.read().split("\n")[:-1]
+        return [line.split() for line in lines]
 
     def share(self):
         """The folder that it sees as /run/vm"""

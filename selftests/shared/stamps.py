@@ -40,7 +40,7 @@ def requests(seed, thread, sectors):
 
 def stamp(seed, thread, n, sector):
     """Content of a sector, which is that of no other request"""
-    return struct.pack("<QIHH", sector, n, seed, thread) * (SECTOR // 16)
+    return struct.pack("<IIII", sector, n, seed, thread) * (SECTOR // 16)
 
 
 class Model:
@@ -109,6 +109,9 @@ def load(fd, size, seed, thread, record, count):
                 break
     except OSError as e:
         os.write(record, f"{seed} {thread} error {errno.errorcode[e.errno]}\n".encode())
+    except Exception as e:
+        os.write(record, f"{seed} {thread} error {type(e).__name__}\n".encode())
+        raise
 
 
 def main():
@@ -124,4 +127,10 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as e:
+        # Nobody sees its stderr; this line says that nothing will come.
+        with open(sys.argv[3], "w", encoding="ascii") as told:
+            print(sys.argv[2], "-", "error", type(e).__name__, str(e).replace(" ", "_"), file=told)
+        raise
