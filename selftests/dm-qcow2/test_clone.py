@@ -404,7 +404,7 @@ def killed_clones(bench):
                 g.fresh()
                 tool("close", g.name(), "--delete")
             expect(not os.listdir(g.dir) and not devices(), f"killed in {call} {when}: {os.listdir(g.dir)}")
-            when += 1 if call in ("ftruncate", "fsync") else 9
+            when += 1 if call in ("ftruncate", "fsync") else 17
         if devices():
             tool("close", g.name(), "--delete")
     note(f"killed {came} times")
