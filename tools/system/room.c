@@ -19,6 +19,19 @@ static bool at_rest(const struct target_status *s)
 }
 
 /*
+ * Until the first cluster is allocated after a table is loaded, the target has not read
+ * the refcounts, and counts all clusters as free.  What is in use for certain: the header,
+ * refcounts, the L1 table, and each L2 table.
+ */
+static uint64_t free_clusters(const struct target_status *s, uint64_t clusters)
+{
+	uint64_t entries = s->cluster_sectors * SECTOR / 8;
+	uint64_t used = 3 + (s->l1_entries + entries - 1) / entries + s->l2_tables;
+
+	return min_u64(s->free_clusters, clusters - min_u64(used, clusters));
+}
+
+/*
  * The target raises an event at the same mark: a sixteenth of the device, or 16
  * clusters (driver/alloc.c).
  */
@@ -26,17 +39,18 @@ enum room_left room_of_device(const struct target_status *s, uint64_t bytes, uin
 {
 	uint64_t cluster = s->cluster_sectors * SECTOR;
 	uint64_t need = s->l1_entries - min_u64(s->l2_tables, s->l1_entries);
-	uint64_t clusters = cluster ? bytes / cluster : 0;
+	uint64_t clusters = cluster ? bytes / cluster : 0, have;
 
 	*more = 0;
 	if (at_rest(s) || !(s->given & STATUS_FREE_CLUSTERS) || !cluster)
 		return ROOM_ENOUGH;
-	if (s->free_clusters < need)
+	have = free_clusters(s, clusters);
+	if (have < need)
 		/* Each 64 tables may need a refcount block, with the widest refcounts. */
-		*more = (need - s->free_clusters + need / 64 + 2) * cluster;
+		*more = (need - have + need / 64 + 2) * cluster;
 	if (failed(s))
 		return ROOM_OUT;
-	return *more && s->free_clusters <= max_u64(clusters / 16, 16) ? ROOM_LOW :
+	return *more && have <= max_u64(clusters / 16, 16) ? ROOM_LOW :
 									  ROOM_ENOUGH;
 }
 

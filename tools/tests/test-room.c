@@ -32,6 +32,10 @@ static void test_device(void **state)
 		{ 0, 16, 100, ROOM_LOW, 984 + 15 + 2 },
 		{ 0, 0, 100, ROOM_LOW, 1000 + 15 + 2 },
 		{ 998, 1, 2000, ROOM_LOW, 1 + 0 + 2 },
+		/* Just loaded: what is in use is not known yet, and yet there are 22 tables. */
+		{ 22, 26, 26, ROOM_LOW, 978 + 15 + 2 },
+		{ 22, 27, 27, ROOM_LOW, 977 + 15 + 2 },
+		{ 900, 1200, 1200, ROOM_ENOUGH, 0 },
 	};
 	struct target_status s;
 	uint64_t more;
