@@ -172,8 +172,8 @@ static int check_data(const struct options *opt, const struct node *data)
 }
 
 /* Read only: nothing here can ever write to data that exists. */
-static int open_data(const struct options *opt, struct target_file *made,
-		     struct node *data)
+static int open_data(const struct options *opt, const char *image,
+		     struct target_file *made, struct node *data)
 {
 	struct stat st;
 	int ret = 0;
@@ -187,7 +187,13 @@ static int open_data(const struct options *opt, struct target_file *made,
 			    esc(opt->data_file));
 	if (!ret)
 		ret = node_open(data, AT_FDCWD, opt->data_file, NODE_READ_ONLY);
-	return ret ? ret : check_data(opt, data);
+	if (ret)
+		return ret;
+	/* One device for both is no matter of what is on it: check_device() says so. */
+	if (opt->overwrite_device && data->bdev && !stat(image, &st) &&
+	    S_ISBLK(st.st_mode) && st.st_rdev == data->rdev)
+		return 0;
+	return check_data(opt, data);
 }
 
 static int open_device(struct target_file *t)
@@ -410,7 +416,7 @@ int cmd_create(const struct options *opt, char **args)
 	if (!opt->data_file)
 		return fail(EX_PARAMETER,
 			    "create needs to know where the data is; give --data-file DEV|FILE");
-	ret = open_data(opt, &made, &data);
+	ret = open_data(opt, args[0], &made, &data);
 	if (!ret)
 		ret = header_name(&data_name, opt->data_file, args[0]);
 	if (!ret)
