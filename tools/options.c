@@ -547,7 +547,8 @@ static void help_action(const struct action *action)
 	}
 	if (action->example)
 		printf("\nExample:\n  %s\n", action->example);
-	puts("\nSee qcow2setup(8).");
+	printf("\nSee qcow2setup%s%s(8).\n", action->page ? "-" : "",
+	       action->page ? action->page : "");
 }
 
 /* "help", or "help ACTION" */

@@ -79,6 +79,7 @@ struct action {
 	const char *arguments;		/* as in the usage line */
 	const char *summary;		/* a line; NULL: not for people */
 	const char *example;		/* a command, and what it does */
+	const char *page;		/* "open": qcow2setup-open(8); NULL: qcow2setup(8) */
 };
 
 /* In the order of the help; the last one has no name. */

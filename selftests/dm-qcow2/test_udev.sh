@@ -578,7 +578,7 @@ lvm_by_hand()
 	local filter
 
 	# shellcheck disable=SC2016 # as it is there
-	filter=$(sed -n 's/^\(global_filter = .*\)$/\1/p' "$here/../../Documentation/qcow2setup.8")
+	filter=$(sed -n 's/^\(global_filter = .*\)$/\1/p' "$here/../../Documentation/qcow2setup-open.8")
 	[ -n "$filter" ] || fault "the manual has no filter"
 	disk pv
 	later release pv
