@@ -29,14 +29,11 @@ const struct action actions[] = {
 /* Where messages go: systemd has no other place for them that early. */
 static void log_to_kernel(void)
 {
-	FILE *kmsg;
-
 	if (!getenv("SYSTEMD_SCOPE"))
 		return;
-	kmsg = freopen("/dev/kmsg", "we", stderr);
 	/* A record of the log is one write. */
-	if (kmsg)
-		setvbuf(kmsg, NULL, _IOFBF, 8192);
+	if (freopen("/dev/kmsg", "we", stderr))
+		setvbuf(stderr, NULL, _IOFBF, 8192);
 }
 
 static int write_failed(const char *path)
