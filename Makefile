@@ -70,7 +70,7 @@ help:
 	@echo '                   CLOCK=vm or uml: what only a clock can measure; CPUS= of the VM'
 	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
 	@echo '  make docs        the pages of Documentation as HTML, in .build/docs'
-	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
+	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, cppcheck, codespell, warnings as errors'
 	@echo '  make lint-quick  of these, what needs no kernel and no compiler, in seconds'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
 	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
@@ -180,7 +180,7 @@ clean:
 	@# A VM that is running keeps its folder.
 	@for d in .build/vm/run.* .build/demo.*; do \
 		[ ! -d "$$d" ] || ( flock -n 9 && rm -rf "$$d" ) 9< "$$d" || true; done
-	rm -rf .build/lint.* .build/planted .build/docs .build/doctrees
+	rm -rf .build/lint.* .build/cppcheck .build/coverage .build/planted .build/docs .build/doctrees
 	@rmdir .build/vm 2>/dev/null || true
 	@[ ! -d .build ] || find .build -maxdepth 1 -type f -delete
 	@rmdir .build 2>/dev/null || true
