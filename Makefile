@@ -73,6 +73,8 @@ help:
 	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, cppcheck, codespell, warnings as errors'
 	@echo '  make lint-quick  of these, what needs no kernel and no compiler, in seconds'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
+	@echo '  make coverage    which lines of tool and driver the tests run, in .build/coverage;'
+	@echo '                   COVERAGE=tool needs no kernel; SUITES=, COVERAGE_TESTS= are what is run'
 	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
 	@echo '  make check-planted  would the tests find a bug?'
 	@echo '  make vm-build    module for the kernel of the VM (KERNEL=$(KERNEL)), and tool'
@@ -292,12 +294,19 @@ check-debug: export MORE_TESTS ?= backing backing_devices extl2 corrupt fail fai
 check-debug:
 	@selftests/debug/check $(DEBUG)
 
+# SUITES= of tools/tests for the tool, COVERAGE_TESTS= of selftests/dm-qcow2 for the driver. The
+# kernel for the latter is built once.
+COVERAGE ?= tool driver
+coverage:
+	@selftests/vm/deps coverage $(if $(filter driver,$(COVERAGE)),check debug)
+	@selftests/coverage $(COVERAGE)
+
 demo:
 	@selftests/vm/deps demo
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
 .PHONY: all help version dist deb rpm module __module tool install uninstall clean deps docs vm-build vm-shell lint lint-quick quick unit fuzz \
-	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench demo \
+	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench coverage demo \
 	preflight-cc preflight-module preflight-tool preflight-unit preflight-install \
 	preflight-dkms dkms-source dkms-install dkms-uninstall
