@@ -70,9 +70,11 @@ help:
 	@echo '                   CLOCK=vm or uml: what only a clock can measure; CPUS= of the VM'
 	@echo '  make quick       the fast loop: the tool, and its tests that need nothing but a processor'
 	@echo '  make docs        the pages of Documentation as HTML, in .build/docs'
-	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, warnings as errors'
+	@echo '  make lint        checkpatch, sparse, W=1, shellcheck, cppcheck, codespell, warnings as errors'
 	@echo '  make lint-quick  of these, what needs no kernel and no compiler, in seconds'
 	@echo '  make unit        unit tests of the tool, also under valgrind'
+	@echo '  make coverage    which lines of tool and driver the tests run, in .build/coverage;'
+	@echo '                   COVERAGE=tool needs no kernel; SUITES=, COVERAGE_TESTS= are what is run'
 	@echo '  make fuzz        search for inputs that do harm, FUZZ_SECONDS= for each fuzzer'
 	@echo '  make check-planted  would the tests find a bug?'
 	@echo '  make vm-build    module for the kernel of the VM (KERNEL=$(KERNEL)), and tool'
@@ -180,7 +182,7 @@ clean:
 	@# A VM that is running keeps its folder.
 	@for d in .build/vm/run.* .build/demo.*; do \
 		[ ! -d "$$d" ] || ( flock -n 9 && rm -rf "$$d" ) 9< "$$d" || true; done
-	rm -rf .build/lint.* .build/planted .build/docs .build/doctrees
+	rm -rf .build/lint.* .build/cppcheck .build/coverage .build/planted .build/docs .build/doctrees
 	@rmdir .build/vm 2>/dev/null || true
 	@[ ! -d .build ] || find .build -maxdepth 1 -type f -delete
 	@rmdir .build 2>/dev/null || true
@@ -292,12 +294,19 @@ check-debug: export MORE_TESTS ?= backing backing_devices extl2 corrupt fail fai
 check-debug:
 	@selftests/debug/check $(DEBUG)
 
+# SUITES= of tools/tests for the tool, COVERAGE_TESTS= of selftests/dm-qcow2 for the driver. The
+# kernel for the latter is built once.
+COVERAGE ?= tool driver
+coverage:
+	@selftests/vm/deps coverage $(if $(filter driver,$(COVERAGE)),check debug)
+	@selftests/coverage $(COVERAGE)
+
 demo:
 	@selftests/vm/deps demo
 	@$(MAKE) --no-print-directory vm-build
 	@selftests/vm/demo
 
 .PHONY: all help version dist deb rpm module __module tool install uninstall clean deps docs vm-build vm-shell lint lint-quick quick unit fuzz \
-	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench demo \
+	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench coverage demo \
 	preflight-cc preflight-module preflight-tool preflight-unit preflight-install \
 	preflight-dkms dkms-source dkms-install dkms-uninstall

@@ -68,6 +68,7 @@ static void die(const char *format, ...)
 	fprintf(stderr, NAME ": ");
 	vfprintf(stderr, format, args);
 	fputc('\n', stderr);
+	va_end(args);
 	exit(1);
 }
 
@@ -283,7 +284,7 @@ static int fua_write(aio_context_t ctx, int fd, void *buf, const struct request 
 	return event.res == (int64_t)(r->nr * SECTOR) ? 0 : EIO;
 }
 
-static int do_request(aio_context_t ctx, int fd, void *buf, const struct request *r)
+static int do_request(aio_context_t ctx, int fd, uint8_t *buf, const struct request *r)
 {
 	uint64_t range[2] = { r->sector * SECTOR, r->nr * SECTOR };
 	unsigned int number = first_number + (r - requests);

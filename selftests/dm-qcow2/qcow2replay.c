@@ -129,7 +129,7 @@ static uint32_t *class_of;		/* per sector of the log */
 static const uint8_t *meta_before;
 static uint8_t *used_at_ends;		/* clusters referenced before or after the load */
 
-static struct state upto, base, draft;
+static struct state written, base, draft;
 static uint32_t *base_order[2];		/* latest entry applied to base, data and meta */
 static struct list pending[2];
 static uint32_t *must;			/* per sector: oldest version that may be seen */
@@ -160,6 +160,7 @@ static void die(const char *format, ...)
 	fprintf(stderr, NAME ": ");
 	vfprintf(stderr, format, args);
 	fputc('\n', stderr);
+	va_end(args);
 	exit(2);
 }
 
@@ -1256,7 +1257,7 @@ static void replay(void)
 		follow_requests(e, unit);
 		if (!(e->flags & LOG_MARK)) {
 			for (i = 0; i < e->nr; i++)
-				apply(&upto, n, i);
+				apply(&written, n, i);
 			if (e->flags & LOG_FUA)
 				settle(n);
 			else if (e->nr)
@@ -1269,7 +1270,7 @@ static void replay(void)
 			}
 		}
 		if (mine(&sum->prefixes))
-			judge(&upto, n, "all writes", e->flags & (LOG_FLUSH | LOG_FUA | LOG_MARK));
+			judge(&written, n, "all writes", e->flags & (LOG_FLUSH | LOG_FUA | LOG_MARK));
 		if ((e->flags & (LOG_FLUSH | LOG_FUA | LOG_MARK)) && mine(&sum->minimal))
 			judge(&base, n, "flushed writes", true);
 		for (k = 0; k < subsets && (pending[0].nr || pending[1].nr); k++)
@@ -1352,7 +1353,7 @@ int main(int argc, char **argv)
 	meta_before = map_file("meta", &bytes);
 	if (bytes != conf.meta_sectors * SECTOR)
 		die("%s/meta has not the size of the metadata device", folder);
-	init_state(&upto);
+	init_state(&written);
 	init_state(&base);
 	init_state(&draft);
 	for (i = 0; i < 2; i++) {

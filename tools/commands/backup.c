@@ -297,7 +297,7 @@ static const struct what {
 	const char *name;
 	int (*fn)(const struct options *opt, char **names, unsigned int n);
 	const char *options;		/* that it takes: words */
-} whats[] = {
+} verbs[] = {
 	{ "begin", begin, "cow checkpoint bitmap image dirty-only sparse freeze size" },
 	{ "status", status, "json" },
 	{ "extents", extents, "bitmap json" },
@@ -346,14 +346,14 @@ int cmd_backup(const struct options *opt, char **args)
 
 	while (args[1 + n])
 		n++;
-	for (i = 0; i < ARRAY_SIZE(whats); i++) {
-		if (strcmp(whats[i].name, args[0]))
+	for (i = 0; i < ARRAY_SIZE(verbs); i++) {
+		if (strcmp(verbs[i].name, args[0]))
 			continue;
-		ret = check_options(&whats[i], opt);
+		ret = check_options(&verbs[i], opt);
 		if (ret)
 			return ret;
 		interrupt_catch();
-		return interrupt_result(whats[i].fn(opt, args + 1, n));
+		return interrupt_result(verbs[i].fn(opt, args + 1, n));
 	}
 	return fail(EX_PARAMETER, "backup %s is not known; use backup begin, status, extents, copy, restore, serve or end",
 		    esc(args[0]));

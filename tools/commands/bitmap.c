@@ -87,7 +87,7 @@ static const struct what {
 	change_fn *change;		/* NULL: it only shows them */
 	int min_names, max_names;
 	const char *options;		/* that it takes: words */
-} whats[] = {
+} verbs[] = {
 	{ "list", "IMAGE|NAME [--json]", NULL, 0, 0, "json" },
 	{ "add", "IMAGE|NAME BITMAP [--granularity SIZE] [--disabled]", add, 1, 1,
 	  "granularity disabled" },
@@ -340,9 +340,9 @@ static int find_what(const char *name, const struct what **what)
 {
 	size_t i;
 
-	for (i = 0; i < ARRAY_SIZE(whats); i++)
-		if (!strcmp(whats[i].name, name)) {
-			*what = &whats[i];
+	for (i = 0; i < ARRAY_SIZE(verbs); i++)
+		if (!strcmp(verbs[i].name, name)) {
+			*what = &verbs[i];
 			return 0;
 		}
 	return fail(EX_PARAMETER,

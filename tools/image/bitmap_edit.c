@@ -288,7 +288,7 @@ static int merge_cluster(struct target *t, const struct bitmap_item *source,
 int bitmaps_merge(struct bitmaps *s, const char *target, const char *source)
 {
 	struct target t = { .s = s, .i = UINT64_MAX };
-	struct bitmap_item *from;
+	struct bitmap_item *from = NULL;
 	uint8_t *buf;
 	uint32_t i;
 	int ret;

@@ -194,7 +194,7 @@ int image_end(struct image *img, uint64_t *end)
 int image_trim(struct image *img, uint64_t *cut)
 {
 	struct reasons reasons;
-	uint64_t end;
+	uint64_t end = 0;
 	int ret;
 
 	*cut = 0;

@@ -305,10 +305,12 @@ const char *qemu_image_opts(const char *path, const char *more)
 void put_escaped(FILE *f, const char *s, size_t len)
 {
 	char one[4];
-	size_t i;
+	size_t i, n;
 
-	for (i = 0; i < len; i++)
-		fwrite(one, 1, escape_byte(one, s[i]), f);
+	for (i = 0; i < len; i++) {
+		n = escape_byte(one, s[i]);
+		fwrite(one, 1, n, f);
+	}
 }
 
 int reopen(int fd, int mode)

@@ -89,7 +89,7 @@ static int find_shown(const char *name, struct shown *s, uint64_t sectors,
 {
 	struct image img = IMAGE_CLOSED;
 	struct extents x = { .states_only = true, .fn = see_extent, .arg = s };
-	struct qcow2_geometry g;
+	struct qcow2_geometry g = { 0 };
 	int ret;
 
 	ret = attach_live(&img, name, false);

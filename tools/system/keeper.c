@@ -82,6 +82,10 @@ static void leave_terminal(void)
 	dup2(null, STDIN_FILENO);
 	dup2(null, STDOUT_FILENO);
 	dup2(log >= 0 ? log : null, STDERR_FILENO);
+	if (log > STDERR_FILENO)
+		close(log);
+	if (null > STDERR_FILENO)
+		close(null);
 	/* Each write is an entry of the log. */
 	setvbuf(stderr, line, _IOLBF, sizeof(line));
 	verbose = false;
