@@ -97,7 +97,7 @@ for page in "${names[@]}"; do
 	examples "$page" >shown
 	while read -r _ action rest; do
 		[ -e "help.$action" ] || { echo "no action $action"; continue; }
-		for option in $(grep -o -- ' --[a-z][a-z0-9-]*' <<<" $rest"); do
+		grep -o -- ' --[a-z][a-z0-9-]*' <<<" $rest" | while read -r option; do
 			grep -q "^  $option\( \|$\)" "help.$action" || echo "$action: no option $option"
 		done
 	done <shown >out
