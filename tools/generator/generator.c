@@ -213,14 +213,13 @@ static int generate(const char *dir, const struct tab_entry *e)
 	/* Whoever needs the device starts the service, and hears of its failure at once. */
 	if (!ret)
 		ret = add_service(dir, device, "requires", service);
+	if (!ret)
+		ret = write_timeout(device, &forever);
 	if (!ret && e->device_timeout)
 		ret = unit_each_device(e, write_timeout, &wait);
 	if (ret || e->noauto)
 		return ret;
-	if (!e->nofail)
-		ret = write_timeout(device, &forever);
-	if (!ret)
-		ret = add_service(dir, unit_target(e), e->nofail ? "wants" : "requires", service);
+	ret = add_service(dir, unit_target(e), e->nofail ? "wants" : "requires", service);
 	/* There is nothing to be enabled by hand. */
 	if (!ret)
 		ret = add_link(dir, e->netdev ? "multi-user.target" : "sysinit.target",

@@ -117,6 +117,14 @@ generate 'late /a /b noauto' && silent && [ ! -e gen/sysinit.target.wants ] && [
 	links dev-mapper-late.device requires qcow2setup@late.service
 ok "noauto: nothing but the device asks for it"
 
+timeouts=0
+for o in - noauto nofail _netdev; do
+	generate "vm /a /b $o" && grep -qx JobTimeoutSec=infinity gen/dev-mapper-vm.device.d/50-qcow2tab-timeout.conf &&
+		((++timeouts))
+done
+[ $timeouts = 4 ]
+ok "the device is waited for as long as its service takes"
+
 generate 'far /a /dev/sdx _netdev' && silent && links multi-user.target wants remote-qcow2setup.target &&
 	links remote-qcow2setup.target requires qcow2setup@far.service && [ ! -e gen/sysinit.target.wants ] &&
 	verified qcow2setup@far.service remote-qcow2setup.target
