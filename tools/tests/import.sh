@@ -97,7 +97,7 @@ ok "a target that gets full: qemu-img's reason, and nothing is left"
 	printf '#!/bin/sh\ncase $1 in convert) kill -INT $PPID; exec sleep 1000 ;; esac\nexec %s "$@"\n' \
 		"$(command -v qemu-img)" >bin/qemu-img
 	chmod +x bin/qemu-img
-	PATH=$PWD/bin:$PATH "${tool[-1]}" import s.qcow2 int.raw
+	PATH=$PWD/bin:$PATH env --default-signal=INT "${tool[-1]}" import s.qcow2 int.raw
 ) >out 2>err
 [ $? -eq 130 ] && [ ! -e int.raw ] && [ ! -s err ]
 ok "it is interrupted: the copier ends, and nothing is left"
