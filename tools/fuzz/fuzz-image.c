@@ -24,6 +24,9 @@
 #include "lib/util.h"
 #include "system/loop.h"
 
+/* No command line is parsed here. */
+const struct action actions[] = { { 0 } };
+
 #define PIECE		512
 #define HEAD		3
 #define MAX_PIECES	64
