@@ -169,6 +169,7 @@ int cmd_check(const struct options *opt, char **args)
 	struct image img = IMAGE_CLOSED;
 	int ret;
 
+	verify_forget();
 	ret = image_open_locked(&img, args[0], write);
 	ret = ret ? CHECK_FAILED : check(opt, &img);
 	image_close(&img);

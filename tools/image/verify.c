@@ -26,24 +26,31 @@ static uint64_t cluster_size(const struct verify *v)
 static void say(struct verify *v, const char *fmt, ...)
 	__attribute__((format(printf, 2, 3)));
 
+/* What was said since verify_forget(): hashes of it. One process checks one image. */
+static uint64_t told[1024];
+static size_t told_n;
+
+void verify_forget(void)
+{
+	told_n = 0;
+}
+
 /*
  * Was the same said already?  A repair is followed by another look, which finds again
  * what could not be repaired.
  */
 static bool told_before(const char *text)
 {
-	static uint64_t told[1024];
-	static size_t n;
 	uint64_t hash = 1469598103934665603ULL;
 	size_t i;
 
 	for (; *text; text++)
 		hash = (hash ^ (unsigned char)*text) * 1099511628211ULL;
-	for (i = 0; i < n; i++)
+	for (i = 0; i < told_n; i++)
 		if (told[i] == hash)
 			return true;
-	if (n < ARRAY_SIZE(told))
-		told[n++] = hash;
+	if (told_n < ARRAY_SIZE(told))
+		told[told_n++] = hash;
 	return false;
 }
 

@@ -84,4 +84,7 @@ int verify_refcounts(struct verify *v, bool write, counted_fn *fn, void *arg);
 /* Read metadata; behind the end of the file it reads as zeros.  0 or -errno. */
 int verify_read(const struct verify *v, void *buf, size_t len, uint64_t off);
 
+/* From here on each finding is said again: once, however often it is found. */
+void verify_forget(void);
+
 #endif
