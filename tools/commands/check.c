@@ -137,7 +137,8 @@ static int repair(const struct verify *before, struct verify *v,
 
 static int check(const struct options *opt, struct image *img)
 {
-	struct verify before, v = { .img = img };
+	struct verify_told told = { .n = 0 };
+	struct verify before, v = { .img = img, .told = &told };
 	int ret;
 
 	ret = verify_image(&v, img);
@@ -169,7 +170,6 @@ int cmd_check(const struct options *opt, char **args)
 	struct image img = IMAGE_CLOSED;
 	int ret;
 
-	verify_forget();
 	ret = image_open_locked(&img, args[0], write);
 	ret = ret ? CHECK_FAILED : check(opt, &img);
 	image_close(&img);

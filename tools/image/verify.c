@@ -26,31 +26,21 @@ static uint64_t cluster_size(const struct verify *v)
 static void say(struct verify *v, const char *fmt, ...)
 	__attribute__((format(printf, 2, 3)));
 
-/* What was said since verify_forget(): hashes of it. One process checks one image. */
-static uint64_t told[1024];
-static size_t told_n;
-
-void verify_forget(void)
-{
-	told_n = 0;
-}
-
-/*
- * Was the same said already?  A repair is followed by another look, which finds again
- * what could not be repaired.
- */
-static bool told_before(const char *text)
+/* Was the same said already? */
+static bool told_before(struct verify_told *told, const char *text)
 {
 	uint64_t hash = 1469598103934665603ULL;
 	size_t i;
 
+	if (!told)
+		return false;
 	for (; *text; text++)
 		hash = (hash ^ (unsigned char)*text) * 1099511628211ULL;
-	for (i = 0; i < told_n; i++)
-		if (told[i] == hash)
+	for (i = 0; i < told->n; i++)
+		if (told->hash[i] == hash)
 			return true;
-	if (told_n < ARRAY_SIZE(told))
-		told[told_n++] = hash;
+	if (told->n < ARRAY_SIZE(told->hash))
+		told->hash[told->n++] = hash;
 	return false;
 }
 
@@ -63,12 +53,12 @@ static void say(struct verify *v, const char *fmt, ...)
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
 	if (v->shown >= FINDINGS_SHOWN && !verbose) {
-		if (v->shown++ == FINDINGS_SHOWN && !told_before("more"))
+		if (v->shown++ == FINDINGS_SHOWN && !told_before(v->told, "more"))
 			fail(0, "%s: more is wrong than is shown; --verbose shows it all",
 			     esc(v->img->node.path));
 		return;
 	}
-	if (told_before(text))
+	if (told_before(v->told, text))
 		return;
 	v->shown++;
 	fail(0, "%s: %s", esc(v->img->node.path), text);
@@ -753,7 +743,7 @@ int verify_image(struct verify *v, struct image *img)
 	int ret;
 
 	verify_free(v);
-	*v = (struct verify){ .img = img };
+	*v = (struct verify){ .img = img, .told = v->told };
 	ret = get_geometry(v);
 	if (ret || v->stopped)
 		return ret;

@@ -22,8 +22,18 @@ struct refcount_run {
 	uint64_t first, n, stored, expected;
 };
 
+/*
+ * What was said, by hashes: a repair is followed by another look, which finds again what
+ * could not be repaired.
+ */
+struct verify_told {
+	uint64_t hash[1024];
+	size_t n;
+};
+
 struct verify {
 	struct image *img;
+	struct verify_told *told;	/* NULL: what is found is said each time */
 	/* findings */
 	uint64_t corruptions, leaks;
 	uint64_t errors;		/* could not be read */
@@ -83,8 +93,5 @@ int verify_refcounts(struct verify *v, bool write, counted_fn *fn, void *arg);
 
 /* Read metadata; behind the end of the file it reads as zeros.  0 or -errno. */
 int verify_read(const struct verify *v, void *buf, size_t len, uint64_t off);
-
-/* From here on each finding is said again: once, however often it is found. */
-void verify_forget(void);
 
 #endif
