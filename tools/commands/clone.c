@@ -27,7 +27,6 @@ static int look_at_base(const struct options *opt, const struct node *node,
 			bool data, struct base *base)
 {
 	uint64_t bits = 0;
-	__be32 magic;
 	struct image img;
 	int ret;
 
@@ -39,8 +38,7 @@ static int look_at_base(const struct options *opt, const struct node *node,
 			    esc(node->path));
 	if (!base->image &&
 	    (opt->backing_format == BACKING_FORMAT_RAW ||
-	     node_read(node, &magic, sizeof(magic), 0) ||
-	     be32_to_cpu(magic) != QCOW2_MAGIC))
+	     !image_has_magic(node)))
 		return 0;
 	ret = image_attach(&img, node);
 	bits = img.h.incompatible;

@@ -72,14 +72,6 @@ static int check_qcow2(const struct import *i, const struct node *node, bool tru
 	return ret;
 }
 
-static bool has_magic(const struct node *node)
-{
-	__be32 magic;
-
-	return !node_read(node, &magic, sizeof(magic), 0) &&
-	       be32_to_cpu(magic) == QCOW2_MAGIC;
-}
-
 /* One line of "qemu-img info"; the name is ours, so that no line is somebody else's. */
 static void found_format(const char *line, void *arg)
 {
@@ -126,7 +118,7 @@ static int look_at_source(struct import *i, const struct options *opt)
 			    "%s: the format of what others serve is not guessed; give --format raw, or what it is",
 			    esc(i->source));
 	ret = node_open(&node, AT_FDCWD, i->source, NODE_READ_ONLY);
-	if (!ret && !opt->format && has_magic(&node))
+	if (!ret && !opt->format && image_has_magic(&node))
 		snprintf(i->format, sizeof(i->format), "qcow2");
 	/* A guest can write such a header into its own disk, but nothing is followed from there. */
 	if (!ret && !strcmp(i->format, "qcow2"))

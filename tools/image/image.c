@@ -24,6 +24,14 @@ static size_t first_len(const struct node *node, uint64_t size)
 	return min_u64(size, 1ULL << bits);
 }
 
+bool image_has_magic(const struct node *node)
+{
+	__be32 magic;
+
+	return !node_read(node, &magic, sizeof(magic), 0) &&
+	       be32_to_cpu(magic) == QCOW2_MAGIC;
+}
+
 int image_attach(struct image *img, const struct node *node)
 {
 	enum header_fault fault;

@@ -55,6 +55,9 @@ struct image {
 
 #define IMAGE_CLOSED	{ .node = NODE_CLOSED, .space.fd = -1 }
 
+/* Does it begin as an image does?  That is a guess, and nothing follows from it by itself. */
+bool image_has_magic(const struct node *node);
+
 /* Open, read and parse the header.  Prints why it failed; an exit code. */
 int image_open(struct image *img, int dirfd, const char *path,
 	       unsigned int node_flags);

@@ -236,14 +236,6 @@ static int check_stacked(const struct node *node, bool *ours)
 		    esc(node->path));
 }
 
-static bool has_magic(const struct node *node)
-{
-	__be32 magic;
-
-	return !node_read(node, &magic, sizeof(magic), 0) &&
-	       be32_to_cpu(magic) == QCOW2_MAGIC;
-}
-
 static int open_layer(struct mapping *m, struct walk *w, int dir,
 		      struct node *node, const char *data, bool read_only);
 
@@ -294,11 +286,11 @@ int backing_is_image(const struct header *h, const struct node *node,
 	 * A device that stands for an image shows what the image holds: one
 	 * of ours, or qemu-nbd's.  It is a mistake if it shows the image file.
 	 */
-	if (qcow2 && node->bdev && !ours && !data && !trust && has_magic(node))
+	if (qcow2 && node->bdev && !ours && !data && !trust && image_has_magic(node))
 		return fail(EX_PARAMETER,
 			    "%s: holds a qcow2 image, whose data file is not named; give --backing-file %s" DATA_FILE_WORD "DEV|FILE",
 			    esc(node->path), esc(node->path));
-	*image = qcow2 && (!node->bdev || data || (!ours && has_magic(node)));
+	*image = qcow2 && (!node->bdev || data || (!ours && image_has_magic(node)));
 	return 0;
 }
 
