@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /* qcow2setup list: the devices that are open, in a table. */
-#include <libsmartcols.h>
 #include <string.h>
 
 #include "commands/commands.h"
@@ -8,6 +7,7 @@
 #include "lib/words.h"
 #include "stack/advice.h"
 #include "stack/report.h"
+#include "stack/report_table.h"
 
 /* So many users are named, and the others are counted. */
 #define NAMED_USERS	3
@@ -73,60 +73,15 @@ static void users_cell(char *out, size_t size, const struct report *r)
 		snprintf(out, size, r->info.open_count > 0 ? "?" : "-");
 }
 
-static int fill_line(struct libscols_table *table, const struct report *r)
-{
-	struct libscols_line *line = scols_table_new_line(table, NULL);
-	char allocated[80], mode[64], bitmaps[32], backup[16], users[600];
-
-	if (!line)
-		return -1;
-	allocated_cell(allocated, sizeof(allocated), r);
-	mode_cell(mode, sizeof(mode), r);
-	bitmaps_cell(bitmaps, sizeof(bitmaps), r);
-	backup_cell(backup, sizeof(backup), r);
-	users_cell(users, sizeof(users), r);
-	/* libsmartcols escapes what it prints. */
-	return scols_line_set_data(line, 0, r->name) ||
-	       scols_line_set_data(line, 1, human_size(r->size)) ||
-	       scols_line_set_data(line, 2, allocated) ||
-	       scols_line_set_data(line, 3, mode) ||
-	       scols_line_set_data(line, 4, bitmaps) ||
-	       scols_line_set_data(line, 5, backup) ||
-	       scols_line_set_data(line, 6, users);
-}
-
-static int print_table(const struct report_list *list)
-{
-	static const struct {
-		const char *name;
-		int flags;
-	} columns[] = {
-		{ "NAME", 0 }, { "SIZE", SCOLS_FL_RIGHT },
-		{ "ALLOCATED", SCOLS_FL_RIGHT }, { "MODE", 0 },
-		{ "BITMAPS", SCOLS_FL_RIGHT }, { "BACKUP", 0 },
-		{ "USERS", 0 },
-	};
-	struct libscols_table *table;
-	size_t i;
-	int ret = 0;
-
-	if (!list->n)
-		return 0;
-	scols_init_debug(0);
-	table = scols_new_table();
-	if (!table)
-		return fail_nomem();
-	for (i = 0; !ret && i < ARRAY_SIZE(columns); i++)
-		ret = !scols_table_new_column(table, columns[i].name, 0,
-					      columns[i].flags);
-	for (i = 0; !ret && i < list->n; i++)
-		if (!list->r[i].gone)
-			ret = fill_line(table, &list->r[i]);
-	if (!ret)
-		ret = scols_print_table(table);
-	scols_unref_table(table);
-	return ret ? fail_nomem() : 0;
-}
+static const struct report_column columns[] = {
+	{ "NAME", false, report_name_cell },
+	{ "SIZE", true, report_size_cell },
+	{ "ALLOCATED", true, allocated_cell },
+	{ "MODE", false, mode_cell },
+	{ "BITMAPS", true, bitmaps_cell },
+	{ "BACKUP", false, backup_cell },
+	{ "USERS", false, users_cell },
+};
 
 int cmd_list(const struct options *opt, char **args)
 {
@@ -144,7 +99,7 @@ int cmd_list(const struct options *opt, char **args)
 	if (!ret && opt->json)
 		report_json_all(&list);
 	else if (!ret)
-		ret = print_table(&list);
+		ret = report_table(&list, columns, ARRAY_SIZE(columns));
 	report_list_free(&list);
 	return ret ? ret : wrong;
 }

@@ -2,7 +2,6 @@
 /* qcow2setup status: what is open, and how it does. */
 #include <errno.h>
 #include <inttypes.h>
-#include <libsmartcols.h>
 #include <string.h>
 #include <time.h>
 
@@ -13,6 +12,7 @@
 #include "stack/advice.h"
 #include "stack/metrics.h"
 #include "stack/report.h"
+#include "stack/report_table.h"
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
@@ -247,61 +247,41 @@ static void print_text(const struct report *r, const struct report_interval *v)
 		print_counters(&r->status);
 }
 
-static int set_cell(struct libscols_line *line, size_t column, const char *s)
+static void mode_cell(char *out, size_t size, const struct report *r)
 {
-	return scols_line_set_data(line, column, s);
+	snprintf(out, size, "%s", r->has_status ? r->status.mode : "unknown");
 }
 
-static int fill_line(struct libscols_table *table, const struct report *r)
+static void cluster_cell(char *out, size_t size, const struct report *r)
 {
-	struct libscols_line *line = scols_table_new_line(table, NULL);
-	char cluster[32];
-
-	if (!line)
-		return -1;
-	snprintf(cluster, sizeof(cluster), "%s", r->has_table ?
+	snprintf(out, size, "%s", r->has_table ?
 		 human_size(1ULL << r->table.cluster_bits) : "");
-	/* libsmartcols escapes what it prints, in the same manner. */
-	return set_cell(line, 0, r->name) ||
-	       set_cell(line, 1, human_size(r->size)) ||
-	       set_cell(line, 2, r->has_status ? r->status.mode : "unknown") ||
-	       set_cell(line, 3, cluster) ||
-	       set_cell(line, 4, report_origin(&r->metadata)) ||
-	       set_cell(line, 5, report_origin(&r->data)) ||
-	       set_cell(line, 6, report_maker(r));
 }
 
-static int print_table(const struct report_list *list)
+static void image_cell(char *out, size_t size, const struct report *r)
 {
-	static const struct {
-		const char *name;
-		int flags;
-	} columns[] = {
-		{ "NAME", 0 }, { "SIZE", SCOLS_FL_RIGHT }, { "MODE", 0 },
-		{ "CLUSTER", SCOLS_FL_RIGHT }, { "IMAGE", 0 }, { "DATA", 0 },
-		{ "MADE-BY", 0 },
-	};
-	struct libscols_table *table;
-	size_t i;
-	int ret = 0;
-
-	if (!list->n)
-		return 0;
-	scols_init_debug(0);
-	table = scols_new_table();
-	if (!table)
-		return fail_nomem();
-	for (i = 0; !ret && i < ARRAY_SIZE(columns); i++)
-		ret = !scols_table_new_column(table, columns[i].name, 0,
-					      columns[i].flags);
-	for (i = 0; !ret && i < list->n; i++)
-		if (!list->r[i].gone)
-			ret = fill_line(table, &list->r[i]);
-	if (!ret)
-		ret = scols_print_table(table);
-	scols_unref_table(table);
-	return ret ? fail_nomem() : 0;
+	snprintf(out, size, "%s", report_origin(&r->metadata));
 }
+
+static void data_cell(char *out, size_t size, const struct report *r)
+{
+	snprintf(out, size, "%s", report_origin(&r->data));
+}
+
+static void maker_cell(char *out, size_t size, const struct report *r)
+{
+	snprintf(out, size, "%s", report_maker(r));
+}
+
+static const struct report_column columns[] = {
+	{ "NAME", false, report_name_cell },
+	{ "SIZE", true, report_size_cell },
+	{ "MODE", false, mode_cell },
+	{ "CLUSTER", true, cluster_cell },
+	{ "IMAGE", false, image_cell },
+	{ "DATA", false, data_cell },
+	{ "MADE-BY", false, maker_cell },
+};
 
 static int status_all(const struct options *opt)
 {
@@ -319,7 +299,7 @@ static int status_all(const struct options *opt)
 	else if (!ret && opt->prometheus)
 		metrics_print(stdout, list.r, list.n, true);
 	else if (!ret)
-		ret = print_table(&list);
+		ret = report_table(&list, columns, ARRAY_SIZE(columns));
 	report_list_free(&list);
 	return ret ? ret : wrong;
 }
