@@ -13,7 +13,6 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "commands/commands.h"
@@ -29,7 +28,7 @@
 
 /* Between looks without an event, and until what did not help is tried again */
 #define LOOK_MS		10000
-#define AGAIN_S		60
+#define AGAIN_MS	60000
 
 /* What was said and done about a device that is low. */
 struct low {
@@ -37,7 +36,7 @@ struct low {
 	char uuid[160];
 	enum room_left said, acted;
 	uint64_t length;		/* of the metadata device, when it was tried */
-	time_t tried;
+	uint64_t tried;			/* milliseconds; 0: never */
 	bool there;
 };
 
@@ -55,14 +54,6 @@ struct look {
 	enum room_left room;
 	uint64_t length, more;		/* bytes */
 };
-
-static time_t now(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec;
-}
 
 /* The note of a device; @make: if there is none, a new one.  NULL: none. */
 static struct low *low_of(const char *uuid, bool make)
@@ -269,11 +260,11 @@ static int look_after(const char *name, void *arg)
 			forget(l->uuid);
 		return 0;
 	}
-	if (l->tried && now() - l->tried < AGAIN_S && k.room <= l->acted)
+	if (l->tried && now_ms() - l->tried < AGAIN_MS && k.room <= l->acted)
 		return 0;
 	if (!l->tried)
 		say(&k);
-	l->tried = now() + !now();
+	l->tried = now_ms();
 	l->acted = k.room;
 	l->length = k.length;
 	if (k.opt->extend_command && *k.opt->extend_command)

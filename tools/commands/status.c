@@ -304,14 +304,6 @@ static int status_all(const struct options *opt)
 	return ret ? ret : wrong;
 }
 
-static uint64_t now_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 /* How its counters change in that time; they are read again, last. */
 static int watch(const struct options *opt, const char *name,
 		 struct report_interval *v)

@@ -2,7 +2,6 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "lib/json.h"
@@ -14,14 +13,6 @@
 #define JSON_MS		1000
 /* A rate is that of so long, or of twice as long */
 #define RATE_MS		5000
-
-static uint64_t now_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000ULL + ts.tv_nsec / 1000000;
-}
 
 /* Bytes each second; 0: not known yet */
 static uint64_t rate_at(const struct progress *p, uint64_t now)

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "lib/util.h"
@@ -311,6 +312,14 @@ void put_escaped(FILE *f, const char *s, size_t len)
 		n = escape_byte(one, s[i]);
 		fwrite(one, 1, n, f);
 	}
+}
+
+uint64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000ULL + ts.tv_nsec / 1000000;
 }
 
 int reopen(int fd, int mode)

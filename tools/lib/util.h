@@ -95,6 +95,8 @@ const char *qemu_image_opts(const char *path, const char *more);
 
 /* The file that @fd is, once more, and with @mode as for open(); or -1, errno. */
 int reopen(int fd, int mode);
+/* Of a clock that nobody sets, from some time on: milliseconds */
+uint64_t now_ms(void);
 
 /* Short reads and EINTR handled; a file that ends early gives -EIO. */
 int read_at(int fd, void *buf, size_t len, uint64_t off);

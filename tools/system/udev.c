@@ -47,18 +47,11 @@ uint16_t udev_flags(const char *name, const char *uuid)
 /* Is there while udev has something to do. */
 #define QUEUE		"/run/udev/queue"
 
-static unsigned int now_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 void udev_wait(uint32_t cookie)
 {
 	struct timespec step = { .tv_nsec = 1000 * 1000 };
-	unsigned int begun = now_ms(), waited = 0;
+	uint64_t begun = now_ms();
+	unsigned int waited;
 	int ready = 0;
 
 	if (!cookie)
