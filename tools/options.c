@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "lib/size.h"
+#include "lib/tab.h"
 #include "lib/util.h"
 #include "options.h"
 
@@ -256,7 +257,7 @@ static void *field(const struct option_row *o, struct options *opt)
 	return (char *)opt + o->at;
 }
 
-/* How the option was written: for the command line, unless options_word() is at it. */
+/* How the option was written: for the command line, unless options_tab() is at it. */
 static const char *dashes = "--", *behind_name = " ";
 
 /* What is wrong with it is @why, or else what the row says, as is the remedy. */
@@ -465,14 +466,16 @@ static int apply_word(const struct action *action, const char *name,
 	return o->parse(o, value, opt);
 }
 
-int options_word(const struct action *action, const char *name, const char *value,
-		 struct options *opt)
+int options_tab(const struct action *action, const struct tab_entry *e,
+		struct options *opt)
 {
-	int ret;
+	size_t i;
+	int ret = 0;
 
 	dashes = "";
 	behind_name = "=";
-	ret = apply_word(action, name, value, opt);
+	for (i = 0; !ret && i < e->nr_words; i++)
+		ret = apply_word(action, e->words[i].name, e->words[i].value, opt);
 	dashes = "--";
 	behind_name = " ";
 	return ret;

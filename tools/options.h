@@ -92,13 +92,14 @@ extern const struct action actions[];
 int options_parse(int argc, char **argv, struct options *opt,
 		  const struct action **action, char ***args);
 
+struct tab_entry;
+
 /*
- * Set an option of an action as a word of qcow2tab says it, "NAME" or "NAME=VALUE"
- * (then @value is not NULL; it is kept).  Returns an exit code; has said what is
- * wrong if it is not 0.
+ * Set the options of an action that a line of qcow2tab has, whose values are kept.
+ * Returns an exit code; has said what is wrong if it is not 0.
  */
-int options_word(const struct action *action, const char *name, const char *value,
-		 struct options *opt);
+int options_tab(const struct action *action, const struct tab_entry *e,
+		struct options *opt);
 
 /* Does an action take an option of that name? */
 bool action_takes(const struct action *action, const char *option);

@@ -33,17 +33,6 @@ static void tell(unsigned int line, const char *name, const char *why, void *arg
 	fail(EX_PARAMETER, "%s:%u: %s", tab_file(), line, why);
 }
 
-static int open_options(const struct tab_entry *e, struct options *opt)
-{
-	size_t i;
-	int ret = 0;
-
-	for (i = 0; !ret && i < e->nr_words; i++)
-		ret = options_word(&open_action, e->words[i].name, e->words[i].value, opt);
-	opt->data_file = e->data;
-	return ret;
-}
-
 /* The initramfs may have opened it, or somebody has by hand. */
 static int already_open(const struct tab_entry *e, const struct dm_dev_info *info)
 {
@@ -66,10 +55,10 @@ static int attach_entry(const struct tab_entry *e)
 {
 	char *args[] = { (char *)e->image, (char *)e->name, NULL };
 	struct dm_dev_info info;
-	struct options opt = { 0 };
+	struct options opt = { .data_file = e->data };
 	int ret;
 
-	ret = open_options(e, &opt);
+	ret = options_tab(&open_action, e, &opt);
 	if (!ret)
 		ret = dm_check(true);
 	if (!ret)

@@ -168,18 +168,6 @@ static int add_service(const char *dir, const char *unit, const char *how,
 	return ret;
 }
 
-/* What is wrong with the options that only open knows? */
-static int check_words(const struct tab_entry *e)
-{
-	struct options opt = { 0 };
-	size_t i;
-	int ret = 0;
-
-	for (i = 0; !ret && i < e->nr_words; i++)
-		ret = options_word(&actions[0], e->words[i].name, e->words[i].value, &opt);
-	return ret;
-}
-
 /* Folders are named by units, and systemd takes no longer names than those can be. */
 static int check_unit(const char *unit, void *arg)
 {
@@ -196,9 +184,11 @@ static int generate(const char *dir, const struct tab_entry *e)
 	struct timeout wait = { dir, "JobRunningTimeoutSec", e->device_timeout };
 	/* Its service knows how long it takes. */
 	struct timeout forever = { dir, "JobTimeoutSec", "infinity" };
+	struct options opt = { 0 };
 	int ret;
 
-	ret = check_words(e);
+	/* What is wrong with the options that only open knows? */
+	ret = options_tab(&actions[0], e, &opt);
 	if (ret)
 		return ret;
 	unit_service(service, sizeof(service), e);
