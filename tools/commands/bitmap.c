@@ -223,43 +223,26 @@ struct live_bitmaps {
 	char **names;
 };
 
-/* Takes the space: see what it would be, in memory. */
+static int change_loaded(struct bitmaps *s, void *arg)
+{
+	const struct live_bitmaps *b = arg;
+
+	return b->what->change(b->opt, s, b->names);
+}
+
 static int prepare(struct live *l, void *arg)
 {
-	struct live_bitmaps *b = arg;
-	struct image *img = &l->before;
-	struct room room = { .quiet = b->what->change != add };
-	uint64_t at, reftable;
-	struct bitmaps s;
+	const struct live_bitmaps *b = arg;
 	int ret;
 
 	ret = live_look(l, b->opt->sparse);
-	if (ret)
-		return ret;
-	img->node.path = l->name;
-	ret = bitmaps_load(&s, img);
-	if (!ret)
-		ret = b->what->change(b->opt, &s, b->names);
-	room.size = img->geo.size;
-	room.more = bitmaps_need(&s);
-	bitmaps_free(&s);
-	return ret ? ret : image_take_room(img, &room, &at, &reftable);
+	return ret ? ret : live_prepare_bitmaps(l, b->what->change != add,
+						change_loaded, arg);
 }
 
 static int apply(struct live *l, void *arg)
 {
-	struct live_bitmaps *b = arg;
-	struct bitmaps s;
-	int ret;
-
-	l->img.node.path = l->name;
-	ret = bitmaps_load(&s, &l->img);
-	if (!ret)
-		ret = b->what->change(b->opt, &s, b->names);
-	if (!ret)
-		ret = bitmaps_write(&s);
-	bitmaps_free(&s);
-	return ret;
+	return live_apply_bitmaps(l, change_loaded, arg);
 }
 
 static int change_device(const struct what *what, const struct options *opt,

@@ -61,8 +61,7 @@ struct bitmap_item *bitmap_item_new(struct bitmaps *s,
 /* What an item has; not the item. */
 void bitmap_item_free(struct bitmap_item *b);
 
-/* NULL: it is not there, and bitmaps_not_there() says so. */
-struct bitmap_item *bitmaps_find(const struct bitmaps *s, const char *name);
+/* What to say of one that bitmaps_find() does not find */
 int bitmaps_not_there(const struct bitmaps *s, const char *name);
 
 /* Why nothing but its removal is possible; NULL: all is. */

@@ -41,6 +41,8 @@ struct bitmaps {
 /* Read the directory, and all tables; bitmaps_free() in any case. */
 int bitmaps_load(struct bitmaps *s, struct image *img);
 void bitmaps_free(struct bitmaps *s);
+/* NULL: it is not there. */
+struct bitmap_item *bitmaps_find(const struct bitmaps *s, const char *name);
 
 static inline bool bitmap_inconsistent(const struct bitmap_item *b)
 {

@@ -34,8 +34,9 @@ static char *checkpoint_name(const char *text)
 }
 
 /* One history ends here, the next one begins; and how fine is what they know? */
-static int rotate(struct backup_disk *d, struct bitmaps *s)
+static int rotate(struct bitmaps *s, void *arg)
 {
+	struct backup_disk *d = arg;
 	const struct backup_request *r = d->r;
 	const struct bitmap_item *b;
 	unsigned int i, bits = 16;
@@ -43,7 +44,7 @@ static int rotate(struct backup_disk *d, struct bitmaps *s)
 	int ret = 0;
 
 	for (i = 0; !ret && i < r->bitmaps; i++) {
-		b = backup_find_bitmap(s, r->bitmap[i]);
+		b = bitmaps_find(s, r->bitmap[i]);
 		if (b && qcow2_bitmap_records(&b->head)) {
 			ret = bitmaps_stop(s, r->bitmap[i]);
 		} else {
@@ -63,43 +64,20 @@ static int rotate(struct backup_disk *d, struct bitmaps *s)
 static int prepare(struct live *l, void *arg)
 {
 	struct backup_disk *d = arg;
-	struct image *img = &l->before;
-	struct room room = { .quiet = true };
-	uint64_t at, reftable;
-	struct bitmaps s;
 	int ret;
 
 	ret = live_look(l, d->r->sparse);
-	if (ret || !d->r->checkpoint)
-		return ret;
-	img->node.path = l->name;
-	ret = bitmaps_load(&s, img);
-	if (!ret)
-		ret = rotate(d, &s);
-	room.size = img->geo.size;
-	room.more = bitmaps_need(&s);
-	bitmaps_free(&s);
-	return ret ? ret : image_take_room(img, &room, &at, &reftable);
+	return ret || !d->r->checkpoint ? ret :
+	       live_prepare_bitmaps(l, true, rotate, d);
 }
 
 static int apply(struct live *l, void *arg)
 {
 	struct backup_disk *d = arg;
-	struct bitmaps s;
-	int ret;
 
 	l->view = d->cow;
 	l->view_granularity = d->granularity == 1 << 16 ? 0 : d->granularity;
-	if (!d->r->checkpoint)
-		return 0;
-	l->img.node.path = l->name;
-	ret = bitmaps_load(&s, &l->img);
-	if (!ret)
-		ret = rotate(d, &s);
-	if (!ret)
-		ret = bitmaps_write(&s);
-	bitmaps_free(&s);
-	return ret;
+	return d->r->checkpoint ? live_apply_bitmaps(l, rotate, d) : 0;
 }
 
 /* A file without a name: it goes with the loop device, whatever happens. */

@@ -17,13 +17,14 @@ struct ending {
 	bool merge;
 };
 
-static int merge_back(const struct ending *e, struct bitmaps *s)
+static int merge_back(struct bitmaps *s, void *arg)
 {
+	const struct ending *e = arg;
 	unsigned int i;
 	int ret = 0;
 
 	/* They change with the table: it was not begun. */
-	if (!backup_find_bitmap(s, e->notes->checkpoint))
+	if (!bitmaps_find(s, e->notes->checkpoint))
 		return 0;
 	for (i = 0; !ret && i < e->notes->bitmaps; i++)
 		ret = bitmaps_merge(s, e->notes->checkpoint, e->notes->bitmap[i]);
@@ -32,43 +33,20 @@ static int merge_back(const struct ending *e, struct bitmaps *s)
 
 static int prepare_end(struct live *l, void *arg)
 {
-	struct ending *e = arg;
-	struct image *img = &l->before;
-	struct room room = { .quiet = true };
-	uint64_t at, reftable;
-	struct bitmaps s;
+	const struct ending *e = arg;
 	int ret;
 
 	ret = live_look(l, false);
-	if (ret || !e->merge)
-		return ret;
-	img->node.path = l->name;
-	ret = bitmaps_load(&s, img);
-	if (!ret)
-		ret = merge_back(e, &s);
-	room.size = img->geo.size;
-	room.more = bitmaps_need(&s);
-	bitmaps_free(&s);
-	return ret ? ret : image_take_room(img, &room, &at, &reftable);
+	return ret || !e->merge ? ret :
+	       live_prepare_bitmaps(l, true, merge_back, arg);
 }
 
 static int apply_end(struct live *l, void *arg)
 {
-	struct ending *e = arg;
-	struct bitmaps s;
-	int ret;
+	const struct ending *e = arg;
 
 	l->view = "";
-	if (!e->merge)
-		return 0;
-	l->img.node.path = l->name;
-	ret = bitmaps_load(&s, &l->img);
-	if (!ret)
-		ret = merge_back(e, &s);
-	if (!ret)
-		ret = bitmaps_write(&s);
-	bitmaps_free(&s);
-	return ret;
+	return e->merge ? live_apply_bitmaps(l, merge_back, arg) : 0;
 }
 
 static int remove_view(const char *device)

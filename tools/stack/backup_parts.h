@@ -51,10 +51,6 @@ void backup_notes_remove(const char *name);
  * backup_pieces.c
  */
 
-/* NULL: it is not there. */
-const struct bitmap_item *backup_find_bitmap(const struct bitmaps *s,
-					     const char *name);
-
 /* Several bitmaps as one: dirty in any of them */
 struct union_reader {
 	struct bitmap_reader reader[BACKUP_MAX_BITMAPS];

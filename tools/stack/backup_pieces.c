@@ -47,17 +47,6 @@ int backup_find(const char *name, struct backup_notes *notes)
 	return 0;
 }
 
-const struct bitmap_item *backup_find_bitmap(const struct bitmaps *s,
-					     const char *name)
-{
-	size_t i;
-
-	for (i = 0; i < s->n; i++)
-		if (!strcmp(s->item[i].name, name))
-			return &s->item[i];
-	return NULL;
-}
-
 int union_open(struct union_reader *u, const struct bitmaps *s,
 	       const char *const *name, unsigned int n)
 {

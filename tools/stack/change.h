@@ -82,6 +82,16 @@ struct change {
 };
 
 /*
+ * For prepare, after live_look(), and for apply, of what changes bitmaps: @fn does it to
+ * what was loaded, twice: to see what space it takes, and for good.  @quiet: the user has
+ * not asked for something that takes any.
+ */
+struct bitmaps;
+typedef int bitmaps_fn(struct bitmaps *s, void *arg);
+int live_prepare_bitmaps(struct live *l, bool quiet, bitmaps_fn *fn, void *arg);
+int live_apply_bitmaps(struct live *l, bitmaps_fn *fn, void *arg);
+
+/*
  * What is held while any of the devices is suspended: taken when all are prepared, and let go of, if
  * that was all right, when none is suspended any more.
  */
