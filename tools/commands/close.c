@@ -295,6 +295,8 @@ static int check_clone(const char *name, const struct options *opt,
 	if (opt->remove_files && opt->deferred)
 		return fail(EX_PARAMETER,
 			    "the files of a device that is still used are not removed; leave --delete or --deferred out");
+	if (!opt->remove_files && !clone_needs_names(l->metadata.file, l->data.file))
+		return 0;
 	/* It also finishes a reset that was killed. */
 	if (clone_find(clone, l->metadata_dev, l->data_dev) ||
 	    !opt->remove_files)
@@ -337,7 +339,7 @@ int cmd_close(const struct options *opt, char **args)
 		   !opt->remove_files, &below);
 	ret = check_clone(name, opt, &below.layer[0], &clone);
 	if (!ret)
-		ret = partitions_find(&parts, info.uuid);
+		ret = partitions_find(&parts, &info);
 	if (ret)
 		goto out;
 	/* What is thrown away need not be written. */

@@ -77,7 +77,7 @@ static int take_partitions(const char *name, struct partitions *parts)
 
 	ret = dm_query(name, &info);
 	if (!ret)
-		ret = partitions_find(parts, info.uuid);
+		ret = partitions_find(parts, &info);
 	if (!ret)
 		ret = partitions_remove(parts, false);
 	/* Then they are all there. */

@@ -57,14 +57,21 @@ static int make_file(const char *path, int *fd, ino_t *ino)
 }
 
 /* The name that it is to have in the end; false if it has it. */
-static bool cut_suffix(char *path)
+/* Where it begins, or NULL */
+static const char *find_suffix(const char *path)
 {
 	size_t n = strlen(path), len = sizeof(CLONE_RESET) - 1;
 
-	if (n <= len || strcmp(path + n - len, CLONE_RESET))
-		return false;
-	path[n - len] = 0;
-	return true;
+	return n > len && !strcmp(path + n - len, CLONE_RESET) ? path + n - len : NULL;
+}
+
+static bool cut_suffix(char *path)
+{
+	const char *suffix = find_suffix(path);
+
+	if (suffix)
+		path[suffix - path] = 0;
+	return suffix;
 }
 
 static int write_image(const struct clone *c, int fd,
@@ -217,6 +224,11 @@ static bool may_replace(const struct clone *c)
 	if (!is_file(old.image, &old.image_ino))
 		return access(old.image, F_OK) && access(old.data, F_OK);
 	return is_file(old.data, &old.data_ino) && is_marked(&old);
+}
+
+bool clone_needs_names(const char *image, const char *data)
+{
+	return find_suffix(image) || find_suffix(data);
 }
 
 bool clone_find(struct clone *c, const char *metadata_dev, const char *data_dev)

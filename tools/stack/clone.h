@@ -46,6 +46,8 @@ void clone_unmake(struct clone *c);
  * was killed before its files had their names, they get them.
  */
 bool clone_find(struct clone *c, const char *metadata_dev, const char *data_dev);
+/* Can that be so, by the names of both files?  Then clone_find() is due. */
+bool clone_needs_names(const char *image, const char *data);
 /* Remove the files of a clone that is closed, and what a reset that was killed has left. */
 int clone_delete(const struct clone *c);
 /* The same for what is left of a reset only; says nothing. */

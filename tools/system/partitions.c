@@ -201,12 +201,13 @@ static int search_one(const char *name, void *arg)
 	return 0;
 }
 
-int partitions_find(struct partitions *parts, const char *uuid)
+int partitions_find(struct partitions *parts, const struct dm_dev_info *info)
 {
-	struct search s = { .parts = parts, .uuid = uuid };
+	struct search s = { .parts = parts, .uuid = info->uuid };
 
 	*parts = (struct partitions){ .p = NULL };
-	return *uuid ? dm_each(search_one, &s) : 0;
+	/* Each has the device open: without a user there is none to be searched for. */
+	return *info->uuid && info->open_count ? dm_each(search_one, &s) : 0;
 }
 
 /* Wait for who only looks at it. */

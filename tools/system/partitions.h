@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "system/dm.h"
+
 struct partition {
 	char name[160], uuid[160];
 	char *params;			/* of its line, of target "linear" */
@@ -30,10 +32,8 @@ struct partitions {
  */
 int partitions_make(const char *name);
 
-/*
- * Those of the device with this uuid; partitions_free() is due in any case.  In no order.
- */
-int partitions_find(struct partitions *parts, const char *uuid);
+/* Those of a device, in no order; partitions_free() is due in any case. */
+int partitions_find(struct partitions *parts, const struct dm_dev_info *info);
 void partitions_free(struct partitions *parts);
 
 /*
