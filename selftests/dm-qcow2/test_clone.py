@@ -8,27 +8,14 @@ any moment leaves a device that works, with the old content or the base's, or no
 import hashlib
 import os
 import random
-import re
 import signal
-import subprocess
 
 import qcow2test
-from qcow2test import KIB, MIB, Failure, Io, Loop, blocks, expect, main, note, run, same, test, wait_for
+from qcow2test import KIB, MIB, Io, Loop, blocks, expect, main, note, run, same, test, wait_for
+from setup_tool import TOOL, refused, tool
 
-TOOL = os.path.realpath(os.path.join(qcow2test.HERE, "../../tools/qcow2setup"))
 SIZE = 8 * MIB
 NAME = f"qcow2test{os.getpid()}"
-
-
-def tool(*argv):
-    return run(TOOL, *argv)
-
-
-def refused(code, text, *argv):
-    """It must say why, in one line, and what to do."""
-    status, out = run(TOOL, *argv, ok=False)
-    expect(status == code and re.search(text, out) and out.count("\n") == 1 and ";" in out,
-           f"{argv}: status {status}: {out}")
 
 
 def devices():

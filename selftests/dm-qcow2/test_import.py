@@ -3,24 +3,12 @@
 """qcow2setup import to devices, and from images that are in use. What needs no device is in tools/tests/import.sh."""
 import os
 import random
-import re
 
-import qcow2test
 from qcow2test import KIB, MIB, Io, Loop, expect, main, run, same, test
+from setup_tool import refused, tool
 
-TOOL = os.path.realpath(os.path.join(qcow2test.HERE, "../../tools/qcow2setup"))
 SIZE = 8 * MIB
 NAME = f"qcow2test{os.getpid()}-import"
-
-
-def tool(*argv):
-    return run(TOOL, *argv)
-
-
-def refused(code, text, *argv):
-    status, out = run(TOOL, *argv, ok=False)
-    expect(status == code and re.search(text, out) and out.count("\n") == 1 and ";" in out,
-           f"{argv}: status {status}: {out}")
 
 
 class Source:
