@@ -23,7 +23,6 @@
 #include "system/events.h"
 #include "system/live.h"
 #include "system/room.h"
-#include "system/sysfs.h"
 #include "system/target.h"
 
 /* Between looks without an event, and until what did not help is tried again */
@@ -98,16 +97,6 @@ static void forget_gone(void)
 	}
 }
 
-/* Not by its node: whoever has that open is in the way of its removal. */
-static uint64_t device_bytes(const struct device *d)
-{
-	uint64_t sectors;
-	char text[32];
-
-	return sysfs_read(text, sizeof(text), "/sys/class/block/%s/size", d->kernel_name) &&
-	       parse_u64(text, &sectors) ? sectors * 512 : 0;
-}
-
 static int judge(struct look *k)
 {
 	struct statvfs vfs;
@@ -115,7 +104,7 @@ static int judge(struct look *k)
 
 	k->file = k->metadata.loop && k->metadata.ours && *k->metadata.file &&
 		  !stat(k->metadata.file, &st) && S_ISREG(st.st_mode);
-	k->length = k->file ? (uint64_t)st.st_size : device_bytes(&k->metadata);
+	k->length = k->file ? (uint64_t)st.st_size : device_size(&k->metadata);
 	if (!k->file) {
 		k->room = room_of_device(&k->status, k->length, &k->more);
 		return 0;

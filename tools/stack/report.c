@@ -9,7 +9,6 @@
 #include "stack/part.h"
 #include "stack/report.h"
 #include "system/live.h"
-#include "system/sysfs.h"
 
 void report_free(struct report *r)
 {
@@ -69,14 +68,10 @@ static int get_device(const char *name, struct report *r)
 /* The metadata device, and what the file system of an image file has left */
 static void get_room(struct report *r)
 {
-	char sectors[32];
 	struct statvfs fs;
 	struct stat st;
-	uint64_t n;
 
-	if (sysfs_read(sectors, sizeof(sectors), "/sys/class/block/%s/size",
-		       r->metadata.kernel_name) && parse_u64(sectors, &n))
-		r->metadata_size = n * 512;
+	r->metadata_size = device_size(&r->metadata);
 	if (!*r->metadata.file || stat(r->metadata.file, &st) ||
 	    !S_ISREG(st.st_mode) || statvfs(r->metadata.file, &fs))
 		return;

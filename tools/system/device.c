@@ -263,6 +263,16 @@ bool device_is_node(const char *number, const struct node *node)
 	       loop_is_node(loop, node);
 }
 
+uint64_t device_size(const struct device *d)
+{
+	uint64_t sectors;
+	char text[32];
+
+	return sysfs_read(text, sizeof(text), "/sys/class/block/%s/size",
+			  d->kernel_name) &&
+	       parse_u64(text, &sectors) ? sectors * 512 : 0;
+}
+
 bool device_attached(const struct device *d)
 {
 	char file[8];

@@ -6,6 +6,7 @@
 #include <limits.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/types.h>
 
 #include "system/node.h"
@@ -24,6 +25,8 @@ struct device {
 
 /* @number as in a table line: "7:3".  False if there is no such device. */
 bool device_look_up(const char *number, struct device *d);
+/* In bytes, without opening it, which would be in the way of its removal; 0: not known */
+uint64_t device_size(const struct device *d);
 /* Is it still attached to a file? */
 bool device_attached(const struct device *d);
 /*
