@@ -7,11 +7,7 @@
 #include "image/image.h"
 #include "lib/util.h"
 
-/*
- * Bytes of the first cluster, by what its beginning says; less if that is all there
- * is.  What is behind need not be readable.
- */
-static size_t first_len(const struct node *node, uint64_t size)
+size_t image_first_len(const struct node *node, uint64_t size)
 {
 	unsigned int bits = 0;
 	struct qcow2_header raw;
@@ -48,7 +44,7 @@ int image_attach(struct image *img, const struct node *node)
 		img->space.fd = node->fd;
 		img->space.path = node->path;
 	}
-	len = first_len(node, img->node.size);
+	len = image_first_len(node, img->node.size);
 	/* never empty, so that NULL always means out of memory */
 	img->first = malloc(len + 1);
 	if (!img->first)

@@ -58,6 +58,12 @@ struct image {
 /* Does it begin as an image does?  That is a guess, and nothing follows from it by itself. */
 bool image_has_magic(const struct node *node);
 
+/*
+ * Bytes of the first cluster of what has @size bytes, by what its beginning says; less if
+ * that is all there is.  What is behind need not be readable.
+ */
+size_t image_first_len(const struct node *node, uint64_t size);
+
 /* Open, read and parse the header.  Prints why it failed; an exit code. */
 int image_open(struct image *img, int dirfd, const char *path,
 	       unsigned int node_flags);

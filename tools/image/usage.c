@@ -4,12 +4,10 @@
 
 #include "image/extents.h"
 #include "image/header.h"
+#include "image/image.h"
 #include "image/usage.h"
 #include "image/walk.h"
 #include "lib/util.h"
-
-/* What a first cluster can have at most */
-#define FIRST_MAX	(2 * MIB)
 
 static int count(const struct extent *e, void *arg)
 {
@@ -47,7 +45,7 @@ static void scan(const struct node *node, const struct header *h,
 
 void image_usage_read(const struct node *node, struct image_usage *u)
 {
-	size_t len = min_u64(node->size, FIRST_MAX);
+	size_t len = image_first_len(node, node->size);
 	void *first = malloc(len ? len : 1);
 	enum header_fault fault;
 	struct header h;
