@@ -156,6 +156,21 @@ def test(name, *args, all_cpus=False):
     return add
 
 
+def some(kinds, number):
+    """What a test is made for, one result each: all of it, in its order. With SAMPLE=N in the
+    environment at most so many, which N chooses; another N in the next run chooses others."""
+    kinds = list(kinds.items() if isinstance(kinds, dict) else kinds)
+    if not os.environ.get("SAMPLE") or len(kinds) <= number:
+        return kinds
+    chosen = random.Random(os.environ["SAMPLE"]).sample(range(len(kinds)), number)
+    return [kinds[n] for n in sorted(chosen)]
+
+
+def fewer(number, sampled):
+    """How often something is done: so often, or with SAMPLE=N as often as the second says."""
+    return sampled if os.environ.get("SAMPLE") else number
+
+
 def forget_tests():
     """Those of files that were imported for what else they have are not to run."""
     _tests.clear()

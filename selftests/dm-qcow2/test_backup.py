@@ -13,14 +13,14 @@ import subprocess
 import time
 
 import qcow2test
-from qcow2test import (GIB, KIB, MIB, Ext4, Failure, Io, Loop, Task, expect, fails_with, main, note, run, same, test,
-                       wait_for)
+from qcow2test import (GIB, KIB, MIB, Ext4, Failure, Io, Loop, Task, expect, fails_with, fewer, main, note, run, same,
+                       some, test, wait_for)
 from test_checkpoint import KINDS, TOOL, Opened, Writers, calls_of, injected, joined, no_helper, setup, words
 
 # Those of test_checkpoint
 qcow2test.forget_tests()
 
-CALLS = int(os.environ.get("CALLS", 12))
+CALLS = int(os.environ.get("CALLS", fewer(12, 6)))
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 ROUNDS = int(os.environ.get("ROUNDS", 4))
 # Calls that are made at most as a device is held: a small one, and one of 256 GiB; a bitmap that begins has more clusters
@@ -97,7 +97,7 @@ def shown(bench, cluster, size, granularity, options):
     run("qemu-img", "check", "-q", image.path)
 
 
-for _kind in KINDS:
+for _kind in some(KINDS, 3):
     test(f"a backup shows what was: {words(_kind)}", *_kind)(shown)
 
 
@@ -173,7 +173,7 @@ def chain(bench, kind):
     run("qemu-img", "check", "-q", image.path)
 
 
-for _kind in KINDS:
+for _kind in some(KINDS, 3):
     test(f"a full backup and what has changed since: {words(_kind)}", _kind, all_cpus=True)(chain)
 
 
@@ -369,7 +369,7 @@ def copies(bench, cluster, size, granularity, options):
     nothing_left(dm)
 
 
-for _kind in KINDS:
+for _kind in some(KINDS, 3):
     test(f"copies of all, and of what has changed: {words(_kind)}", *_kind, all_cpus=True)(copies)
 
 

@@ -13,7 +13,8 @@ import tempfile
 import time
 
 import qcow2test
-from qcow2test import KIB, MIB, Io, KernelLog, Loop, Task, expect, fails_with, main, note, run, same, test, wait_for
+from qcow2test import (KIB, MIB, Io, KernelLog, Loop, Task, expect, fails_with, fewer, main, note, run, same, test,
+                       wait_for)
 from test_backup import Backup, content, nothing_left
 from test_checkpoint import TOOL, Opened, calls_of, injected, no_helper, setup
 
@@ -22,7 +23,7 @@ qcow2test.forget_tests()
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 note(f"SEED={SEED}")
-CALLS = int(os.environ.get("CALLS", 12))
+CALLS = int(os.environ.get("CALLS", fewer(12, 6)))
 
 
 class Mount:

@@ -21,7 +21,7 @@ import time
 import qcow2test
 from bitmaps import AUTO, IN_USE, bitmaps
 from qcow2image import OFFSET_MASK, Qcow2
-from qcow2test import KIB, MIB, Failure, Io, Lower, Task, expect, fails_with, main, note, run, test, wait_for
+from qcow2test import KIB, MIB, Failure, Io, Lower, Task, expect, fails_with, main, note, run, some, test, wait_for
 from test_bitmaps import Backup, Requests, covers, everything, exact
 from test_bitmaps import setup as allocated
 from test_checkpoint import TOOL, Opened
@@ -274,7 +274,7 @@ def in_turns(bench, qemu, kind):
     qemu.check(image.path)
 
 
-for _kind in KINDS:
+for _kind in some(KINDS, 3):
     each(f"in turns with the device: {words(_kind)}", _kind)(in_turns)
 
 

@@ -5,6 +5,8 @@
 # interrupted.
 # Needs root, the kernel module, "make -C tools unit" before, and a folder to
 # work in (TMPDIR) that loop devices can use.  Prints KTAP.
+#
+# SAMPLE=	a number: a third of the calls, which it chooses, in place of all
 
 here=$(realpath "$(dirname "$0")")
 tool=$here/../qcow2setup
@@ -18,6 +20,10 @@ cleanup() {
 	cd / && rm -rf "$work"
 }
 trap cleanup EXIT
+
+# Which calls
+first=1 step=1
+[ -z "${SAMPLE-}" ] || step=3 first=$((1 + SAMPLE % 3))
 
 count=0 failed=0
 report() {
@@ -99,7 +105,7 @@ each_step() {
 	fi
 	for sig in "" INJECT_SIGNAL=15; do
 		wrong=
-		for ((k = 1; k <= calls; k++)); do
+		for ((k = first; k <= calls; k += step)); do
 			# the shell would tell of each death
 			with_injection INJECT_AT=$k ${sig:+"$sig"} -- "$@" \
 				2>/dev/null
@@ -185,7 +191,7 @@ each_resize_step() {
 	fi
 	for sig in "" INJECT_SIGNAL=15; do
 		wrong=
-		for ((k = 1; k <= calls && !${#wrong}; k++)); do
+		for ((k = first; k <= calls && !${#wrong}; k += step)); do
 			"$tool" open image $name --data-file data
 			before=$(device_state)
 			resize_step INJECT_AT=$k ${sig:+"$sig"} 2>/dev/null
@@ -325,8 +331,10 @@ says 1.2.0 "10 shiny new unwritten 4 free_clusters 12 more than trims 7 nospc" s
 jq -e '.mode == "nospc" and (.statistics | .unwritten == 4 and ."free-clusters" == 12 and .trims == 7)' out >said ||
 	wrong="$(cat out)"
 says 1.2.0 "$(keys 4) nospc" status $name || wrong="exit code $?"
-grep -q '^  mode:  *nospc$' out && grep -q '^  unwritten:  *4$' out && grep -q '^  free clusters:  *12$' out &&
-	grep -q '^  trims:  *7$' out && grep -q "no space.*free some where $work/image is" out || wrong="$(cat out)"
+grep -q '^  mode:  *nospc, there is no space for more metadata$' out &&
+	grep -q "^  what to do:  *There is no space.*free some where $work/image is" out &&
+	grep -q '^  metadata: .*; room for 12 more clusters,' out &&
+	grep -q '^  commits: .*; some could not be written$' out || wrong="$(cat out)"
 says 1.2.0 "$(keys 4) rw" status $name || wrong="exit code $?"
 grep -q "could not be written.*see dmesg" out || wrong="$(cat out)"
 says 1.2.0 "$(keys 0) rw" status $name || wrong="exit code $?"
