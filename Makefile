@@ -237,7 +237,8 @@ fuzz: preflight-tool
 check:
 	@selftests/check $(TESTS)
 
-# Each one is tested even if another fails.
+# Each one is tested even if another fails, and with nothing left out.
+check-kernels: export THOROUGH ?= 1
 check-kernels:
 	@failed=; for k in $(KERNELS); do \
 		echo; echo "==== kernel $$k ===="; \

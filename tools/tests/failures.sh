@@ -226,7 +226,7 @@ each_resize_kill() {
 	local what=$1 calls k status wrong='' left=0 ended=0
 
 	calls=$(cat calls)
-	for ((k = 1; k <= calls && !${#wrong}; k++)); do
+	for ((k = first; k <= calls && !${#wrong}; k += step)); do
 		"$tool" open image $name --data-file data
 		resize_step INJECT_AT=$k \
 			"INJECT_COMMAND=kill -9 \$(pgrep -x -P \$PPID qcow2setup-keep) \$PPID" 2>/dev/null
@@ -256,7 +256,7 @@ each_resize_kill() {
 		status=$(left)
 		[ -z "$status" ] || wrong="call $k: left: $status"
 	done
-	[ $left -gt 5 ] && [ $ended -gt 3 ] ||
+	[ $left -gt $((5 / step)) ] && [ $ended -gt $((3 / (2 * step - 1))) ] ||
 		wrong=${wrong:-"left suspended $left times, ended by resize $ended times"}
 	report "$what: all can be ended if it is killed ($left times suspended)" "$wrong"
 }
@@ -519,7 +519,7 @@ open_second
 INJECT_COUNT=calls LD_PRELOAD="$inject" "$tool" status --json >out 2>said
 calls=$(cat calls)
 for format in --json ''; do
-	for ((k = 1; k <= calls; k++)); do
+	for ((k = first; k <= calls; k += step)); do
 		open_second
 		# shellcheck disable=SC2086 # a word, or none
 		env INJECT_AT=$k "INJECT_COMMAND=dmsetup remove $name-2" LD_PRELOAD="$inject" \
