@@ -158,12 +158,12 @@ def test(name, *args, all_cpus=False):
 
 def some(kinds, number):
     """What a test is made for, one result each: all of it, in its order. With SAMPLE=N in the
-    environment at most so many, which N chooses; another N in the next run chooses others."""
+    environment at most so many: the first, and others that N chooses, so that the next run has others."""
     kinds = list(kinds.items() if isinstance(kinds, dict) else kinds)
     if not os.environ.get("SAMPLE") or len(kinds) <= number:
         return kinds
-    chosen = random.Random(os.environ["SAMPLE"]).sample(range(len(kinds)), number)
-    return [kinds[n] for n in sorted(chosen)]
+    chosen = random.Random(os.environ["SAMPLE"]).sample(range(1, len(kinds)), number - 1)
+    return [kinds[n] for n in (0, *sorted(chosen))]
 
 
 def fewer(number, sampled):
