@@ -10,9 +10,16 @@
 #include <linux/blkdev.h>
 #include <linux/device-mapper.h>
 #include <linux/falloc.h>
+#include <linux/overflow.h>
 #include <linux/shrinker.h>
 #include <linux/slab.h>
 #include <linux/version.h>
+
+/* 6.5 has it, and late ones of 6.1 */
+#ifndef struct_size_t
+#define struct_size_t(type, member, count) \
+	struct_size((type *)NULL, member, count)
+#endif
 
 /* 6.5 renamed the open modes of block devices */
 #ifndef BLK_OPEN_READ
