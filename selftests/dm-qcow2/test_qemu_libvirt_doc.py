@@ -4,8 +4,7 @@
 and makes of it what the page says, and images as KubeVirt and Incus make them are opened and given back
 (documents.py says how a page is read).
 
-The guest is a boot sector: it reads what the host has written, writes that and words of its own to another sector,
-and switches its machine off.
+The guest is bootsector.s.
 """
 import contextlib
 import json
@@ -13,69 +12,10 @@ import os
 import subprocess
 
 from documents import SIZE, Machine, page
-from qcow2test import KIB, Io, expect, main, run, same, test
+from qcow2test import HERE, KIB, Io, expect, main, run, same, test
 
 # A guest in an emulated machine has all the time that it needs.
 LONG = 1800
-GUEST = r"""
-	.code16
-	.globl _start
-_start:	xor %ax, %ax
-	mov %ax, %ds
-	mov %ax, %es
-	mov %ax, %ss
-	mov $0x7c00, %sp
-	mov %dl, disk
-	movb $1, lba
-	mov $0x42, %ah
-	call ask
-	jc bad
-	# Its own words behind what it has read, all of that to the next sector
-	mov $0x8008, %di
-	mov $mark, %si
-	mov $8, %cx
-	rep movsb
-	movb $2, lba
-	mov $0x4300, %ax
-	call ask
-	jc bad
-	mov $good, %si
-	call say
-	# ACPI's "soft off"
-off:	mov $0x604, %dx
-	mov $0x2000, %ax
-	out %ax, %dx
-1:	hlt
-	jmp 1b
-bad:	mov $failed, %si
-	call say
-	jmp off
-
-ask:	mov $packet, %si
-	mov disk, %dl
-	int $0x13
-	ret
-
-	# To the first serial line
-say:	mov $0x3f8, %dx
-1:	lodsb
-	test %al, %al
-	jz 2f
-	out %al, %dx
-	jmp 1b
-2:	ret
-
-disk:	.byte 0
-	.balign 4
-packet:	.byte 16, 0
-	.word 1, 0x8000, 0
-lba:	.quad 1
-good:	.asciz "guest: done\n"
-failed:	.asciz "guest: error\n"
-mark:	.ascii "by guest"
-	.org 510
-	.word 0xaa55
-"""
 
 
 def blocks(title):
@@ -96,7 +36,7 @@ class Booting(Machine):
         super().__init__(bench, "vm")
         self.boots = 0
         source, code = bench.path("guest.o"), bench.path("guest")
-        subprocess.run(["as", "--32", "-o", source, "-"], input=GUEST, text=True, check=True)
+        run("as", "--32", "-o", source, os.path.join(HERE, "bootsector.s"))
         run("ld", "-m", "elf_i386", "--oformat", "binary", "-Ttext", "0x7c00", "-o", code, source)
         with open(code, "rb") as f, contextlib.closing(Io(self.path("vm"))) as disk:
             disk.write(0, f.read().ljust(4 * KIB, b"\0"))
