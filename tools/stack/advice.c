@@ -6,6 +6,7 @@
 
 #include "lib/util.h"
 #include "stack/advice.h"
+#include "system/room.h"
 #include "system/udev.h"
 
 enum health report_health(const struct report *r)
@@ -63,7 +64,7 @@ uint64_t report_tables_to_come(const struct report *r)
 bool report_short_of_metadata(const struct report *r)
 {
 	return r->status.given & STATUS_FREE_CLUSTERS &&
-	       r->status.free_clusters < report_tables_to_come(r);
+	       room_free(&r->status, r->metadata_size) < report_tables_to_come(r);
 }
 
 static void add(struct advice *a, const char *fmt, ...)

@@ -23,11 +23,15 @@ static bool at_rest(const struct target_status *s)
  * the refcounts, and counts all clusters as free.  What is in use for certain: the header,
  * refcounts, the L1 table, and each L2 table.
  */
-static uint64_t free_clusters(const struct target_status *s, uint64_t clusters)
+uint64_t room_free(const struct target_status *s, uint64_t bytes)
 {
-	uint64_t entries = s->cluster_sectors * SECTOR / 8;
-	uint64_t used = 3 + (s->l1_entries + entries - 1) / entries + s->l2_tables;
+	uint64_t cluster = s->cluster_sectors * SECTOR;
+	uint64_t entries = cluster / 8, used, clusters;
 
+	if (!cluster || !bytes)
+		return s->free_clusters;
+	clusters = bytes / cluster;
+	used = 3 + (s->l1_entries + entries - 1) / entries + s->l2_tables;
 	return min_u64(s->free_clusters, clusters - min_u64(used, clusters));
 }
 
@@ -44,7 +48,7 @@ enum room_left room_of_device(const struct target_status *s, uint64_t bytes, uin
 	*more = 0;
 	if (at_rest(s) || !(s->given & STATUS_FREE_CLUSTERS) || !cluster)
 		return ROOM_ENOUGH;
-	have = free_clusters(s, clusters);
+	have = room_free(s, bytes);
 	if (have < need)
 		/* Each 64 tables may need a refcount block, with the widest refcounts. */
 		*more = (need - have + need / 64 + 2) * cluster;

@@ -15,6 +15,12 @@ enum room_left {
 };
 
 /*
+ * Clusters that are free for metadata, as the target's status says, but no more than there
+ * can be on a metadata device of @bytes (0: not known).
+ */
+uint64_t room_free(const struct target_status *s, uint64_t bytes);
+
+/*
  * Of a metadata device of fixed size, @bytes.  *@more: how much longer it would have
  * to be for all L2 tables that can still come.
  */

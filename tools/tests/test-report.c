@@ -116,6 +116,13 @@ static void test_room(void **state)
 	r = device("0", FEW, "rw");
 	assert_true(report_short_of_metadata(r));
 	free(r);
+	/* Just loaded, and all counts as free; but of 10 clusters 7 are in use for certain. */
+	r = device("0", PLENTY, "rw");
+	r->metadata_size = 10 * 65536;
+	assert_true(report_short_of_metadata(r));
+	r->metadata_size = 12 * 65536;
+	assert_false(report_short_of_metadata(r));
+	free(r);
 	/* What is only read needs none, and has none. */
 	r = device("1 read_only", "6 unwritten 0 free_clusters 0 trims 0", "ro");
 	assert_int_equal(report_tables_to_come(r), 0);
