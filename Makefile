@@ -59,6 +59,7 @@ help:
 	@echo '                   KERNEL= takes another kernel ($(KERNELS)) than $(KERNEL)'
 	@echo '                   CHECK_LOAD=8 keeps the machine busy beside it'
 	@echo '  make check-kernels   all tests with each of these kernels, one after the other'
+	@echo '  make check-hosts     from a fresh Debian 12 and 13 to a guest with backups'
 	@echo '  make check-debug tests in kernels that look for races, leaks, wrong locking ...'
 	@echo '  make vm-shell    a root shell in the test VM'
 	@echo '  make soak        $(SOAK_ROUNDS) backups by bitmaps (SOAK_ROUNDS=, 0: none), then power cuts with ever new'
@@ -246,6 +247,12 @@ check-kernels:
 	done; \
 	[ -z "$$failed" ] || { echo "check-kernels: failed with kernel:$$failed" >&2; exit 1; }
 
+# From a fresh Debian to a guest with backups, for each of HOSTS
+HOSTS ?= bookworm trixie
+check-hosts:
+	@selftests/vm/deps check
+	@for s in $(HOSTS); do selftests/newhost $$s || exit; done
+
 # A module with bugs that tests have to find, for the VM's kernel
 planted-build:
 	@$(LOCK) $(MAKE) --no-print-directory -C selftests/planted module
@@ -308,6 +315,6 @@ demo:
 	@selftests/vm/demo
 
 .PHONY: all help version dist deb rpm module __module tool install uninstall clean deps docs vm-build vm-shell lint lint-quick quick unit fuzz \
-	check check-debug check-kernels check-planted planted-build test-programs soak seeds bench coverage demo \
+	check check-debug check-hosts check-kernels check-planted planted-build test-programs soak seeds bench coverage demo \
 	preflight-cc preflight-module preflight-tool preflight-unit preflight-install \
 	preflight-dkms dkms-source dkms-install dkms-uninstall
