@@ -12,7 +12,7 @@ import random
 import time
 
 from qcow2test import (GIB, KIB, MIB, TIB, Ext4, NullBlk, Stat, Units, blocks, expect, fails_with, main, queue_limit,
-                       run, same, sysfs, test, wait_for)
+                       run, same, some, sysfs, test, wait_for)
 
 CLUSTER = 64 * KIB
 # Longer than the timer of the commit, and than a pass-down after it
@@ -197,11 +197,11 @@ def cells(bench, warm, cluster, options):
     bench.judge(disk, dm, image, model)
 
 
-for _title, _cluster, _options in (
+for _title, _cluster, _options in some((
         ("clusters of 64 KiB", 64 * KIB, {}), ("clusters of 512", 512, {}),
         ("extended L2", 64 * KIB, {"extended": True}), ("extended L2, subclusters of 512", 16 * KIB, {"extended": True}),
         ("backing", 64 * KIB, {"backed": True}), ("backing, clusters of 512", 512, {"backed": True}),
-        ("backing, extended L2", 64 * KIB, {"backed": True, "extended": True})):
+        ("backing, extended L2", 64 * KIB, {"backed": True, "extended": True})), 4):
     test(f"every state, warm cache: {_title}", True, _cluster, dict(_options))(cells)
     test(f"every state, cold cache: {_title}", False, _cluster, dict(_options))(cells)
 

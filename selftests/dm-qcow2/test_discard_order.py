@@ -4,10 +4,11 @@
 is zero on disk, what is written again meanwhile keeps its data, and races.
 """
 import errno
+import itertools
 import threading
 import time
 
-from qcow2test import KIB, MIB, Lower, Stat, Task, Units, blocks, expect, fails_with, main, same, test, wait_for
+from qcow2test import KIB, MIB, Lower, Stat, Task, Units, blocks, expect, fails_with, main, same, some, test, wait_for
 
 CLUSTER = 64 * KIB
 # Longer than the timer of the commit, and than a pass-down after it
@@ -169,10 +170,8 @@ def cancel(bench, how, part):
     s.finish()
 
 
-for _how in ("at once", "in the commit", "after a hung commit"):
-    for _part in (True, False):
-        test(f"a {'partial' if _part else 'whole'} write after the discard, {_how}, keeps its data",
-             _how, _part)(cancel)
+for _how, _part in some(itertools.product(("at once", "in the commit", "after a hung commit"), (True, False)), 4):
+    test(f"a {'partial' if _part else 'whole'} write after the discard, {_how}, keeps its data", _how, _part)(cancel)
 
 
 def first_write_race(bench, state, part, operation):
@@ -202,10 +201,10 @@ def first_write_race(bench, state, part, operation):
     s.finish()
 
 
-for _operation in ("discard", "punch_hole", "zero_out"):
-    for _state, _part in (("zero", True), ("unallocated", False), ("unallocated", True)):
-        test(f"race: {_operation} of a {_state} unit while it is first written {'in part' if _part else 'as a whole'}",
-             _state, _part, _operation, all_cpus=True)(first_write_race)
+for _operation, (_state, _part) in some(itertools.product(("discard", "punch_hole", "zero_out"), (
+        ("zero", True), ("unallocated", False), ("unallocated", True))), 5):
+    test(f"race: {_operation} of a {_state} unit while it is first written {'in part' if _part else 'as a whole'}",
+         _state, _part, _operation, all_cpus=True)(first_write_race)
 
 
 @test("race: discard of data while it is overwritten and read", all_cpus=True)

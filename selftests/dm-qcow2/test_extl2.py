@@ -7,14 +7,14 @@ what QEMU writes into a twin of the image. Entries that cannot be true must do n
 harm: EIO, mode ro, the corrupt bit, a line in the log, and no other byte changed.
 """
 import errno
+import itertools
 import os
 import random
 import struct
 import time
 
 from qcow2image import COMPRESSED, COPIED, CORRUPT
-from qcow2test import (KIB, MIB, KernelLog, Units, expect, fails_with, main, note, same, test,
-                       wait_for)
+from qcow2test import KIB, MIB, KernelLog, Units, expect, fails_with, main, note, same, some, test, wait_for
 
 SEED = int(os.environ.get("SEED", time.time_ns() // 1000 % 1000000))
 ALL = 0xffffffff
@@ -134,9 +134,8 @@ def compare_all(bench, image, model, want, dm, disk):
     compare_entries(image, want)
 
 
-for _cluster in (16 * KIB, 64 * KIB, 2 * MIB):
-    for _backed in (False, True):
-        test(f"bits after writes: clusters of {_cluster}{', backing' if _backed else ''}", _cluster, _backed)(writes)
+for _cluster, _backed in some(itertools.product((16 * KIB, 64 * KIB, 2 * MIB), (False, True)), 3):
+    test(f"bits after writes: clusters of {_cluster}{', backing' if _backed else ''}", _cluster, _backed)(writes)
 
 
 def discards(bench, cluster, backed):
@@ -188,10 +187,9 @@ def discards(bench, cluster, backed):
     image.compare(model.save(bench.path("model")))
 
 
-for _cluster in (16 * KIB, 64 * KIB):
-    for _backed in (False, True):
-        test(f"bits after discards and zeroes: clusters of {_cluster}{', backing' if _backed else ''}",
-             _cluster, _backed)(discards)
+for _cluster, _backed in some(itertools.product((16 * KIB, 64 * KIB), (False, True)), 2):
+    test(f"bits after discards and zeroes: clusters of {_cluster}{', backing' if _backed else ''}",
+         _cluster, _backed)(discards)
 
 
 def twin(bench, cluster, backed):
@@ -244,7 +242,7 @@ def twin(bench, cluster, backed):
     theirs.compare(model)
 
 
-for _cluster, _backed in ((16 * KIB, False), (64 * KIB, False), (64 * KIB, True), (2 * MIB, False)):
+for _cluster, _backed in some(((16 * KIB, False), (64 * KIB, False), (64 * KIB, True), (2 * MIB, False)), 2):
     test(f"the same entries as QEMU writes: clusters of {_cluster}{', backing' if _backed else ''}",
          _cluster, _backed)(twin)
 
@@ -343,7 +341,7 @@ def corrupt(bench, name, log, word, bitmap, data_first):
 
 
 AT = 20 * C
-for _name, _log, _word, _bitmap in (
+for _name, _log, _word, _bitmap in some((
         ("a subcluster both allocated and zero", "both", AT | COPIED, 1 << 32 | 1),
         ("the last subcluster both allocated and zero", "both", AT | COPIED, 1 << 63 | 1 << 31),
         ("a subcluster allocated in a cluster that is not", "alloc", 0, 1 << 5),
@@ -353,7 +351,7 @@ for _name, _log, _word, _bitmap in (
         ("a compressed cluster", "compressed", AT | COMPRESSED, 0),
         ("another guest offset", "offset", AT + C | COPIED, 0xff),
         ("an offset of 0 with bit 63", "offset", COPIED, 0xff),
-        ("an unaligned offset", "offset", AT + 512 | COPIED, 0xff)):
+        ("an unaligned offset", "offset", AT + 512 | COPIED, 0xff)), 5):
     test(f"corrupt: {_name}, met by a read", _name, _log, _word, _bitmap, False)(corrupt)
     test(f"corrupt: {_name}, met by a write", _name, _log, _word, _bitmap, True)(corrupt)
 
