@@ -16,7 +16,6 @@
 #include "system/device.h"
 #include "system/dm.h"
 #include "system/live.h"
-#include "system/room.h"
 
 /* How it is called, and where what follows begins */
 #define LABEL	"  %-15s"
@@ -102,7 +101,7 @@ static void print_metadata(const struct report *r)
 	printf(LABEL "%s", "metadata:", human_size(r->metadata_size));
 	if (r->has_status && s->given & STATUS_FREE_CLUSTERS &&
 	    !s->f.read_only) {
-		free = room_free(s, r->metadata_size);
+		free = report_free_clusters(r);
 		more = report_tables_to_come(r);
 		printf(", %s of it taken; room for %" PRIu64 " more clusters, ",
 		       human_share(r->metadata_size - min_u64(free * cluster, r->metadata_size),

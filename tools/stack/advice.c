@@ -61,10 +61,15 @@ uint64_t report_tables_to_come(const struct report *r)
 	return needed > r->status.l2_tables ? needed - r->status.l2_tables : 0;
 }
 
+uint64_t report_free_clusters(const struct report *r)
+{
+	return room_free(&r->status, r->metadata_size);
+}
+
 bool report_short_of_metadata(const struct report *r)
 {
 	return r->status.given & STATUS_FREE_CLUSTERS &&
-	       room_free(&r->status, r->metadata_size) < report_tables_to_come(r);
+	       report_free_clusters(r) < report_tables_to_come(r);
 }
 
 static void add(struct advice *a, const char *fmt, ...)

@@ -24,7 +24,9 @@ const char *health_text(enum health health);
 
 /* Clusters of metadata that L2 tables can still need; 0: none, or that is not known. */
 uint64_t report_tables_to_come(const struct report *r);
-/* Is there less than that?  Not of a device that is only read. */
+/* Clusters that are free for metadata; of a device whose status tells (STATUS_FREE_CLUSTERS). */
+uint64_t report_free_clusters(const struct report *r);
+/* Are fewer free than can be needed?  Not of a device that is only read. */
 bool report_short_of_metadata(const struct report *r);
 
 #define MAX_ADVICE	6

@@ -7,7 +7,6 @@
 #include "lib/util.h"
 #include "stack/advice.h"
 #include "stack/metrics.h"
-#include "system/room.h"
 
 #define PREFIX	"dm_qcow2_"
 
@@ -35,7 +34,7 @@ VALUE(zeros, r->usage.known, r->usage.zero)
 VALUE(marked_corrupt, r->usage.has_header, r->usage.corrupt)
 VALUE(metadata_size, r->metadata_size, r->metadata_size)
 VALUE(metadata_free, GIVEN(FREE_CLUSTERS) && !r->status.f.read_only,
-	room_free(&r->status, r->metadata_size) * CLUSTER)
+	report_free_clusters(r) * CLUSTER)
 VALUE(metadata_needed, GIVEN(FREE_CLUSTERS) && !r->status.f.read_only,
 	report_tables_to_come(r) * CLUSTER)
 VALUE(file_system_free, r->has_room, r->room)

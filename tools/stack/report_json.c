@@ -6,7 +6,6 @@
 #include "lib/util.h"
 #include "stack/advice.h"
 #include "stack/report.h"
-#include "system/room.h"
 
 size_t report_numbers(const struct target_status *s, struct report_number *n)
 {
@@ -113,7 +112,7 @@ static void json_usage(struct json *j, const struct report *r)
 		json_number(j, "size", r->metadata_size);
 	if (r->has_status && s->given & STATUS_FREE_CLUSTERS &&
 	    !s->f.read_only) {
-		json_number(j, "free", room_free(s, r->metadata_size) * cluster);
+		json_number(j, "free", report_free_clusters(r) * cluster);
 		json_number(j, "needed", report_tables_to_come(r) * cluster);
 		json_bool(j, "enough", !report_short_of_metadata(r));
 	}
